@@ -1,0 +1,201 @@
+"""The command line's side of Ray: start a local cluster, join one, apply a Serve config, look at it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from serving.errors import ClusterError
+from serving.fleet.endpoint import Snapshot
+from serving.settings import Settings, worker_environment
+
+# Ray's CPUs are bookkeeping here: engines on one box share the cores, GPUs are what is scarce.
+_LOGICAL_CPUS = 1024
+_OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's smallest; nothing of ours goes through it
+
+
+class ClusterFile(msgspec.Struct):
+    """`STATE_DIR/cluster.json`: how other commands find the running cluster."""
+
+    address: str
+    pid: int
+    temp_dir: str
+
+
+def _path(settings: Settings) -> Path:
+    return settings.state_dir / "cluster.json"
+
+
+def read_cluster_file(settings: Settings) -> ClusterFile | None:
+    """The running cluster of this state folder, or None when its main process is gone."""
+    try:
+        found = msgspec.json.decode(_path(settings).read_bytes(), type=ClusterFile)
+        os.kill(found.pid, 0)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return found
+
+
+def _environment(settings: Settings, *, one_node: bool) -> None:
+    """Ray reads these when it is imported and when it starts processes. Every process of the cluster needs the token."""
+    if one_node:
+        # Ray's own switch for laptops: the node's address is 127.0.0.1, and no server of Ray's listens beyond it.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    token = settings.state_dir / "ray-token"
+    if not token.exists():
+        write_private(token, secrets.token_hex(32))
+    os.environ |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_enable_metrics_collection": "0",  # Ray's exporters would answer without a key
+        "AUTOSCALER_METRIC_PORT": "0",  # a fixed port would clash with a second stack on the host
+        "DASHBOARD_METRIC_PORT": "0",
+        "RAY_DISABLE_IMPORT_WARNING": "1",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        **worker_environment(settings),
+    }
+
+
+def start(settings: Settings, gpus: int | None) -> ClusterFile:
+    """A one-node Ray cluster whose processes die with this one. Listens on 127.0.0.1 only, without the dashboard."""
+    _environment(settings, one_node=True)
+    _remove_old_temp(settings)
+    import ray
+
+    temp = tempfile.mkdtemp(prefix="steelyard-")  # sockets live there: their paths must stay under 107 bytes
+    try:
+        ray.init(
+            address="local",
+            num_cpus=_LOGICAL_CPUS,
+            num_gpus=gpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            namespace="steelyard",
+            object_store_memory=_OBJECT_STORE_BYTES,
+            _temp_dir=temp,
+        )
+    except Exception as e:
+        shutil.rmtree(temp, ignore_errors=True)
+        raise ClusterError(f"Ray did not start: {_one_line(e)}", f"see {temp}") from None
+    found = ClusterFile(address=ray.get_runtime_context().gcs_address, pid=os.getpid(), temp_dir=temp)
+    write_private(_path(settings), msgspec.json.encode(found).decode())
+    return found
+
+
+@contextmanager
+def joined(settings: Settings) -> Iterator[None]:
+    """Connected to the running cluster, for one command."""
+    found = read_cluster_file(settings)
+    _environment(settings, one_node=found is not None)
+    address = settings.ray_address or (found.address if found else None)
+    if address is None:
+        raise ClusterError(f"no cluster runs for {settings.state_dir}", "start one with `steelyard up`")
+    import ray
+
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            namespace="steelyard",
+        )
+    except Exception as e:
+        raise ClusterError(f"cannot join the cluster at {address}: {_one_line(e)}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def apply(config: dict[str, Any]) -> None:
+    """Makes the cluster serve `config`; applications that did not change keep their processes."""
+    from ray import serve
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    schema = ServeDeploySchema.model_validate(config)
+    try:
+        serve.start(proxy_location="Disabled")
+        _get_global_client().deploy_apps(schema)
+    except Exception as e:
+        raise ClusterError(f"Serve did not take the config: {_one_line(e)}") from None
+
+
+def snapshot() -> Snapshot:
+    """The directory's table now."""
+    import ray
+
+    from serving.fleet import directory
+
+    return ray.get(directory.handle().snapshot.remote(), timeout=10)  # type: ignore[no-any-return]
+
+
+def app_statuses() -> dict[str, tuple[str, str]]:
+    """Application -> (Serve's status, message)."""
+    from ray import serve
+
+    return {name: (str(a.status.value), a.message) for name, a in serve.status().applications.items()}
+
+
+def stop(settings: Settings, found: ClusterFile, drain_s: float) -> None:
+    """Ends the cluster this process started: Serve drains within its bounds, then everything goes."""
+    import ray
+
+    from serving.engine.process import sweep
+
+    if drain_s > 0 and ray.is_initialized():
+        _shut_serve(drain_s)
+    ray.shutdown()
+    sweep(f"{settings.state_dir}:", prefix=True)
+    _path(settings).unlink(missing_ok=True)
+    shutil.rmtree(found.temp_dir, ignore_errors=True)
+
+
+def _shut_serve(drain_s: float) -> None:
+    from ray import serve
+    from ray.serve.context import _get_global_client
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    try:
+        _get_global_client().shutdown(timeout_s=drain_s)
+    except Exception as e:  # it ends anyway when Ray does
+        logging.getLogger(__name__).warning("Serve did not shut down in time: %s", _one_line(e))
+    serve.context._set_global_client(None)
+
+
+def _remove_old_temp(settings: Settings) -> None:
+    """What a killed predecessor could not remove itself."""
+    try:
+        old = json.loads(_path(settings).read_text())["temp_dir"]
+    except (OSError, ValueError, KeyError):
+        return
+    if Path(old).name.startswith("steelyard-"):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_private(path: Path, text: str) -> None:
+    """Atomically, mode 0600."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+    with open(partial, "w", opener=lambda p, f: os.open(p, f | os.O_EXCL, 0o600)) as out:
+        out.write(text)
+    partial.replace(path)
+
+
+def _one_line(e: BaseException) -> str:
+    lines = [line for line in str(e).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(e).__name__)[:400]

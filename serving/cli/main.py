@@ -1,0 +1,155 @@
+"""`steelyard`: thin commands over the rooms. Every reading command has `--json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from serving import __version__
+from serving.cli import cluster, keys, up
+from serving.errors import OperatorError
+from serving.fleet import manifest
+from serving.settings import Settings, load_settings
+
+app = typer.Typer(
+    help="Serve your own weights on your own GPUs.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(keys.app, name="keys")
+
+Models = Annotated[str | None, typer.Option(help="Folder of model files, one file, or a comma list.")]
+ProfileOption = Annotated[str | None, typer.Option(help="cpu, gpu or sim; by default what this machine has.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+State = Annotated[Path | None, typer.Option(help="Folder of keys, secrets, pid and logs.")]
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"steelyard {__version__}")
+        raise typer.Exit
+
+
+@app.command("up")
+def up_(
+    models: Models = None,
+    profile: ProfileOption = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    gateways: Annotated[int | None, typer.Option(help="Gateway replicas.")] = None,
+    state_dir: State = None,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when ready; `steelyard down` stops it.")] = False,
+) -> None:
+    """Start the stack, or apply the catalog to the one that runs: only what changed is touched."""
+    with _one_line_errors():
+        settings = load_settings(
+            models=models, profile=profile, host=host, port=port, gateways=gateways, state_dir=state_dir
+        )
+        if detach:
+            for name in ("models", "profile", "host", "port", "gateways", "state_dir"):
+                value = getattr(settings, name)
+                if value is not None:
+                    os.environ[f"STEELYARD_{name.upper()}"] = str(value)
+            up.detach(settings, up.detached_argv(), _say)
+        else:
+            up.run(settings, _say)
+
+
+@app.command()
+def down(state_dir: State = None) -> None:
+    """Stop the stack; streams in progress get a few seconds."""
+    with _one_line_errors():
+        up.down(load_settings(state_dir=state_dir), _say)
+
+
+@app.command()
+def status(state_dir: State = None, as_json: Json = False) -> None:
+    """What runs: applications, replicas, load."""
+    with _one_line_errors():
+        settings = load_settings(state_dir=state_dir)
+        with cluster.joined(settings):
+            apps, table = cluster.app_statuses(), cluster.snapshot()
+        if as_json:
+            import msgspec
+
+            replicas = [msgspec.to_builtins(e) for e in table.endpoints]
+            gateways = [msgspec.to_builtins(g) for g in table.gateways]
+            told = {n: {"status": s, "message": m} for n, (s, m) in apps.items()}
+            print(json.dumps({"applications": told, "replicas": replicas, "gateways": gateways}))
+            return
+        view = Table("application", "status", "replica", "state", "in flight", "slots", "url", box=None, pad_edge=False)
+        for name, (state, _) in sorted(apps.items()):
+            rows: list[tuple[str, ...]] = [
+                (e.id, str(e.state), str(e.in_flight), str(e.slots), e.url)
+                for e in table.endpoints
+                if e.version_id == name
+            ]
+            if name == manifest.GATEWAY_APP:
+                rows = [(g.id, "", "", "", g.url) for g in table.gateways]
+            for row in rows or [("",) * 5]:
+                view.add_row(name, state, *row)
+        Console(highlight=False).print(view)
+
+
+@app.command()
+def models(models: Models = None, profile: ProfileOption = None, as_json: Json = False) -> None:
+    """What the catalog serves: names, versions, adapters."""
+    with _one_line_errors():
+        catalog = up.load_catalog(load_settings(models=models, profile=profile))
+        if as_json:
+            print(json.dumps([m.model_dump(mode="json") for m in catalog.models]))
+            return
+        view = Table("model", "version", "engine", "weights", "adapters", "replicas", box=None, pad_edge=False)
+        for m, v in catalog.versions():
+            stable = " (stable)" if m.release.stable == v.version else ""
+            source = v.weights.source if v.weights else "-"
+            adapters = ", ".join(a.name for a in v.adapters) or "-"
+            view.add_row(m.name, v.version + stable, v.engine.kind, source, adapters, str(v.scaling.min))
+        Console(highlight=False).print(view)
+
+
+@app.command()
+def render(models: Models = None, profile: ProfileOption = None, as_json: Json = False) -> None:
+    """Print the Serve config that `up` applies."""
+    with _one_line_errors():
+        settings = load_settings(models=models, profile=profile)
+        config = _rendered(settings)
+        if as_json:
+            print(json.dumps(config))
+        else:
+            import yaml
+
+            print(yaml.safe_dump(config, sort_keys=False, width=120), end="")
+
+
+def _rendered(settings: Settings) -> dict[str, Any]:
+    catalog = up.load_catalog(settings)
+    return manifest.serve_config(catalog, gateways=settings.gateways, locate=up.locator(settings))
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except OperatorError as e:
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        raise typer.Exit(1) from None
+
+
+if __name__ == "__main__":
+    app()

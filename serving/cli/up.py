@@ -1,0 +1,339 @@
+"""`steelyard up`: from a catalog to a ready endpoint. `run` is the summary; each step is a function."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
+
+from serving.catalog import store, weights
+from serving.catalog.spec import Catalog
+from serving.cli import cluster
+from serving.cli.cluster import write_private
+from serving.engine.probe import check_arguments
+from serving.engine.process import sweep
+from serving.errors import EngineError, OperatorError, PortTaken
+from serving.fleet import manifest
+from serving.fleet.endpoint import Snapshot, State
+from serving.gateway.keys import create_key
+from serving.settings import Profile, Settings, inherited_environment
+
+Say = Callable[[str], None]
+
+STOP_DRAIN_S = 8.0  # Ctrl-C and SIGTERM: how long streams in progress may take to finish
+_FREE_DISK_BYTES = 512 * 1024 * 1024  # logs and sockets
+
+
+def detect_profile() -> Profile:
+    """gpu when NVML sees a GPU, else cpu."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        count = pynvml.nvmlDeviceGetCount()
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return "cpu"
+    return "gpu" if count else "cpu"
+
+
+def load_catalog(settings: Settings) -> Catalog:
+    return store.load(settings.models, settings.profile or detect_profile())
+
+
+def locator(settings: Settings) -> manifest.Locate:
+    """Where weights lie on this node, without building or fetching anything."""
+    return lambda source, base: weights.locate(source, base=base, cache=settings.cache_dir)
+
+
+def run(settings: Settings, say: Say) -> None:
+    """Starts a cluster for the catalog and stays until told to stop; or, when one runs for this state folder already,
+    applies the catalog to it and returns."""
+    began = time.monotonic()
+    catalog = load_catalog(settings)
+    config = manifest.serve_config(catalog, gateways=settings.gateways, locate=locator(settings))
+    check_engine_arguments(catalog, settings)
+    if settings.ray_address or cluster.read_cluster_file(settings):
+        prepare_weights(catalog, settings, say)
+        with cluster.joined(settings):
+            cluster.apply(config)
+            _wait(config, settings, say)
+        _print_ready(catalog, settings, say, time.monotonic() - began, stays=False)
+        return
+    with _only_one(settings):
+        preflight(settings)
+        prepare_weights(catalog, settings, say)
+        prepare_secrets(settings, say)
+        _serve(catalog, config, settings, say, began)
+
+
+def _serve(catalog: Catalog, config: dict[str, Any], settings: Settings, say: Say, began: float) -> None:
+    told_to_stop = threading.Event()
+    left = sweep(f"{settings.state_dir}:", prefix=True)
+    if left:
+        say(f"removed {left} engine processes that an earlier run left behind")
+    say("starting Ray")
+    found = cluster.start(settings, gpus=None if (settings.profile or detect_profile()) == "gpu" else 0)
+    for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sig, lambda *_: told_to_stop.set())
+    drain_s = 0.0
+    try:
+        say(f"starting {len(config['applications']) - 1} engine(s)")
+        cluster.apply(config)
+        _wait(config, settings, say, told_to_stop)
+        if not told_to_stop.is_set():
+            drain_s = STOP_DRAIN_S
+            _print_ready(catalog, settings, say, time.monotonic() - began, stays=True)
+            write_private(settings.state_dir / "ready", f"{_url(settings)}\n")
+            _until(told_to_stop)
+    finally:
+        say("stopping")
+        (settings.state_dir / "ready").unlink(missing_ok=True)
+        for sig in (signal.SIGINT, signal.SIGTERM):  # a second one does not wait for streams
+            signal.signal(sig, lambda *_: os._exit(1))
+        cluster.stop(settings, found, drain_s)
+        settings.pid_file.unlink(missing_ok=True)
+        say("stopped")
+
+
+def detach(settings: Settings, argv: list[str], say: Say) -> None:
+    """Runs `up` in the background and returns when it is ready; its output goes to a log file."""
+    if cluster.read_cluster_file(settings):
+        run(settings, say)
+        return
+    log = settings.log_dir / "up.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    ready = settings.state_dir / "ready"
+    ready.unlink(missing_ok=True)
+    with open(log, "wb") as out:
+        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+    shown = 0
+    while child.poll() is None and not ready.exists():
+        shown = _show_new(log, shown, say)
+        time.sleep(0.2)
+    _show_new(log, shown, say)
+    if child.poll() is not None:
+        raise OperatorError("the stack did not start", f"see {log}")
+
+
+def down(settings: Settings, say: Say, timeout_s: float = 60.0) -> None:
+    """Stops the stack of this state folder and waits until its processes are gone."""
+    found = cluster.read_cluster_file(settings)
+    pid = found.pid if found else _pid(settings)
+    if pid is None:
+        sweep(f"{settings.state_dir}:", prefix=True)
+        say("nothing runs")
+        return
+    main = psutil.Process(pid)
+    os.kill(pid, signal.SIGTERM)
+    say(f"stopping (pid {pid})")
+    try:
+        main.wait(timeout_s)
+    except psutil.TimeoutExpired:
+        raise OperatorError(f"pid {pid} did not stop within {timeout_s:g} s", f"kill -9 {pid} ends everything") from None
+    say("stopped")
+
+
+# -- before anything starts ----------------------------------------------------------------------------------------
+
+
+def check_engine_arguments(catalog: Catalog, settings: Settings) -> None:
+    for model, version in catalog.versions():
+        spec = manifest.engine_spec(catalog, model, version, lambda source, base: Path(source))
+        check_arguments(spec, f"{model.name}@{version.version}", settings.cache_dir)
+
+
+def preflight(settings: Settings) -> None:
+    """Port and disk, before the slow things."""
+    weights.require_free_disk(settings.state_dir, _FREE_DISK_BYTES, "the state folder")
+    with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind((settings.host, settings.port))
+        except OSError as e:
+            if e.errno == errno.EADDRINUSE:
+                raise PortTaken(
+                    f"port {settings.port} on {settings.host} is taken{_by_whom(settings.port)}", "set PORT to a free one"
+                ) from None
+            raise OperatorError(f"cannot listen on {settings.host}:{settings.port}: {e.strerror}", "set HOST") from None
+
+
+def prepare_weights(catalog: Catalog, settings: Settings, say: Say) -> None:
+    """Builds or finds and verifies everything the catalog names; progress is passed on."""
+    for model, version in catalog.versions():
+        base = catalog.folders[model.name]
+        if version.weights is None:
+            continue
+        path = weights.resolve(version.weights.source, base=base, cache=settings.cache_dir, on_progress=say)
+        weights.verify(path, "model", version.weights.sha256)
+        for adapter in version.adapters:
+            path = weights.resolve(adapter.source, base=base, cache=settings.cache_dir, on_progress=say)
+            weights.verify(path, "adapter")
+
+
+def prepare_secrets(settings: Settings, say: Say) -> None:
+    """Cluster secret and first key, made once, mode 0600."""
+    import secrets
+
+    settings.state_dir.mkdir(parents=True, exist_ok=True)
+    if settings.cluster_secret is None and not settings.secret_file.exists():
+        write_private(settings.secret_file, secrets.token_urlsafe(32))
+    elif settings.cluster_secret is not None:
+        # Workers read it from its file: an environment variable would reach every process of the node.
+        write_private(settings.state_dir / "cluster-secret", settings.cluster_secret.get_secret_value())
+    if not settings.keys_file.exists():
+        _, token = create_key(
+            settings.keys_file, name="first", scopes=["infer:*", "metrics", "admin"], now=time.time(), expires_at=None
+        )
+        write_private(settings.api_key_file, token + "\n")
+        say(f"made the first key: {_short(settings.api_key_file)}")
+
+
+def _only_one(settings: Settings) -> FileLock:
+    settings.state_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(settings.state_dir / "up.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OperatorError(f"another `steelyard up` is at work in {settings.state_dir}", "wait, or stop it") from None
+    settings.pid_file.write_text(f"{os.getpid()}\n")
+    return lock
+
+
+def _by_whom(port: int) -> str:
+    try:
+        for c in psutil.net_connections("tcp"):
+            if c.status == psutil.CONN_LISTEN and c.laddr and c.laddr.port == port and c.pid:
+                return f" by pid {c.pid} ({psutil.Process(c.pid).name()})"
+    except psutil.Error:
+        pass
+    return ""
+
+
+# -- until ready ---------------------------------------------------------------------------------------------------
+
+
+def _wait(config: dict[str, Any], settings: Settings, say: Say, stop: threading.Event | None = None) -> None:
+    """Until every application runs and a gateway says ready; the first engine that fails ends the wait with its reason."""
+    wanted = {a["name"] for a in config["applications"]}
+    began, told, deadline = time.time(), "", time.monotonic() + settings.ready_timeout_s
+    next_line = 0.0
+    while stop is None or not stop.is_set():
+        table = cluster.snapshot()
+        for e in table.endpoints:
+            if e.state is State.FAILED and e.version_id in wanted and e.started_at >= began - 1:
+                raise EngineError(e.reason)
+        statuses = cluster.app_statuses()
+        for name, (status, message) in statuses.items():
+            if status in ("DEPLOY_FAILED", "UNHEALTHY") and name in wanted:
+                raise EngineError(f"{name}: {_sentence(message)}", f"see {settings.log_dir}")
+        running = {n for n, (status, _) in statuses.items() if status == "RUNNING"}
+        if wanted <= running and set(statuses) <= wanted and _readyz(settings):
+            return
+        line = _progress(wanted, running, table)
+        if line != told or time.monotonic() > next_line:
+            say(f"{time.time() - began:5.1f} s  {line}")
+            told, next_line = line, time.monotonic() + 10
+        if time.monotonic() > deadline:
+            raise EngineError(f"not ready within {settings.ready_timeout_s:g} s: {line}", f"see {settings.log_dir}")
+        (stop or threading.Event()).wait(0.25)
+
+
+def _progress(wanted: set[str], running: set[str], table: Snapshot) -> str:
+    def state(name: str) -> str:
+        states = [str(e.state) for e in table.endpoints if e.version_id == name]
+        if name in running or not states:
+            return "READY" if name in running else "waiting"
+        return "/".join(sorted(set(states)))
+
+    return "  ".join(f"{name} {state(name)}" for name in sorted(wanted))
+
+
+def _sentence(message: str) -> str:
+    """Serve's status messages are tracebacks: their last telling line."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    for line in reversed(lines):
+        if "Error" in line:
+            return line.split("Error: ", 1)[-1][:500]
+    return lines[-1][:500] if lines else "it failed"
+
+
+def _readyz(settings: Settings) -> bool:
+    try:
+        with urllib.request.urlopen(f"{_url(settings)}/readyz", timeout=2) as r:
+            return bool(r.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def _until(stop: threading.Event) -> None:
+    """Waits for the signal; ends with an error when Ray dies under us."""
+    import ray
+
+    node = ray._private.worker._global_node
+    while not stop.wait(1.0):
+        if node is not None and not node.remaining_processes_alive():
+            raise OperatorError("a Ray process of this node died", "see its log folder, then run `steelyard up` again")
+
+
+def _print_ready(catalog: Catalog, settings: Settings, say: Say, took_s: float, *, stays: bool) -> None:
+    url, key = _url(settings), _short(settings.api_key_file)
+    name = catalog.models[0].name
+    say(f"ready after {took_s:.1f} s: {url}  models: {', '.join(sorted(catalog.served_names))}")
+    say(f"key: {key}")
+    say("")
+    say(f"curl -s {url}/v1/chat/completions -H \"Authorization: Bearer $(cat {key})\" -H 'content-type: application/json' \\")
+    say(f"  -d '{{\"model\": \"{name}\", \"messages\": [{{\"role\": \"user\", \"content\": \"What is Steelyard?\"}}]}}'")
+    say("")
+    if stays:
+        say("Ctrl-C stops everything.")
+
+
+def _url(settings: Settings) -> str:
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+
+
+def _short(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _pid(settings: Settings) -> int | None:
+    try:
+        pid = int(settings.pid_file.read_text())
+        os.kill(pid, 0)
+        command = " ".join(psutil.Process(pid).cmdline())
+    except (OSError, ValueError, psutil.Error):
+        return None
+    return pid if "serving.cli" in command or "steelyard" in command else None
+
+
+def _show_new(log: Path, shown: int, say: Say) -> int:
+    text = log.read_bytes()
+    whole = text.rfind(b"\n") + 1
+    for line in text[shown:whole].decode(errors="replace").splitlines():
+        say(line)
+    return max(shown, whole)
+
+
+def detached_argv() -> list[str]:
+    return [sys.executable, "-m", "serving.cli.main", "up"]
+
+
+__all__ = ["detach", "detached_argv", "down", "inherited_environment", "run"]

@@ -1,0 +1,129 @@
+"""What to run: one engine's launch spec -> argv and environment. Pure, except that it knows this interpreter.
+
+An engine is "a command that serves OpenAI HTTP and Prometheus text"; a new kind is one more function here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from serving.errors import EngineError
+
+DEFAULT_SLOTS = 256
+DOOR = "serving.engine.door.Door"
+_GUARD = Path(__file__).parent / "guard"
+_ROOT = Path(__file__).parents[2]
+
+# Of the replica's environment, only what an engine needs: never our keys, never Ray's.
+_DROP_PREFIXES = ("STEELYARD_", "RAY_", "SERVE_", "PYTHON", "__RAY")
+# Ray sets these for its actors; an engine's process picks its own.
+_DROP = frozenset({"OMP_NUM_THREADS", "LD_PRELOAD"})
+
+
+class AdapterSpec(msgspec.Struct, frozen=True):
+    """A LoRA adapter the engine loads at start: the name clients use, and its folder."""
+
+    name: str
+    path: str
+
+
+class EngineSpec(msgspec.Struct, frozen=True):
+    """Everything that identifies what an engine serves; it is the `args` of its Serve application, so a change of any
+    field rolls the replicas, and nothing else does."""
+
+    model: str
+    version: str
+    kind: str
+    weights: str
+    served_names: list[str]
+    args: dict[str, object] = {}
+    env: dict[str, str] = {}
+    adapters: list[AdapterSpec] = []
+
+    @property
+    def id(self) -> str:
+        return f"{self.model}@{self.version}"
+
+    @property
+    def slots(self) -> int:
+        """Concurrent generations the engine takes; one more is `busy` at its door."""
+        value = self.args.get("max-num-seqs", DEFAULT_SLOTS)
+        return int(value) if isinstance(value, int | str) else DEFAULT_SLOTS
+
+
+class Command(msgspec.Struct, frozen=True):
+    argv: list[str]
+    env: dict[str, str]
+
+
+def build(
+    spec: EngineSpec, *, host: str, port: int, secret: str, mark: str, parent_pid: int, environ: Mapping[str, str]
+) -> Command:
+    """The command of `spec` listening on host:port behind its door. The secret goes by environment, never argv."""
+    builders = {"vllm": _vllm, "simulator": _simulator}
+    if spec.kind not in builders:
+        raise EngineError(f"{spec.id}: unknown engine kind {spec.kind!r}", f"use one of {', '.join(builders)}")
+    argv = [sys.executable, "-u", *builders[spec.kind](spec), "--host", host, "--port", str(port)]
+    env = {k: v for k, v in environ.items() if k not in _DROP and not k.startswith(_DROP_PREFIXES)}
+    env |= {
+        "PYTHONPATH": ":".join([str(_GUARD), str(_ROOT), *_kept_pythonpath(environ)]),
+        "STEELYARD_DOOR_SECRET": secret,
+        "STEELYARD_DOOR_SLOTS": str(spec.slots),
+        "STEELYARD_ENGINE_MARK": mark,
+        "STEELYARD_ENGINE_PARENT": str(parent_pid),
+    }
+    if spec.kind == "vllm":
+        env |= {"VLLM_HOST_IP": host, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    return Command(argv, env | spec.env)
+
+
+def _kept_pythonpath(environ: Mapping[str, str]) -> list[str]:
+    return [p for p in environ.get("PYTHONPATH", "").split(":") if p and p not in (str(_GUARD), str(_ROOT))]
+
+
+def _vllm(spec: EngineSpec) -> list[str]:
+    adapters: list[str] = []
+    if spec.adapters:
+        adapters = ["--enable-lora", "--lora-modules", *(f"{a.name}={a.path}" for a in spec.adapters)]
+        if "max-loras" not in spec.args:
+            adapters += ["--max-loras", str(len(spec.adapters))]
+    return ["-m", "vllm.entrypoints.openai.api_server", *_common(spec), "--disable-uvicorn-access-log", *adapters]
+
+
+def _simulator(spec: EngineSpec) -> list[str]:
+    adapters = ["--lora-modules", *(f"{a.name}={a.path}" for a in spec.adapters)] if spec.adapters else []
+    return ["-m", "serving.engine.simulator", *_common(spec), *adapters]
+
+
+def _common(spec: EngineSpec) -> list[str]:
+    args = {"max-num-seqs": spec.slots} | spec.args
+    return [
+        *("--model", spec.weights, "--served-model-name", *spec.served_names),
+        *("--middleware", DOOR, "--enable-request-id-headers"),
+        *flags(args),
+    ]
+
+
+def flags(args: Mapping[str, object]) -> list[str]:
+    """vLLM's own argument names to argv: true -> `--name`, false -> `--no-name`, null -> left out, list -> values,
+    mapping -> JSON."""
+    out: list[str] = []
+    for name, value in args.items():
+        if value is None:
+            continue
+        if value is True:
+            out.append(f"--{name}")
+        elif value is False:
+            out.append(f"--no-{name}")
+        elif isinstance(value, list):
+            out += [f"--{name}", *map(str, value)]
+        elif isinstance(value, dict):
+            out += [f"--{name}", json.dumps(value)]
+        else:
+            out += [f"--{name}", str(value)]
+    return out

@@ -1,0 +1,90 @@
+"""The door: the outermost ASGI layer inside the engine's process.
+
+It demands the cluster secret on every path, health and metrics included (vLLM's own `--api-key` guards some prefixes
+only), and lets at most `slots` generations in: the next one gets an immediate 503 with `x-steelyard-busy: 1`, so that
+the limit is exact however many gateways there are, and a gateway that guessed wrong loses a millisecond, not its place.
+
+Runs inside the engine, so: standard library only, and it reads its own three variables from the environment
+(`STEELYARD_DOOR_SECRET`, `STEELYARD_DOOR_SLOTS`). Given to vLLM as `--middleware serving.engine.door.Door`.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+SECRET_HEADER = b"x-steelyard-secret"
+BUSY_HEADER = b"x-steelyard-busy"
+STATUS_PATH = "/-/door"
+
+# Routes that hold no KV cache: they pass without taking a slot.
+_FREE = frozenset({"/v1/models", "/v1/messages/count_tokens"})
+
+
+class Door:
+    """Wraps the engine's app. `in_flight` counts generations between request and last byte or disconnect."""
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+        secret = os.environ.get("STEELYARD_DOOR_SECRET", "")
+        if not secret:
+            raise RuntimeError("STEELYARD_DOOR_SECRET is not set: an engine without its door's secret does not start")
+        self.app = app
+        self.slots = int(os.environ.get("STEELYARD_DOOR_SLOTS", "256"))
+        self.in_flight = 0
+        self.refused = 0
+        self._secret = secret.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        given = b""
+        for name, value in scope["headers"]:
+            if name == SECRET_HEADER:
+                given = value
+                break
+        if not hmac.compare_digest(given, self._secret):
+            await self._refuse(scope, send)
+            return
+        path: str = scope["path"]
+        if path == STATUS_PATH:
+            await _answer(
+                send, 200, {"in_flight": self.in_flight, "slots": self.slots, "refused": self.refused, "pid": os.getpid()}
+            )
+        elif scope["type"] == "http" and scope["method"] == "POST" and path.startswith("/v1/") and path not in _FREE:
+            await self._through(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _through(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.in_flight >= self.slots:
+            self.refused += 1
+            await _answer(send, 503, {"error": {"message": "all slots are taken", "code": "busy"}}, busy=True)
+            return
+        self.in_flight += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.in_flight -= 1
+
+    async def _refuse(self, scope: Scope, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await _answer(send, 401, {"error": {"message": "this engine answers its gateways only", "code": "no_secret"}})
+
+
+async def _answer(send: Send, status: int, body: dict[str, Any], busy: bool = False) -> None:
+    data = json.dumps(body).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
+    if busy:
+        headers.append((BUSY_HEADER, b"1"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": data})

@@ -1,0 +1,31 @@
+"""Ties every Python process of an engine to its parent: no parent, no child, no orphan that holds a GPU.
+
+This folder is first on an engine's PYTHONPATH, so each interpreter of the tree (server -> EngineCore -> Worker) runs
+this before anything else. A parent-death signal on the server alone leaves EngineCore and Worker alive with their GPU
+memory. The signal is not inherited over fork, so it is armed again there. Standard library only.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+_PARENT = "STEELYARD_ENGINE_PARENT"  # pid of the process that made this one, handed down by exec
+
+
+def _arm(expected: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # The parent may have died before the signal was armed. A living intermediary (a shell) is fine.
+    if expected and os.getppid() != expected and not os.path.exists(f"/proc/{expected}"):
+        os._exit(1)
+    os.environ[_PARENT] = str(os.getpid())
+
+
+def _after_fork() -> None:
+    _arm(int(os.environ.get(_PARENT, "0")))
+
+
+if sys.platform == "linux" and "STEELYARD_ENGINE_MARK" in os.environ:
+    _arm(int(os.environ.get(_PARENT, "0")))
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,208 @@
+"""One engine process: start, watch, stop, and above all: never leave one behind.
+
+The engine is a tree (server -> EngineCore -> Worker) in its own process group. It ends when
+  * its supervisor dies, however: each process of the tree has a parent-death signal armed (`guard/`), which is why the
+    spawning thread must live as long as the engine: the kernel ties the signal to the parent *thread*;
+  * any of its main processes dies: the watcher kills the group, a server without its EngineCore answers nothing;
+  * `stop()` is called: SIGTERM, then SIGKILL, then a sweep by environment mark for what left the group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from serving.engine.command import Command
+from serving.errors import EngineError
+
+log = logging.getLogger(__name__)
+
+_MARK = "STEELYARD_ENGINE_MARK"
+_TELLING = ("Error", "error:", "Exception", "CUDA out of memory", "Killed", "No space left", "ValidationError")
+_NOISE = ("RuntimeError: Engine core initialization failed", "Traceback (most recent", "EngineDeadError", "raise ")
+
+
+class EngineProcess:
+    """A running engine. `on_exit(sentence)` is called once, from the watcher thread, when it ends unasked."""
+
+    def __init__(self, command: Command, log_path: Path, on_exit: Callable[[str], None] | None = None) -> None:
+        self.command = command
+        self.log_path = log_path
+        self.exited = threading.Event()
+        self.returncode: int | None = None
+        self.pid = 0
+        self._on_exit = on_exit
+        self._stopping = False
+        self._spawned = threading.Event()
+        self._spawn_error: OSError | None = None
+        self._thread = threading.Thread(target=self._supervise, name="engine-supervisor", daemon=True)
+
+    def start(self) -> None:
+        """Spawns the process and returns at once; raises EngineError when it cannot even be spawned."""
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._thread.start()
+        self._spawned.wait()
+        if self._spawn_error is not None:
+            raise EngineError(f"cannot start {self.command.argv[0]}: {self._spawn_error}") from None
+
+    @property
+    def alive(self) -> bool:
+        return self.pid != 0 and not self.exited.is_set()
+
+    def stop(self, grace_s: float = 5.0) -> None:
+        """Ends the tree: SIGTERM, after `grace_s` SIGKILL, then the sweep. Returns when nothing is left."""
+        self._stopping = True
+        if self.pid and not self.exited.is_set():
+            _signal_group(self.pid, signal.SIGTERM)
+            self.exited.wait(grace_s)
+        if self.pid:
+            _signal_group(self.pid, signal.SIGKILL)
+            self.exited.wait(5.0)
+        sweep(self.command.env[_MARK])
+
+    def telling_lines(self, limit: int = 3) -> str:
+        """The last lines of the log that say why it died, joined by ` | `; else its last line."""
+        return telling_lines(self.log_path, limit)
+
+    def _supervise(self) -> None:
+        # Spawn and wait in one thread: it lives exactly as long as the engine.
+        try:
+            with open(self.log_path, "ab", opener=_private) as out:
+                child = subprocess.Popen(
+                    self.command.argv,
+                    env=self.command.env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        except OSError as e:
+            self._spawn_error = e
+            self._spawned.set()
+            return
+        self.pid = child.pid
+        self._spawned.set()
+        died = self._watch(child)
+        _signal_group(child.pid, signal.SIGKILL)
+        self.returncode = child.wait()
+        sweep(self.command.env[_MARK])
+        self.exited.set()
+        if not self._stopping and self._on_exit is not None:
+            self._on_exit(f"{died} (exit code {self.returncode})")
+
+    def _watch(self, child: subprocess.Popen[bytes]) -> str:
+        """Blocks until one of the tree's main processes ends; its name. Children are looked up once a second only
+        while the tree still grows or could, by pidfd otherwise: no polling of /proc under load."""
+        poller = select.poll()
+        watched: dict[int, tuple[int, str]] = {}
+
+        def add(pid: int, name: str) -> None:
+            if all(pid != p for p, _ in watched.values()):
+                with contextlib.suppress(ProcessLookupError):
+                    fd = os.pidfd_open(pid)
+                    watched[fd] = (pid, name)
+                    poller.register(fd, select.POLLIN)
+
+        add(child.pid, "the engine's server ended")
+        pause_ms = 500
+        try:
+            while watched:
+                for fd, _ in poller.poll(pause_ms):
+                    return watched[fd][1]
+                if child.poll() is not None:
+                    return "the engine's server ended"
+                before = len(watched)
+                for pid, name in _main_children(child.pid):
+                    add(pid, f"the engine's {name} ended")
+                pause_ms = 1000 if len(watched) == 1 or len(watched) != before else 10_000
+            return "the engine's server ended"
+        finally:
+            for fd in watched:
+                os.close(fd)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _main_children(pid: int) -> list[tuple[int, str]]:
+    """EngineCore and Worker processes below `pid`; others (compile helpers, trackers) may come and go."""
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for child in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                title = " ".join(child.cmdline()) or child.name()
+                for name in ("EngineCore", "Worker"):
+                    if f"VLLM::{name}" in title:
+                        found.append((child.pid, name))
+                        break
+    return found
+
+
+def _signal_group(pgid: int, sig: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pgid, sig)
+
+
+def sweep(mark: str, *, prefix: bool = False, wait_s: float = 5.0) -> int:
+    """SIGKILLs every process of this user whose environment carries the mark (or a mark that starts with it); the
+    count. The last line of defence: it needs no parent, group or pid file to be right."""
+    killed = 0
+    deadline = time.monotonic() + wait_s
+    while pids := _marked(mark, prefix):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)  # SIGKILL is not waited for otherwise: these are not our children
+    return killed
+
+
+def _marked(mark: str, prefix: bool) -> list[int]:
+    entry = f"{_MARK}={mark}".encode()
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) != os.getpid():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as f:
+                for part in f.read().split(b"\0"):
+                    if part == entry or (prefix and part.startswith(entry)):
+                        found.append(int(name))
+    return found
+
+
+def telling_lines(path: Path, limit: int = 3) -> str:
+    """See `EngineProcess.telling_lines`; reads at most the last 256 KiB."""
+    try:
+        with open(path, "rb") as f:
+            f.seek(max(0, path.stat().st_size - 256 * 1024))
+            lines = f.read().decode(errors="replace").splitlines()
+    except OSError:
+        return "no log was written"
+    clean = [_strip(line) for line in lines if line.strip()]
+    telling: list[str] = []
+    for line in clean:
+        if any(t in line for t in _TELLING) and not any(n in line for n in _NOISE) and line not in telling:
+            telling.append(line)
+    chosen = telling[-limit:] or clean[-1:] or ["its log is empty"]
+    return " | ".join(line[:400] for line in chosen)
+
+
+def _strip(line: str) -> str:
+    """Without vLLM's prefixes: `(EngineCore pid=1) ERROR 11-01 10:00:00 [core.py:1] text` -> `text`."""
+    text = line.strip()
+    if text.startswith("(") and ") " in text:
+        text = text.split(") ", 1)[1]
+    head, bracket, rest = text.partition("] ")
+    return rest.strip() if bracket and "[" in head and len(head) < 80 else text

@@ -1,0 +1,232 @@
+"""The simulator's routes, and the life of one generation."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+import serving
+from serving.engine.simulator import tokens, wire
+from serving.engine.simulator.asgi import Exchange, Receive, Scope, Send
+from serving.engine.simulator.core import ClientGone, Core, EngineDead, Sequence
+from serving.engine.simulator.models import Models
+from serving.engine.simulator.sins import Sins
+
+# Answers end by themselves after this many chat tokens ("stop"); completions without max_tokens get vLLM's 16.
+DEFAULT_CHAT_TOKENS = 64
+DEFAULT_COMPLETION_TOKENS = 16
+
+Handler = Callable[[Exchange], Awaitable[None]]
+
+
+class App:
+    """vLLM's HTTP surface, as far as this repository relies on it."""
+
+    def __init__(
+        self,
+        models: Models,
+        core: Core,
+        sins: Sins,
+        registry: CollectorRegistry,
+        *,
+        name_requests: bool = False,
+        force_usage: bool = False,
+        track_load: bool = False,
+    ) -> None:
+        self._models = models
+        self._core = core
+        self._sins = sins
+        self._registry = registry
+        self._name_requests = name_requests
+        self._force_usage = force_usage
+        self._track_load = track_load
+        self._load = 0
+        self._routes: dict[str, dict[str, Handler]] = {
+            "/v1/chat/completions": {"POST": self._chat},
+            "/v1/completions": {"POST": self._completion},
+            "/v1/models": {"GET": self._list_models},
+            "/tokenize": {"POST": self._tokenize},
+            "/detokenize": {"POST": self._detokenize},
+            "/health": {"GET": self._health},
+            "/ping": {"GET": self._health, "POST": self._health},
+            "/metrics": {"GET": self._metrics},
+            "/version": {"GET": self._version},
+            "/load": {"GET": self._server_load},
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise NotImplementedError(f"the simulator speaks HTTP only, not {scope['type']}")
+        exchange = Exchange(scope, receive, send, self._name_requests)
+        methods = self._routes.get(exchange.path)
+        if methods is None:
+            await exchange.json(404, {"detail": "Not Found"})
+        elif exchange.method not in methods:
+            allow = (b"allow", ", ".join(methods).encode())
+            await exchange.json(405, {"detail": "Method Not Allowed"}, allow)
+        else:
+            try:
+                await methods[exchange.method](exchange)
+            except wire.Refusal as refusal:
+                await exchange.json(refusal.status, refusal.body)
+            except ClientGone:
+                pass
+
+    async def _chat(self, exchange: Exchange) -> None:
+        request = wire.parse(await _json_body(exchange), wire.ChatRequest)
+        wanted = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+        prompt = _chat_prompt(request.messages)
+        await self._generate(exchange, wire.CHAT, request, prompt, tokens.count(prompt), wanted)
+
+    async def _completion(self, exchange: Exchange) -> None:
+        request = wire.parse(await _json_body(exchange), wire.CompletionRequest)
+        prompt, size = _completion_prompt(request.prompt)
+        wanted = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+        await self._generate(exchange, wire.COMPLETION, request, prompt, size, wanted)
+
+    async def _generate(
+        self,
+        exchange: Exchange,
+        dialect: wire.Dialect,
+        request: wire.Generation,
+        prompt: str,
+        prompt_tokens: int,
+        wanted: int | None,
+    ) -> None:
+        """Validate, wait for a slot, answer token by token; leave at once when the client does."""
+        if request.stream_options and not request.stream:
+            message = "Stream options can only be defined when `stream=True`. (parameter=stream_options)"
+            raise wire.Refusal(400, message, param="stream_options")
+        if request.n not in (None, 1):
+            raise wire.Refusal(400, f"the simulator answers n=1 only, got {request.n}.")
+        model = self._models.resolve(request.model)
+        if self._core.dead:
+            raise wire.engine_dead()
+        granted = wire.budget(prompt_tokens, wanted, DEFAULT_CHAT_TOKENS, self._models.max_model_len)
+        reason = "stop" if wanted is None and granted == DEFAULT_CHAT_TOKENS else "length"
+        self._sins.before_generation(prompt)
+
+        reply = wire.Reply.new(dialect, exchange.header(b"x-request-id"), model, prompt_tokens)
+        answer = tokens.Answer(self._models.identity(model), prompt)
+        self._load += self._track_load
+        try:
+            with self._core.sequence(prompt_tokens, granted) as sequence:
+                watch = asyncio.create_task(_fail_when_gone(exchange, sequence))
+                try:
+                    if request.stream:
+                        events = wire.Events(reply, request.stream_options, self._force_usage)
+                        await _stream(exchange, sequence, answer, events, reason)
+                    else:
+                        await _full(exchange, sequence, answer, reply, reason)
+                finally:
+                    watch.cancel()
+        finally:
+            self._load -= self._track_load
+
+    async def _tokenize(self, exchange: Exchange) -> None:
+        request = wire.parse(await _json_body(exchange), wire.TokenizeRequest)
+        self._models.resolve(request.model)
+        if request.messages is not None:
+            text = _chat_prompt(request.messages)
+        elif request.prompt is not None:
+            text = request.prompt
+        else:
+            raise wire.invalid_body("missing", "body.prompt", "Field required")
+        ids = tokens.encode(text)
+        strings = tokens.strings(text) if request.return_token_strs else None
+        await exchange.json(
+            200,
+            {"count": len(ids), "max_model_len": self._models.max_model_len, "tokens": ids, "token_strs": strings},
+        )
+
+    async def _detokenize(self, exchange: Exchange) -> None:
+        request = wire.parse(await _json_body(exchange), wire.DetokenizeRequest)
+        self._models.resolve(request.model)
+        await exchange.json(200, {"prompt": tokens.decode(request.tokens)})
+
+    async def _list_models(self, exchange: Exchange) -> None:
+        await exchange.json(200, self._models.cards())
+
+    async def _health(self, exchange: Exchange) -> None:
+        await exchange.answer(200 if self._sins.healthy(self._core.dead) else 503, b"", b"")
+
+    async def _metrics(self, exchange: Exchange) -> None:
+        await exchange.answer(200, generate_latest(self._registry), CONTENT_TYPE_LATEST.encode())
+
+    async def _version(self, exchange: Exchange) -> None:
+        await exchange.json(200, {"version": f"{serving.__version__}+sim"})
+
+    async def _server_load(self, exchange: Exchange) -> None:
+        await exchange.json(200, {"server_load": self._load})
+
+
+async def _stream(
+    exchange: Exchange, sequence: Sequence, answer: tokens.Answer, events: wire.Events, reason: str
+) -> None:
+    """The 200 goes out before the wait for a slot, like vLLM's; after it, failure can only be said in an event."""
+    await exchange.start_stream()
+    last = sequence.max_tokens - 1
+    try:
+        while due := await sequence.next():
+            if due.start == 0 and (opening := events.opening()):
+                await exchange.write(opening)
+            chunk = b"".join([events.token(answer.token(i), i + 1) for i in due if i != last])
+            if due.stop > last:
+                chunk += events.last(answer.token(last), last + 1, reason)
+            await exchange.write(chunk)
+    except EngineDead:
+        await exchange.write(wire.dead_event())
+    else:
+        sequence.finish(reason)
+        if events.usage_wanted:
+            await exchange.write(events.usage(sequence.sent))
+    await exchange.write(wire.DONE)
+    await exchange.write(b"", more=False)
+
+
+async def _full(exchange: Exchange, sequence: Sequence, answer: tokens.Answer, reply: wire.Reply, reason: str) -> None:
+    try:
+        while await sequence.next():
+            pass
+    except EngineDead:
+        raise wire.engine_dead() from None
+    sequence.finish(reason)
+    await exchange.json(200, reply.full(answer.text(sequence.sent), sequence.sent, reason))
+
+
+async def _fail_when_gone(exchange: Exchange, sequence: Sequence) -> None:
+    await exchange.hung_up()
+    sequence.fail(ClientGone())
+
+
+async def _json_body(exchange: Exchange) -> bytes:
+    media_type = (exchange.header(b"content-type") or "").lower().split(";", 1)[0]
+    if media_type != "application/json":
+        message = "1 validation error:\n  Unsupported Media Type: Only 'application/json' is allowed"
+        raise wire.Refusal(400, message, "Bad Request")
+    return await exchange.body()
+
+
+def _chat_prompt(messages: list[wire.Message]) -> str:
+    if not messages:
+        message = "Cannot apply chat template to an empty conversation. Provide at least one message."
+        raise wire.Refusal(400, message)
+    return tokens.render_chat([(m.role, m.text()) for m in messages])
+
+
+def _completion_prompt(prompt: str | list[str | int] | None) -> tuple[str, int]:
+    """The one prompt of a request as text, and its size in tokens; it comes as text, as [text] or as token ids."""
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
+        prompt = prompt[0]
+    if not prompt:
+        message = "Either prompt or prompt_embeds must be provided and non-empty. (parameter=prompt)"
+        raise wire.Refusal(400, message, param="prompt")
+    if isinstance(prompt, str):
+        return prompt, tokens.count(prompt)
+    ids = [p for p in prompt if isinstance(p, int)]
+    if len(ids) < len(prompt):
+        raise wire.Refusal(400, "the simulator answers one prompt a request.", param="prompt")
+    return tokens.decode(ids), len(ids)

@@ -1,0 +1,195 @@
+"""The simulated engine core: slots, KV room, a FIFO of the waiting, and the clock that makes tokens fall due."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from types import TracebackType
+
+from serving.engine.simulator.metrics import Metrics
+from serving.engine.simulator.sins import Sins
+
+# Long enough that bytes written before a sin strikes have left the process.
+_FLUSH_S = 0.005
+# Tokens fall due on a grid of at most this, and never coarser than a hundredth of the ITL: streams that share a wake-up
+# cost a third less CPU. The schedule itself stays exact, so lateness does not add up.
+_GRID_S = 0.010
+
+
+class EngineDead(Exception):
+    """The core died under this request; the client sees vLLM's dead-engine error."""
+
+
+class ClientGone(Exception):
+    """The client hung up; nothing is left to answer."""
+
+
+class Core:
+    """Admits requests first come, first served, while a slot and their KV room are free.
+
+    A request holds prompt + max_tokens tokens of `kv_tokens` from admission to its end: unlike vLLM, which grows and
+    preempts, so that a test can count on who waits.
+    """
+
+    def __init__(
+        self, *, slots: int, kv_tokens: int, ttft_s: float, itl_s: float, sins: Sins, metrics: Metrics
+    ) -> None:
+        self.slots = slots
+        self.kv_tokens = kv_tokens
+        self.ttft_s = ttft_s
+        self.itl_s = itl_s
+        self.grid_s = min(_GRID_S, itl_s / 100)
+        self.sins = sins
+        self.metrics = metrics
+        self.running: set[Sequence] = set()
+        self.waiting: dict[Sequence, None] = {}  # a FIFO that forgets a member in O(1)
+        self.kv_used = 0
+        self.frozen = False
+        self.dead = False
+        metrics.watch(
+            running=lambda: len(self.running),
+            waiting=lambda: len(self.waiting),
+            kv_usage=lambda: self.kv_used / self.kv_tokens,
+        )
+
+    def sequence(self, prompt_tokens: int, max_tokens: int) -> Sequence:
+        """A generation to be used as a context manager: inside it counts as waiting or running."""
+        return Sequence(self, prompt_tokens, max_tokens)
+
+    def die(self) -> None:
+        """The core is dead for good: everyone inside fails now, everyone later is refused."""
+        self.dead = True
+        for seq in [*self.running, *self.waiting]:
+            seq.fail(EngineDead())
+
+    def _enter(self, seq: Sequence) -> None:
+        self.waiting[seq] = None
+        self._admit()
+
+    def _leave(self, seq: Sequence) -> None:
+        self.waiting.pop(seq, None)
+        if seq in self.running:
+            self.running.discard(seq)
+            self.kv_used -= seq.held
+        self._admit()
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.slots:
+            seq = next(iter(self.waiting))
+            if self.kv_used + seq.held > self.kv_tokens:
+                return
+            del self.waiting[seq]
+            self.running.add(seq)
+            self.kv_used += seq.held
+            seq.begin()
+
+
+class Sequence:
+    """One generation. `next()` hands out its tokens as they fall due on a schedule fixed at admission, so that a late
+    wake-up does not push later tokens back."""
+
+    def __init__(self, core: Core, prompt_tokens: int, max_tokens: int) -> None:
+        self._core = core
+        self.prompt_tokens = prompt_tokens
+        self.max_tokens = max_tokens
+        self.held = prompt_tokens + max_tokens
+        self.sent = 0
+        self._arrived = self._last = asyncio.get_running_loop().time()
+        self._started: float | None = None
+        self._failed: Exception | None = None
+        self._wake: asyncio.Future[None] | None = None
+
+    def __enter__(self) -> Sequence:
+        self._core._enter(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._core._leave(self)
+
+    def begin(self) -> None:
+        """Called by the core at admission."""
+        self._started = asyncio.get_running_loop().time()
+        self._settle()
+
+    def fail(self, error: Exception) -> None:
+        """End the generation: the pending or the next `next()` raises `error`."""
+        self._failed = self._failed or error
+        self._settle()
+
+    async def next(self) -> range:
+        """Indexes of the tokens due, one at least, all that are due when the caller comes late; empty at the end."""
+        if self.sent == self.max_tokens:
+            return range(0)
+        if self._started is None:
+            await self._until(None)
+        await self._sin_or_wait(self._first_due + self.sent * self._core.itl_s)
+        now = asyncio.get_running_loop().time()
+        tokens = range(self.sent, self._due_by(now))
+        self._count(tokens, now)
+        return tokens
+
+    async def _sin_or_wait(self, due: float) -> None:
+        core = self._core
+        if self.sent == core.sins.strike_at:
+            await self._until(max(due, asyncio.get_running_loop().time() + _FLUSH_S))
+            core.sins.at_token(core)
+        await self._until(due)
+        if core.frozen:
+            await self._until(None)
+
+    @property
+    def _first_due(self) -> float:
+        assert self._started is not None
+        return self._started + self._core.ttft_s
+
+    def _due_by(self, now: float) -> int:
+        """Tokens due until `now`, one more than `sent` at least: a timer may fire a little early."""
+        core = self._core
+        due = int((now - self._first_due) / core.itl_s) + 1 if core.itl_s else self.max_tokens
+        strike_at = core.sins.strike_at
+        bound = strike_at if strike_at is not None and self.sent < strike_at else self.max_tokens
+        return max(self.sent + 1, min(due, bound, self.max_tokens))
+
+    def _count(self, tokens: range, now: float) -> None:
+        metrics, self.sent = self._core.metrics, tokens.stop
+        if tokens.start == 0:
+            metrics.first_token(self.prompt_tokens, now - self._arrived)
+        else:
+            metrics.inter_token.observe(now - self._last)
+        self._last = now
+        metrics.tokens(len(tokens) + (self.prompt_tokens if tokens.start == 0 else 0), len(tokens))
+
+    def finish(self, reason: str) -> None:
+        """Count the request as served. An aborted one is not counted, as in vLLM."""
+        assert self._started is not None
+        now = asyncio.get_running_loop().time()
+        self._core.metrics.finished(
+            reason,
+            prompt_tokens=self.prompt_tokens,
+            tokens=self.sent,
+            waited_s=self._started - self._arrived,
+            ran_s=now - self._started,
+        )
+
+    async def _until(self, when: float | None) -> None:
+        """Sleep until loop time `when` (None: until settled), or raise at once what `fail` was given."""
+        if self._failed is not None:
+            raise self._failed
+        loop = asyncio.get_running_loop()
+        if when is not None and when <= loop.time():
+            return
+        self._wake = loop.create_future()
+        if when is not None and (grid := self._core.grid_s):
+            when = math.ceil(when / grid) * grid
+        timer = None if when is None else loop.call_at(when, self._settle)
+        try:
+            await self._wake
+        finally:
+            if timer is not None:
+                timer.cancel()
+        if self._failed is not None:
+            raise self._failed
+
+    def _settle(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)

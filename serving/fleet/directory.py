@@ -1,0 +1,174 @@
+"""The directory: a named, restartable Ray actor that knows who is alive, where, and how loaded.
+
+Never on the data path: gateways long-poll it and keep the last table while it is away; replicas announce themselves
+whole twice a second, so a restarted directory is complete within `SETTLE_S`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from serving.fleet.endpoint import Endpoint, GatewayInfo, Snapshot, State
+
+log = logging.getLogger(__name__)
+
+NAME = "directory"
+NAMESPACE = "steelyard"
+REPORT_EVERY_S = 0.5
+LEASE_S = 5.0  # an entry not renewed for this long is gone: its process or node died without a word
+FAILED_KEPT_S = 60.0  # how long a FAILED entry stays to tell why
+SETTLE_S = 3.0
+LOAD_NEWS_EVERY_S = 0.25  # load alone wakes pollers at most this often; a state change wakes them at once
+
+
+class Table:
+    """The directory's state without Ray: entries with leases, and a change number. Times are monotonic seconds."""
+
+    def __init__(self, now: float) -> None:
+        self.epoch = uuid.uuid4().hex
+        self.number = 0
+        self._born = now
+        self._endpoints: dict[str, tuple[Endpoint, float]] = {}
+        self._gateways: dict[str, tuple[GatewayInfo, float]] = {}
+
+    def announce(self, endpoint: Endpoint, now: float) -> bool:
+        """Upserts; True when anything but load changed, so that pollers must hear of it at once."""
+        known = self._endpoints.get(endpoint.id)
+        if endpoint.state is State.STOPPED:
+            self._endpoints.pop(endpoint.id, None)
+        else:
+            lease = FAILED_KEPT_S if endpoint.state is State.FAILED else LEASE_S
+            self._endpoints[endpoint.id] = (endpoint, now + lease)
+        self.number += 1
+        return known is None or known[0].state is not endpoint.state or known[0].url != endpoint.url
+
+    def announce_gateway(self, gateway: GatewayInfo, now: float) -> bool:
+        new = gateway.id not in self._gateways
+        self._gateways[gateway.id] = (gateway, now + LEASE_S)
+        return new
+
+    def withdraw_gateway(self, gateway_id: str) -> bool:
+        return self._gateways.pop(gateway_id, None) is not None
+
+    def expire(self, now: float) -> bool:
+        """Drops entries whose lease ran out; True when there were any."""
+        dead = [i for i, (_, until) in self._endpoints.items() if until < now]
+        gone = [i for i, (_, until) in self._gateways.items() if until < now]
+        for i in dead:
+            del self._endpoints[i]
+        for i in gone:
+            del self._gateways[i]
+        if dead or gone:
+            self.number += 1
+        return bool(dead or gone)
+
+    def snapshot(self, now: float) -> Snapshot:
+        return Snapshot(
+            epoch=self.epoch,
+            number=self.number,
+            complete=now - self._born >= SETTLE_S,
+            endpoints=tuple(e for e, _ in self._endpoints.values()),
+            gateways=tuple(g for g, _ in self._gateways.values()),
+        )
+
+
+class Directory:
+    """The actor around `Table`. Async: thousands of pollers wait on one condition."""
+
+    def __init__(self) -> None:
+        self._table = Table(time.monotonic())
+        self._news = asyncio.Event()
+        self._load_news: asyncio.TimerHandle | None = None
+        self._janitor: asyncio.Task[None] | None = None
+
+    async def announce(self, endpoint: Endpoint) -> None:
+        self._ensure_janitor()
+        if self._table.announce(endpoint, time.monotonic()):
+            self._wake()
+        elif self._load_news is None:
+            self._load_news = asyncio.get_running_loop().call_later(LOAD_NEWS_EVERY_S, self._wake)
+
+    async def announce_gateway(self, gateway: GatewayInfo) -> None:
+        if self._table.announce_gateway(gateway, time.monotonic()):
+            self._wake()
+
+    async def withdraw_gateway(self, gateway_id: str) -> None:
+        if self._table.withdraw_gateway(gateway_id):
+            self._wake()
+
+    async def wait(self, epoch: str, number: int, timeout_s: float) -> Snapshot:
+        """Long poll: returns when the table is newer than (epoch, number), or after `timeout_s`."""
+        self._ensure_janitor()
+        if (self._table.epoch, self._table.number) == (epoch, number):
+            try:
+                await asyncio.wait_for(self._news.wait(), timeout_s)
+            except TimeoutError:
+                pass
+        return self._table.snapshot(time.monotonic())
+
+    async def snapshot(self) -> Snapshot:
+        return self._table.snapshot(time.monotonic())
+
+    def _wake(self) -> None:
+        if self._load_news is not None:
+            self._load_news.cancel()
+            self._load_news = None
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def _ensure_janitor(self) -> None:
+        if self._janitor is None:
+            self._janitor = asyncio.get_running_loop().create_task(self._expire_for_ever())
+
+    async def _expire_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(0.5)
+            if self._table.expire(time.monotonic()):
+                self._wake()
+
+
+def handle() -> Any:
+    """The directory's actor handle, created on first use. Detached, so that it outlives whoever came first."""
+    import ray
+
+    return (
+        ray.remote(Directory)
+        .options(
+            name=NAME,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            max_restarts=-1,
+            num_cpus=0,
+            max_concurrency=10_000,
+        )
+        .remote()
+    )
+
+
+async def follow(on_snapshot: Callable[[Snapshot], Awaitable[None] | None]) -> None:
+    """Long-polls for ever and calls back with each snapshot; a directory that is away is waited for, quietly."""
+    actor, epoch, number, away = None, "", -1, False
+    while True:
+        try:
+            actor = actor or handle()
+            snapshot = await asyncio.wait_for(actor.wait.remote(epoch, number, 10.0), 20.0)
+            epoch, number = snapshot.epoch, snapshot.number
+            result = on_snapshot(snapshot)
+            if result is not None:
+                await result
+            if away:
+                log.info("the directory is back")
+            away = False
+        except asyncio.CancelledError:
+            raise
+        except Exception as e:  # any Ray error: the last table stays good
+            if not away:
+                log.warning("the directory is away, keeping the last table: %s", type(e).__name__)
+            away, actor = True, None
+            await asyncio.sleep(0.5)

@@ -1,0 +1,76 @@
+"""The noun of the fleet: an endpoint is one replica's URL, state and load, as the directory tells the gateways."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class State(StrEnum):
+    """A replica's life: STARTING -> READY -> DRAINING -> STOPPED, FAILED from any but STOPPED."""
+
+    STARTING = "STARTING"
+    READY = "READY"
+    DRAINING = "DRAINING"
+    STOPPED = "STOPPED"
+    FAILED = "FAILED"
+
+
+_NEXT: dict[State, frozenset[State]] = {
+    State.STARTING: frozenset({State.READY, State.DRAINING, State.FAILED}),
+    State.READY: frozenset({State.DRAINING, State.FAILED}),
+    State.DRAINING: frozenset({State.STOPPED, State.FAILED}),
+    State.STOPPED: frozenset(),
+    State.FAILED: frozenset({State.STOPPED}),
+}
+
+
+def advance(now: State, to: State) -> State:
+    """`to`, when a replica in state `now` may become that; raises RuntimeError otherwise."""
+    if to not in _NEXT[now]:
+        raise RuntimeError(f"a replica cannot go from {now} to {to}")
+    return to
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """What a replica announces, whole, every time: a restarted directory is complete after one round."""
+
+    id: str
+    model: str
+    version: str
+    url: str
+    state: State
+    slots: int
+    in_flight: int = 0  # generations inside the door, whoever sent them
+    waiting: int = 0  # of those, waiting in the engine's own queue
+    kv_usage: float = 0.0  # share of KV cache blocks in use, 0..1
+    max_model_len: int | None = None  # tokens
+    reason: str = ""  # why FAILED, one line
+    node: str = ""
+    started_at: float = 0.0  # epoch seconds
+    ready_after_s: float | None = None  # spawn to first token
+
+    @property
+    def version_id(self) -> str:
+        return f"{self.model}@{self.version}"
+
+
+class GatewayInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A gateway's own entry: where its private listener answers metrics scrapes (cluster secret needed)."""
+
+    id: str
+    url: str
+    node: str = ""
+    held: dict[str, int] = {}  # model -> requests held in its queue
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """The directory's table at one moment. `epoch` changes when the directory was restarted; until `complete` a
+    snapshot may lack replicas that have not re-announced yet, so a reader adds from it and removes nothing."""
+
+    epoch: str
+    number: int
+    complete: bool
+    endpoints: tuple[Endpoint, ...] = ()
+    gateways: tuple[GatewayInfo, ...] = ()

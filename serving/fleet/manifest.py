@@ -1,0 +1,135 @@
+"""Catalog -> Serve config: pure. What `steelyard render` prints is what `steelyard up` applies and the chart carries.
+
+Serve rolls an application's replicas when its import path, runtime env or `args` change. So `args` hold only what
+identifies weights and engine argv (an `EngineSpec`); counts, grace, health and knobs are `deployments:` overrides, and
+request limits reach the gateways by `user_config`, which Serve hands over without a restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from serving.catalog.spec import Catalog, ModelSpec, Version
+from serving.engine.command import AdapterSpec, EngineSpec
+from serving.errors import CatalogError
+
+GATEWAY_APP = "gateway"
+STOP_GRACE_S = 10.0  # beyond the drain bound: stopping the engine itself
+
+# (source, folder of the model's file) -> path of the weights as the node that runs the engine sees it
+Locate = Callable[[str, Path], Path]
+
+
+def serve_config(catalog: Catalog, *, gateways: int, locate: Locate) -> dict[str, Any]:
+    """The multi-application Serve config of the whole catalog, gateways included."""
+    apps = [_engine_app(catalog, model, version, locate) for model, version in catalog.versions()]
+    return {
+        "proxy_location": "Disabled",  # clients reach the gateways' own listeners
+        "applications": [_gateway_app(catalog, gateways), *apps],
+    }
+
+
+def engine_spec(catalog: Catalog, model: ModelSpec, version: Version, locate: Locate) -> EngineSpec:
+    """What identifies one version's engine."""
+    base = catalog.folders[model.name]
+    weights = str(locate(version.weights.source, base)) if version.weights else model.name
+    return EngineSpec(
+        model=model.name,
+        version=version.version,
+        kind=version.engine.kind,
+        weights=weights,
+        served_names=[model.name, f"{model.name}@{version.version}"],
+        args=dict(version.engine.args),
+        env=dict(version.engine.env),
+        adapters=[AdapterSpec(a.name, str(locate(a.source, base))) for a in version.adapters],
+    )
+
+
+def gateway_config(catalog: Catalog) -> dict[str, Any]:
+    """The gateways' part of the catalog, as `serving.gateway.state.CatalogConfig` reads it."""
+    names: dict[str, Any] = {}
+    for name, to in catalog.served_names.items():
+        names[name] = {"model": to.model, "version": to.version}
+        if to.adapter is not None:
+            names[name]["adapter"] = to.adapter
+            if name != to.adapter:  # adapter@version: the engine knows the adapter alone
+                names[name]["sent_as"] = to.adapter
+    models = [
+        {
+            "name": m.name,
+            "versions": [v.version for v in m.versions],
+            "required": [v.version for v in m.versions if v.scaling.min > 0],
+            "allow": list(m.allow),
+            "limits": {
+                "max_queue": m.limits.max_queue,
+                "max_wait_s": m.limits.max_wait_s,
+                "request_timeout_s": m.limits.request_timeout_s,
+                "max_body_bytes": m.limits.max_body_bytes,
+            },
+        }
+        for m in catalog.models
+    ]
+    drain = max((v.drain_s for _, v in catalog.versions()), default=30.0)
+    return {"models": models, "names": names, "drain_s": drain}
+
+
+def _gateway_app(catalog: Catalog, gateways: int) -> dict[str, Any]:
+    config = gateway_config(catalog)
+    return {
+        "name": GATEWAY_APP,
+        "route_prefix": None,
+        "import_path": "serving.gateway.deployment:build",
+        "deployments": [
+            {
+                "name": "gateway",
+                "num_replicas": gateways,
+                "user_config": config,
+                "graceful_shutdown_timeout_s": config["drain_s"] + STOP_GRACE_S,
+                "graceful_shutdown_wait_loop_s": 0.1,
+                "health_check_period_s": 2.0,
+                "health_check_timeout_s": 10.0,
+                "max_ongoing_requests": 100,
+                "ray_actor_options": {"num_cpus": 0},
+            }
+        ],
+    }
+
+
+def _engine_app(catalog: Catalog, model: ModelSpec, version: Version, locate: Locate) -> dict[str, Any]:
+    where = f"{model.name}@{version.version}"
+    if version.scaling.max != version.scaling.min:
+        raise CatalogError(
+            f"{where}: scaling.min is {version.scaling.min} and scaling.max {version.scaling.max}; this version of "
+            "Steelyard does not scale between bounds yet",
+            "Set both to the number of replicas",
+        )
+    options: dict[str, Any] = {"num_cpus": version.resources.cpus}
+    if version.resources.gpus:
+        options["num_gpus"] = version.resources.gpus
+    if version.resources.accelerator:
+        options["accelerator_type"] = version.resources.accelerator
+    if model.placement.labels:
+        options["label_selector"] = dict(model.placement.labels)
+    return {
+        "name": where,
+        "route_prefix": None,
+        "import_path": "serving.replica:build",
+        "args": msgspec.to_builtins(engine_spec(catalog, model, version, locate)),
+        "deployments": [
+            {
+                "name": "engine",
+                "num_replicas": version.scaling.min,
+                "user_config": {"start_timeout_s": version.start_timeout_s, "drain_s": version.drain_s},
+                "graceful_shutdown_timeout_s": version.drain_s + STOP_GRACE_S,
+                "graceful_shutdown_wait_loop_s": 0.1,
+                "health_check_period_s": 2.0,
+                "health_check_timeout_s": 10.0,
+                "max_ongoing_requests": 1000,  # wake calls only
+                "ray_actor_options": options,
+            }
+        ],
+    }

@@ -1,0 +1,481 @@
+"""The gateway's ASGI app. `_generate` is the life of a chat request; each line of it is a room of its own.
+
+No Ray here: a Serve replica (`deployment.py`) feeds the catalog and the directory's table in, tests do it by hand.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from serving.errors import (
+    BodyTooLarge,
+    DeadlinePassed,
+    EngineBroken,
+    Internal,
+    InvalidKey,
+    NoReplica,
+    QueueFull,
+    RequestError,
+    ScopeMissing,
+    ShuttingDown,
+    UnknownModel,
+    UnknownRoute,
+)
+from serving.gateway import routes
+from serving.gateway.exchange import ClientGone, Exchange, Receive, Scope, Send
+from serving.gateway.keys import Key, KeyRing
+from serving.gateway.queue import VersionLine, bound_wait
+from serving.gateway.relay import Broken, Busy, Engines, Reply, error_event
+from serving.gateway.routes import Route
+from serving.gateway.routing import Upstream
+from serving.gateway.scrape import Scraper
+from serving.gateway.state import Fleet, ModelConfig, Name, model_cards
+from serving.telemetry.logs import RequestLog
+from serving.telemetry.metrics import UNKNOWN_MODEL, GatewayMetrics, ModelMetrics, StreamMeter
+
+log = logging.getLogger(__name__)
+
+MAX_REQUESTS = 10_000  # inside one gateway at once; file descriptors and memory are finite
+MAX_ATTEMPTS = 3  # at different replicas, `busy` not counted
+FUSE = 2  # a request under which this many engines died is not tried again
+BODY_TIMEOUT_S = 60.0  # for the whole request body to arrive
+KEYS_CHECK_EVERY_S = 1.0
+
+
+class Gateway:
+    """One gateway process: `await gateway.start()` once, then it is an ASGI app."""
+
+    def __init__(self, *, gateway_id: str, keys: KeyRing, secret: str, metrics: GatewayMetrics, log: RequestLog) -> None:
+        self.id = gateway_id
+        self.fleet = Fleet()
+        self.metrics = metrics
+        self.requests = 0  # inside now
+        self.draining = False
+        self.private_port = 0  # the listener for siblings; set by whoever opens it
+        self._keys = keys
+        self._secret = secret.encode()
+        self._log = log
+        self._engines: Engines | None = None
+        self._scraper: Scraper | None = None
+        self._reloader: asyncio.Task[None] | None = None
+        self._own: dict[str, Callable[[Exchange, Key | None], Awaitable[None]]] = {
+            "/healthz": self._healthz,
+            "/-/healthz": self._healthz,
+            "/readyz": self._readyz,
+            "/v1/models": self._models,
+            "/metrics": self._metrics,
+            "/metrics/targets": self._targets,
+        }
+
+    async def start(self) -> None:
+        self._engines = Engines(self._secret.decode())
+        self._scraper = Scraper(self.id, self.fleet, self.metrics, self._engines)
+        self._reloader = asyncio.create_task(self._reload_keys())
+
+    async def stop(self) -> None:
+        """After the last request. Closes connections to engines and writes out the log."""
+        if self._reloader is not None:
+            self._reloader.cancel()
+        if self._engines is not None:
+            await self._engines.close()
+        await asyncio.to_thread(self._log.close)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._http(Exchange(scope, receive, send))
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+
+    # -- the flow ------------------------------------------------------------------------------------------------
+
+    async def _http(self, x: Exchange) -> None:
+        """Every request ends in exactly one terminal event: an answer, an error, or a client that left."""
+        model = UNKNOWN_MODEL
+        self.requests += 1
+        try:
+            await self._dispatch(x)
+        except RequestError as e:
+            await self._failed(x, e)
+        except ClientGone:
+            x.line.client_gone, x.line.reason = True, "client_gone"
+        except Exception:
+            log.exception("unexpected", extra={"request_id": x.request_id})
+            await self._failed(x, Internal())
+        finally:
+            self.requests -= 1
+            if x.path in routes.SERVED or x.line.status >= 400:
+                model = x.line.model or UNKNOWN_MODEL
+                self._write_down(x, model)
+
+    async def _dispatch(self, x: Exchange) -> None:
+        if self.private_port and x.came_by[1] == self.private_port:
+            await self._sibling(x)
+            return
+        if routes.OWN.get(x.path) == "":  # health needs no key
+            routes.match(x.method, x.path)
+            await self._own[x.path](x, None)
+            return
+        key = self._keys.check(x.token, time.time())
+        x.line.key_id = key.id
+        route = routes.match(x.method, x.path)
+        if isinstance(route, Route):
+            await self._generate(x, route, key)
+            return
+        scope = routes.OWN[route]
+        if scope and not key.allows(scope):
+            raise ScopeMissing(f"this key lacks the scope `{scope}`")
+        await self._own[route](x, key)
+
+    async def _generate(self, x: Exchange, route: Route, key: Key) -> None:
+        if self.draining:
+            raise ShuttingDown("this gateway is shutting down", retry_after_s=1)
+        if self.requests > MAX_REQUESTS:
+            raise QueueFull(f"this gateway already holds {MAX_REQUESTS} requests", retry_after_s=1)
+        body = await self._body(x)
+        fields = routes.parse(body)
+        name, model = self._admit(x, key, fields["model"])
+        if len(body) > model.limits.max_body_bytes:
+            raise BodyTooLarge(f"the body has {len(body)} bytes; the limit of {model.name} is {model.limits.max_body_bytes}")
+        routes.check(route, fields, model.allow)
+        x.line.stream = bool(fields.get("stream"))
+        body, withhold_usage = _adapted(body, fields, route, name)
+        metrics = self.metrics.of(model.name)
+        metrics.held.inc()
+        try:
+            with _Watch(x, model.limits.request_timeout_s):
+                await self._answer(x, route, name, model, metrics, body, withhold_usage)
+        finally:
+            metrics.held.dec()
+
+    async def _answer(
+        self,
+        x: Exchange,
+        route: Route,
+        name: Name,
+        model: ModelConfig,
+        metrics: ModelMetrics,
+        body: bytes,
+        withhold_usage: bool,
+    ) -> None:
+        """Binds the request to a replica and relays; failures before the first byte are tried elsewhere."""
+        line = self.fleet.line(name)
+        avoid: frozenset[str] = frozenset()
+        killed, front = 0, False
+        deadline = x.t0 + model.limits.request_timeout_s
+        while True:
+            upstream = await self._slot(x, line, model, metrics, deadline, avoid, front)
+            x.line.replica = upstream.endpoint.id
+            settle = line.release
+            metrics.running.inc()
+            try:
+                reply = await self._open(upstream, route, body, x.request_id, withhold_usage)
+                x.line.attempts += 1
+                await self._deliver(x, route, reply, metrics)
+                metrics.attempted("died" if reply.scan is not None and reply.scan.died else "ok")
+                return
+            except Busy:
+                metrics.attempted("busy")
+                settle, front = line.busy, True
+            except Broken as e:
+                x.line.attempts += 1
+                metrics.attempted(e.outcome)
+                log.warning("attempt %d failed: %s", x.line.attempts, e, extra={"request_id": x.request_id})
+                settle, front = (line.release if e.outcome == "http_5xx" else line.broken), True
+                avoid |= {upstream.endpoint.id}
+                killed += e.killed
+                if killed >= FUSE or x.line.attempts >= MAX_ATTEMPTS:
+                    raise EngineBroken(f"{line.version_id}: {x.line.attempts} attempts failed") from None
+                if not line.ready_ids() - avoid:
+                    if e.outcome == "http_5xx":
+                        raise EngineBroken(f"{line.version_id}: its engine answered with an internal error") from None
+                    avoid = frozenset()  # nobody else is there: wait for whoever comes back first
+            finally:
+                metrics.running.dec()
+                settle(upstream)
+
+    async def _slot(
+        self,
+        x: Exchange,
+        line: VersionLine,
+        model: ModelConfig,
+        metrics: ModelMetrics,
+        deadline: float,
+        avoid: frozenset[str],
+        front: bool,
+    ) -> Upstream:
+        began = time.monotonic()
+        metrics.waiting.inc()
+        try:
+            return await line.take(
+                others=self.fleet.waiting(model) - len(line),
+                max_queue=model.limits.max_queue,
+                max_wait_s=bound_wait(model.limits.max_wait_s, deadline),
+                avoid=avoid,
+                front=front,
+            )
+        except (QueueFull, NoReplica) as e:
+            metrics.rejected(e.code)
+            raise
+        finally:
+            metrics.waiting.dec()
+            waited = time.monotonic() - began
+            metrics.queue_wait.observe(waited)
+            x.line.queue_ms = round((x.line.queue_ms or 0.0) + waited * 1e3, 3)
+
+    async def _open(
+        self, upstream: Upstream, route: Route, body: bytes, request_id: str, withhold_usage: bool
+    ) -> Reply:
+        assert self._engines is not None
+        return await self._engines.open(upstream, route, body, request_id, withhold_usage=withhold_usage)
+
+    async def _deliver(self, x: Exchange, route: Route, reply: Reply, metrics: ModelMetrics) -> None:
+        meter = metrics.stream(x.t0)
+        scan = reply.scan
+        try:
+            if scan is None:
+                assert reply.body is not None
+                await x.answer(reply.status, reply.body, reply.content_type)
+                x.line.reason = "ok" if reply.status < 400 else "engine_refused"
+                _count_unstreamed(x, reply, metrics)
+                return
+            await self._stream(x, route, reply, meter)
+            x.line.prompt_tokens, x.line.completion_tokens = scan.usage.prompt, scan.usage.completion
+            _count(metrics, scan.usage.prompt, scan.usage.completion, scan.usage.cached)
+        finally:
+            meter.flush()
+            if scan is not None:
+                x.line.events = scan.events
+            if meter.ttft_s is not None:
+                x.line.ttft_ms = round(meter.ttft_s * 1e3, 3)
+            reply.response.close()  # no-op when it was read to its end; otherwise the engine frees the slot
+
+    async def _stream(self, x: Exchange, route: Route, reply: Reply, meter: StreamMeter) -> None:
+        """Bytes as they come. After the first one left, trouble is one error event and the end."""
+        scan = reply.scan
+        assert scan is not None
+        read, now = reply.response.content.readany, time.monotonic
+        await x.start(reply.status, reply.content_type, [(b"cache-control", b"no-cache")])
+        out: bytes = reply.first
+        try:
+            while True:
+                if out:
+                    await x.chunk(out)
+                    meter.chunk(now())
+                if scan.died:
+                    break
+                data = await read()
+                if not data:
+                    break
+                out = scan.feed(data)
+        except (aiohttp.ClientError, OSError) as e:
+            log.warning("stream broken: %s", e, extra={"request_id": x.request_id})
+        if scan.complete and not scan.died:
+            x.line.reason = "ok"
+            await x.end()
+            return
+        scan.died = True
+        error = EngineBroken("the engine died while it generated; what came before is incomplete")
+        x.line.reason = error.code
+        await x.end(error_event(route.path, x.dialect, error, x.request_id))
+
+    # -- the rooms of the flow -----------------------------------------------------------------------------------
+
+    async def _body(self, x: Exchange) -> bytes:
+        limit = max((m.limits.max_body_bytes for m in self.fleet.models.values()), default=1 << 20)
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                return await x.body(limit)
+        except TimeoutError:
+            raise DeadlinePassed(f"the request body did not arrive within {BODY_TIMEOUT_S:g} s") from None
+
+    def _admit(self, x: Exchange, key: Key, wanted: str) -> tuple[Name, ModelConfig]:
+        """What the name means (404 names what this key may use), and whether the key covers it (403)."""
+        try:
+            name, model = self.fleet.resolve(wanted)
+        except UnknownModel:
+            shown = wanted if len(wanted) <= 100 else wanted[:100] + "..."
+            some = ", ".join(self._visible(key)) or "nothing that this key may use"
+            raise UnknownModel(f"there is no model {shown!r}; there is: {some}", param="model") from None
+        if not key.allows(f"infer:{name.model}@{name.version}"):
+            raise ScopeMissing(f"this key lacks the scope `infer:{name.model}`")
+        x.line.model, x.line.version, x.line.adapter = name.model, name.version, name.adapter
+        return name, model
+
+    def _visible(self, key: Key) -> list[str]:
+        names = self.fleet.catalog.names.items()
+        return sorted(n for n, to in names if key.allows(f"infer:{to.model}@{to.version}"))
+
+    async def _failed(self, x: Exchange, error: RequestError) -> None:
+        x.line.reason = error.code
+        with contextlib.suppress(ClientGone):
+            if x.started:
+                await x.end(error_event(x.path, x.dialect, error, x.request_id))
+            else:
+                await x.fail(error, close=error.status in (408, 413) or isinstance(error, DeadlinePassed))
+
+    def _write_down(self, x: Exchange, model: str) -> None:
+        e2e = time.monotonic() - x.t0
+        line = x.line
+        line.e2e_ms = round(e2e * 1e3, 3)
+        if line.client_gone and not line.status:
+            line.status = 499
+        if line.status >= 500 or line.reason == EngineBroken.code:
+            line.level = "error"
+        route = x.path if x.path in routes.SERVED or x.path in routes.OWN else "other"
+        self.metrics.of(model).request_done(route, line.status, line.reason or "ok", e2e)
+        if route == "other":
+            line.route = x.path[:200]
+        self._log.write(line)
+
+    async def _reload_keys(self) -> None:
+        while True:
+            await asyncio.sleep(KEYS_CHECK_EVERY_S)
+            error = self._keys.reload_if_changed()
+            if error is not None:
+                log.error("the keys file cannot be used, the last good keys stay: %s", error)
+
+    # -- own routes ----------------------------------------------------------------------------------------------
+
+    async def _healthz(self, x: Exchange, key: Key | None) -> None:
+        await x.answer(200, b'{"status":"ok"}')
+
+    async def _readyz(self, x: Exchange, key: Key | None) -> None:
+        missing = [] if self.draining else self.fleet.missing()
+        if self.draining or missing:
+            # Without a key no names: only how many.
+            told = {"status": "draining" if self.draining else "not ready", "missing": len(missing)}
+            await x.answer(503, msgspec.json.encode(told), more=[(b"retry-after", b"1")])
+        else:
+            await x.answer(200, b'{"status":"ready"}')
+
+    async def _models(self, x: Exchange, key: Key | None) -> None:
+        assert key is not None
+        cards = model_cards(self.fleet.catalog, self.fleet.endpoints(), self._visible(key))
+        wanted = x.path.removeprefix("/v1/models").strip("/")
+        if not wanted:
+            await x.answer(200, msgspec.json.encode({"object": "list", "data": cards}))
+            return
+        for card in cards:
+            if card["id"] == wanted:
+                await x.answer(200, msgspec.json.encode(card))
+                return
+        raise UnknownModel(f"there is no model {wanted[:100]!r}; there is: {', '.join(c['id'] for c in cards)}")
+
+    async def _metrics(self, x: Exchange, key: Key | None) -> None:
+        assert self._scraper is not None
+        text = await self._scraper.one_or_all(x.query)
+        await x.answer(200, text.encode(), b"text/plain; version=0.0.4; charset=utf-8")
+
+    async def _targets(self, x: Exchange, key: Key | None) -> None:
+        assert self._scraper is not None
+        host = x.headers.get(b"host", b"").decode("latin-1")
+        await x.answer(200, msgspec.json.encode(self._scraper.targets(host)))
+
+    async def _sibling(self, x: Exchange) -> None:
+        """The private listener: another gateway asks for this one's own metrics."""
+        if not hmac.compare_digest(x.headers.get(b"x-steelyard-secret", b""), self._secret):
+            raise InvalidKey("this listener answers gateways only")
+        if x.path != "/metrics":
+            raise UnknownRoute(f"{x.path} is not served here")
+        await x.answer(200, self.metrics.text().encode(), b"text/plain; version=0.0.4; charset=utf-8")
+
+
+class _Watch:
+    """While a request runs: a client that leaves, or a deadline that passes, cancels it once.
+
+    One task per request waits for the disconnect; nothing is polled. The cancellation comes out of the `with` block as
+    ClientGone or DeadlinePassed.
+    """
+
+    def __init__(self, x: Exchange, timeout_s: float) -> None:
+        self._x = x
+        self._timeout_s = timeout_s
+        self._why: type[Exception] | None = None
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(max(0.0, self._x.t0 + self._timeout_s - time.monotonic()), self._cancel, DeadlinePassed)
+        self._listener = loop.create_task(self._until_disconnect())
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: Any) -> None:
+        self._timer.cancel()
+        self._listener.cancel()
+        if kind is not None and issubclass(kind, asyncio.CancelledError) and self._why is not None:
+            self._task.uncancel()
+            if self._why is ClientGone:
+                raise ClientGone from None
+            raise DeadlinePassed(f"the request ran longer than its limit of {self._timeout_s:g} s") from None
+
+    async def _until_disconnect(self) -> None:
+        while (await self._x.receive())["type"] != "http.disconnect":
+            pass
+        self._cancel(ClientGone)
+
+    def _cancel(self, why: type[Exception]) -> None:
+        if self._why is None:
+            self._why = why
+            self._task.cancel()
+
+
+def _adapted(body: bytes, fields: dict[str, Any], route: Route, name: Name) -> tuple[bytes, bool]:
+    """The body for the engine, and whether the usage event must be kept from the client, who did not ask for it.
+
+    Unchanged but for what must differ, which is added at the end: no second encoding.
+    """
+    withhold = False
+    if name.sent_as is not None:
+        body = routes.splice(body, b'"model":' + msgspec.json.encode(name.sent_as))
+    if route.usage_by_option and fields.get("stream") is True:
+        options = fields.get("stream_options")
+        if not isinstance(options, dict) or options.get("include_usage") is not True:
+            withhold = True
+            asked = {**(options if isinstance(options, dict) else {}), "include_usage": True}
+            body = routes.splice(body, b'"stream_options":' + msgspec.json.encode(asked))
+    return body, withhold
+
+
+class _UnstreamedUsage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+
+
+class _Unstreamed(msgspec.Struct):
+    usage: _UnstreamedUsage | None = None
+
+
+_decode_usage = msgspec.json.Decoder(_Unstreamed).decode
+
+
+def _count_unstreamed(x: Exchange, reply: Reply, metrics: ModelMetrics) -> None:
+    if reply.status != 200 or reply.body is None:
+        return
+    with contextlib.suppress(msgspec.MsgspecError):
+        usage = _decode_usage(reply.body).usage
+        if usage is not None:
+            prompt = usage.prompt_tokens if usage.prompt_tokens is not None else usage.input_tokens
+            completion = usage.completion_tokens if usage.completion_tokens is not None else usage.output_tokens
+            x.line.prompt_tokens, x.line.completion_tokens = prompt, completion
+            _count(metrics, prompt, completion, None)
+
+
+def _count(metrics: ModelMetrics, prompt: int | None, completion: int | None, cached: int | None) -> None:
+    if prompt:
+        metrics.prompt_tokens.inc(prompt)
+    if completion:
+        metrics.completion_tokens.inc(completion)
+    if cached:
+        metrics.cached_tokens.inc(cached)

@@ -1,0 +1,148 @@
+"""The gateway as a Serve deployment without a route: Serve places, restarts and reconfigures it; clients reach its own
+listener. All gateways of a node share one port by SO_REUSEPORT; the kernel spreads connections over them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+import uvicorn
+from prometheus_client import CollectorRegistry
+from ray import serve
+
+from serving.fleet import directory
+from serving.fleet.endpoint import GatewayInfo
+from serving.gateway.app import Gateway
+from serving.gateway.keys import KeyRing
+from serving.settings import load_settings
+from serving.telemetry import logs
+from serving.telemetry.logs import RequestLog
+from serving.telemetry.metrics import GatewayMetrics
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 4096
+KEEP_ALIVE_S = 75  # of idle client connections
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: the process is Ray's."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class GatewayReplica:
+    """One gateway: listener, table and catalog. `reconfigure` gets the catalog whenever it changes."""
+
+    def __init__(self) -> None:
+        settings = load_settings()
+        self._id = f"gateway#{str(serve.get_replica_context().replica_tag)[-8:]}"
+        self._process_log = logs.setup("gateway", settings.log_dir)
+        self._node = ray.util.get_node_ip_address()
+        self._settings = settings
+        self.gateway = Gateway(
+            gateway_id=self._id,
+            keys=KeyRing(settings.keys_file),
+            secret=settings.secret(),
+            metrics=GatewayMetrics(CollectorRegistry()),
+            log=RequestLog(settings.log_dir),
+        )
+        self._server: _Server | None = None
+        self._tasks: list[asyncio.Task[Any]] = []
+
+    async def reconfigure(self, config: dict[str, Any]) -> None:
+        """Called by Serve after construction (then the listener opens) and at every change of the catalog."""
+        self.gateway.fleet.set_catalog(config)
+        if self._server is None:
+            await self._listen()
+
+    async def check_health(self) -> None:
+        """Raises when the listener ended."""
+        if self._server is not None and self._tasks[0].done():
+            raise RuntimeError(f"{self._id}: its listener ended")
+
+    async def __del__(self) -> None:
+        """Serve's shutdown hook: stop accepting, let requests finish, then close."""
+        if self._server is None:
+            return
+        self.gateway.draining = True
+        self._server.should_exit = True
+        deadline = time.monotonic() + self.gateway.fleet.catalog.drain_s
+        while self.gateway.requests and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        for task in self._tasks[1:]:
+            task.cancel()
+        with contextlib.suppress(Exception):  # best effort: the lease ends the entry otherwise
+            await asyncio.wait_for(directory.handle().withdraw_gateway.remote(self._id), 2.0)
+        await self.gateway.stop()
+        await asyncio.to_thread(self._process_log.close)
+
+    async def _listen(self) -> None:
+        await self.gateway.start()
+        public = _listener(self._settings.host, self._settings.port, shared=True)
+        private = _listener(self._node, 0, shared=False)
+        self.gateway.private_port = private.getsockname()[1]
+        config = uvicorn.Config(
+            self.gateway,
+            loop="none",
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_S,
+        )
+        self._server = _Server(config)
+        self._tasks = [
+            asyncio.create_task(self._server.serve(sockets=[public, private])),
+            asyncio.create_task(directory.follow(self.gateway.fleet.set_snapshot)),
+            asyncio.create_task(self._announce_for_ever()),
+        ]
+        while not self._server.started:
+            if self._tasks[0].done():
+                await self._tasks[0]
+            await asyncio.sleep(0.01)
+        log.info("%s listens on %s:%d", self._id, self._settings.host, self._settings.port)
+
+    async def _announce_for_ever(self) -> None:
+        url = f"http://{self._node}:{self.gateway.private_port}"
+        actor: Any = None
+        while True:
+            held = {m: self.gateway.fleet.waiting(c) for m, c in self.gateway.fleet.models.items()}
+            try:
+                actor = actor or directory.handle()
+                info = GatewayInfo(id=self._id, url=url, node=self._node, held=held)
+                await asyncio.wait_for(actor.announce_gateway.remote(info), 5.0)
+            except Exception as e:  # any Ray error: told again in a moment
+                log.warning("the directory did not take the gateway's entry: %s", type(e).__name__)
+                actor = None
+            await asyncio.sleep(1.0)
+
+
+def _listener(host: str, port: int, *, shared: bool) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    s = socket.socket(family, socket.SOCK_STREAM)
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    s.bind((host, port))
+    s.listen(BACKLOG)
+    s.setblocking(False)
+    return s
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """Serve's application builder; everything about a gateway comes by `deployments:` overrides."""
+    return serve.deployment(name="gateway")(GatewayReplica).bind()  # type: ignore[no-any-return, attr-defined]

@@ -1,0 +1,130 @@
+"""One HTTP exchange: what came in, what may still go out, and what is written down about it at its end."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import msgspec
+
+from serving.errors import BodyTooLarge, BadRequest, Dialect, RequestError
+from serving.gateway.routes import dialect_of
+from serving.telemetry.logs import RequestLine
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+JSON = b"application/json"
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its answer was complete."""
+
+
+class Exchange:
+    """Wraps one ASGI call. Exactly one of `answer`, `fail` or `start`...`end` speaks to the client."""
+
+    __slots__ = (
+        *("dialect", "headers", "line", "method", "path", "receive", "request_id", "send"),
+        *("started", "t0", "_scope"),
+    )
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope = scope
+        self.receive, self.send = receive, send
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.dialect: Dialect = dialect_of(self.path)
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.request_id = _request_id(self.headers.get(b"x-request-id", b""))
+        self.t0 = time.monotonic()
+        self.started = False  # the response's status line left
+        self.line = RequestLine(ts=time.time(), request_id=self.request_id, route=self.path)
+
+    @property
+    def token(self) -> str | None:
+        """The API key of either dialect's header, or None."""
+        bearer = self.headers.get(b"authorization", b"")
+        if bearer[:7].lower() == b"bearer ":
+            return bearer[7:].strip().decode("latin-1")
+        given = self.headers.get(b"x-api-key")
+        return given.decode("latin-1") if given else None
+
+    @property
+    def query(self) -> bytes:
+        return bytes(self._scope.get("query_string", b""))
+
+    @property
+    def came_by(self) -> tuple[str, int]:
+        """Address and port of the listening socket this came in by."""
+        server = self._scope.get("server") or ("", 0)
+        return server[0], server[1]
+
+    async def body(self, limit: int) -> bytes:
+        """The whole body. Raises BodyTooLarge over `limit` bytes, at once where content-length tells."""
+        declared = self.headers.get(b"content-length", b"")
+        if declared.isdigit() and int(declared) > limit:
+            raise BodyTooLarge(f"the body has {int(declared)} bytes; the limit is {limit}")
+        if self.headers.get(b"content-encoding", b"identity") != b"identity":
+            raise BadRequest("compressed bodies are not accepted: send the JSON as it is")
+        message = await self.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        data: bytes = message.get("body", b"")
+        if not message.get("more_body", False):
+            if len(data) > limit:
+                raise BodyTooLarge(f"the body has more than {limit} bytes, the limit")
+            return data
+        parts, size = [data], len(data)
+        while message.get("more_body", False):
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > limit:
+                raise BodyTooLarge(f"the body has more than {limit} bytes, the limit")
+        return b"".join(parts)
+
+    async def start(self, status: int, content_type: bytes, more: list[tuple[bytes, bytes]] | None = None) -> None:
+        rid = self.request_id.encode()
+        headers = [(b"content-type", content_type), (b"x-request-id", rid)]
+        if self.dialect == "anthropic":
+            headers.append((b"request-id", rid))
+        if more:
+            headers += more
+        self.started = True
+        self.line.status = status
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def chunk(self, data: bytes) -> None:
+        await self.send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self, data: bytes = b"") -> None:
+        await self.send({"type": "http.response.body", "body": data, "more_body": False})
+
+    async def answer(
+        self, status: int, data: bytes, content_type: bytes = JSON, more: list[tuple[bytes, bytes]] | None = None
+    ) -> None:
+        """A whole response at once."""
+        length = (b"content-length", str(len(data)).encode())
+        await self.start(status, content_type, [length, *(more or [])])
+        await self.end(b"" if self.method == "HEAD" else data)
+
+    async def fail(self, error: RequestError, *, close: bool = False) -> None:
+        """The error, in the dialect of the route, before anything else was sent. `close`: the body was not read, so
+        the connection cannot carry another request."""
+        more = error.headers() + ([(b"connection", b"close")] if close else [])
+        self.line.reason = error.code
+        await self.answer(error.status, msgspec.json.encode(error.body(self.dialect, self.request_id)), JSON, more)
+
+
+def _request_id(given: bytes) -> str:
+    """The client's id when it is a plain token of at most 128 characters, else a new one of 128 random bits."""
+    return given.decode() if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"

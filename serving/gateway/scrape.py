@@ -1,0 +1,78 @@
+"""Metrics of the whole stack through one guarded port: `/metrics` merges every process, `/metrics?source=ID` is one of them,
+`/metrics/targets` is Prometheus HTTP service discovery for the latter. Prometheus needs one key with scope `metrics`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+from urllib.parse import parse_qs
+
+from serving.errors import UnknownRoute
+from serving.fleet.endpoint import State
+from serving.gateway.relay import Engines
+from serving.gateway.state import Fleet
+from serving.telemetry.metrics import GatewayMetrics, merge
+
+FRESH_S = 1.0  # a merged view this young is given again: a scrape costs an engine ~10 ms of its event loop
+
+
+class Scraper:
+    """Used from one event loop only."""
+
+    def __init__(self, gateway_id: str, fleet: Fleet, metrics: GatewayMetrics, engines: Engines) -> None:
+        self._id = gateway_id
+        self._fleet = fleet
+        self._metrics = metrics
+        self._engines = engines
+        self._lock = asyncio.Lock()
+        self._merged = ""
+        self._merged_at = float("-inf")
+
+    async def one_or_all(self, query: bytes) -> str:
+        """The exposition of the source named in the query, or of all."""
+        wanted = parse_qs(query.decode("latin-1")).get("source")
+        if not wanted:
+            return await self._all()
+        sources = self._sources()
+        if wanted[0] not in sources:
+            raise UnknownRoute(f"no source {wanted[0][:100]!r} now; /metrics/targets lists them")
+        return await self._fetch(wanted[0], sources[wanted[0]][1]) or ""
+
+    def targets(self, host: str) -> list[dict[str, Any]]:
+        """HTTP service discovery: every process, scraped through this port. `host` is what Prometheus called us by."""
+        return [
+            {"targets": [host], "labels": {"__metrics_path__": "/metrics", "__param_source": i, **labels}}
+            for i, (labels, _) in sorted(self._sources().items())
+        ]
+
+    def _sources(self) -> dict[str, tuple[dict[str, str], str]]:
+        """id -> (labels, URL of its exposition); the own URL is empty."""
+        found: dict[str, tuple[dict[str, str], str]] = {self._id: ({"gateway": self._id}, "")}
+        for g in self._fleet.gateways:
+            if g.id != self._id:
+                found[g.id] = ({"gateway": g.id}, g.url + "/metrics")
+        for e in self._fleet.endpoints():
+            if e.state in (State.READY, State.DRAINING):
+                labels = {"replica": e.id, "model": e.model, "version": e.version}
+                found[e.id] = (labels, e.url + "/metrics")
+        return found
+
+    async def _all(self) -> str:
+        async with self._lock:
+            if time.monotonic() - self._merged_at > FRESH_S:
+                sources = self._sources()
+                texts = await asyncio.gather(*(self._fetch(i, url) for i, (_, url) in sources.items()))
+                pairs = [(labels, text) for (labels, _), text in zip(sources.values(), texts, strict=True) if text]
+                self._merged = merge(pairs)
+                self._merged_at = time.monotonic()
+            return self._merged
+
+    async def _fetch(self, source: str, url: str) -> str | None:
+        if source == self._id:
+            self._metrics.set_replicas(self._fleet.replica_counts())
+            return self._metrics.text()
+        try:
+            return await self._engines.get(url)
+        except Exception:  # gone since the table was made, or too slow: the others' scrape is worth more
+            return None

@@ -1,0 +1,297 @@
+"""EngineReplica: the Serve deployment around one engine. It starts, watches, announces, drains and stops it; it never
+carries a token.
+
+    STARTING --first token--> READY --shutdown hook--> DRAINING --door counts zero--> STOPPED
+        \\_______________________ engine died, start failed ______________________/-> FAILED
+
+Serve waits for its own count of ongoing requests, which is always zero here, and then awaits `__del__` for up to
+`graceful_shutdown_timeout_s`: so the drain lives there. `__del__` does not run on kill -9 or node loss; then the parent-death
+signal ends the engine and the directory's lease ends its entry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import socket
+import time
+from typing import Any
+
+import aiohttp
+import msgspec
+import ray
+from ray import serve
+
+from serving.engine import command
+from serving.engine.command import EngineSpec
+from serving.engine.door import SECRET_HEADER, STATUS_PATH
+from serving.engine.process import EngineProcess, sweep
+from serving.errors import EngineError
+from serving.fleet import directory
+from serving.fleet.endpoint import Endpoint, State, advance
+from serving.settings import inherited_environment, load_settings
+
+log = logging.getLogger(__name__)
+
+START_ATTEMPTS = 2  # a port lost to a race or a moment without memory is transient; a bad model is not
+SCRAPE_EVERY_S = 2.0  # of the engine's /metrics while it is busy: a scrape costs ~10 ms of its event loop
+
+
+class Knobs(msgspec.Struct, frozen=True):
+    """What may change while an engine runs, without rolling it. Seconds."""
+
+    start_timeout_s: float = 600.0
+    drain_s: float = 30.0
+
+
+class EngineReplica:
+    """One engine behind a Serve replica."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self.spec = msgspec.convert(spec, EngineSpec)
+        self._settings = load_settings()
+        self._secret = self._settings.secret()
+        self._knobs = Knobs()
+        self._host = ray.util.get_node_ip_address()
+        self._id = f"{self.spec.id}#{_replica_tag()}"
+        self._loop = asyncio.get_running_loop()
+        self._engine: EngineProcess | None = None
+        self._http: aiohttp.ClientSession | None = None
+        self._reporter: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        self._directory: Any = None
+        self._endpoint = Endpoint(
+            id=self._id,
+            model=self.spec.model,
+            version=self.spec.version,
+            url="",
+            state=State.STARTING,
+            slots=self.spec.slots,
+            node=self._host,
+            started_at=time.time(),
+        )
+
+    async def reconfigure(self, knobs: dict[str, Any]) -> None:
+        """Called by Serve after construction and when only knobs change. The first call starts the engine, and the
+        replica counts as ready when it returns."""
+        self._knobs = msgspec.convert(knobs, Knobs)
+        if self._engine is None:
+            await self._start()
+
+    async def check_health(self) -> None:
+        """Raises when this replica can serve no more; Serve then replaces it."""
+        if self._endpoint.state is State.FAILED:
+            raise EngineError(f"{self._id}: {self._endpoint.reason}")
+
+    async def wake(self) -> str:
+        """A pending call of this wakes a first replica from zero; it answers the endpoint's URL."""
+        return self._endpoint.url
+
+    async def endpoint(self) -> Endpoint:
+        return self._endpoint
+
+    async def __del__(self) -> None:
+        """Serve's shutdown hook: announce DRAINING, wait for the door to count zero, stop the engine."""
+        if self._endpoint.state in (State.STARTING, State.READY):
+            self._set(state=State.DRAINING)
+            await self._announce()
+            await self._drained()
+        if self._reporter is not None:
+            self._reporter.cancel()
+        await self._stop_engine()
+        self._set(state=State.STOPPED)
+        await self._announce()
+        if self._http is not None:
+            await self._http.close()
+
+    # -- start ---------------------------------------------------------------------------------------------------
+
+    async def _start(self) -> None:
+        self._http = aiohttp.ClientSession(
+            headers={SECRET_HEADER.decode(): self._secret}, timeout=aiohttp.ClientTimeout(total=30)
+        )
+        self._reporter = asyncio.create_task(self._report_for_ever())
+        for attempt in range(1, START_ATTEMPTS + 1):
+            try:
+                await self._start_once(attempt)
+                return
+            except EngineError as e:
+                await self._stop_engine()
+                if attempt == START_ATTEMPTS or not _transient(str(e)):
+                    self._set(state=State.FAILED, reason=str(e))
+                    await self._announce()
+                    raise
+                log.warning("%s: start attempt %d failed, trying again: %s", self._id, attempt, e)
+
+    async def _start_once(self, attempt: int) -> None:
+        port = _free_port(self._host)
+        mark = f"{self._settings.state_dir}:{self._id}"
+        cmd = command.build(
+            self.spec,
+            host=self._host,
+            port=port,
+            secret=self._secret,
+            mark=mark,
+            parent_pid=os.getpid(),
+            environ=inherited_environment(),
+        )
+        folder = self._settings.log_dir / "engines" / self.spec.id
+        engine = EngineProcess(cmd, folder / f"{_replica_tag()}.{attempt}.log", self._engine_exited)
+        self._engine = engine
+        began = time.monotonic()
+        await asyncio.to_thread(engine.start)
+        url = f"http://{self._host}:{port}"
+        max_len = await self._until_it_generates(engine, url, began + self._knobs.start_timeout_s)
+        self._set(
+            state=State.READY, url=url, max_model_len=max_len, ready_after_s=round(time.monotonic() - began, 3)
+        )
+        await self._announce()
+        log.info("%s: ready at %s after %.1f s", self._id, url, time.monotonic() - began)
+
+    async def _until_it_generates(self, engine: EngineProcess, url: str, deadline: float) -> int | None:
+        """Waits for /health, then for one generated token; the engine's context length in tokens."""
+        while True:
+            if not engine.alive:
+                await asyncio.to_thread(engine.exited.wait, 10)
+                raise EngineError(
+                    f"{self.spec.id}: its engine ended at start: {engine.telling_lines()}", f"see {engine.log_path}"
+                )
+            if time.monotonic() > deadline:
+                raise EngineError(
+                    f"{self.spec.id}: its engine was not ready within {self._knobs.start_timeout_s:g} s: "
+                    f"{engine.telling_lines(1)}",
+                    f"see {engine.log_path}, or raise start_timeout_s",
+                )
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
+                assert self._http is not None
+                async with self._http.get(url + "/health") as r:
+                    healthy = r.status == 200
+                if healthy and await self._generates(url):
+                    return await self._context_length(url)
+            await asyncio.sleep(0.2)
+
+    async def _generates(self, url: str) -> bool:
+        assert self._http is not None
+        probe = {"model": self.spec.served_names[0], "prompt": "a", "max_tokens": 1}
+        async with self._http.post(url + "/v1/completions", json=probe) as r:
+            # A pooling model has no such route: it is ready when it is healthy.
+            return r.status in (200, 404, 405, 501)
+
+    async def _context_length(self, url: str) -> int | None:
+        assert self._http is not None
+        async with self._http.get(url + "/v1/models") as r:
+            cards = (await r.json())["data"]
+        value = cards[0].get("max_model_len") if cards else None
+        return int(value) if value is not None else None
+
+    # -- run -----------------------------------------------------------------------------------------------------
+
+    def _engine_exited(self, how: str) -> None:
+        """From the watcher thread: the engine ended unasked."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the whole replica is ending
+            self._loop.call_soon_threadsafe(self._on_engine_exit, how)
+
+    def _on_engine_exit(self, how: str) -> None:
+        if self._endpoint.state in (State.READY, State.DRAINING):
+            assert self._engine is not None
+            self._set(state=State.FAILED, reason=f"{how}: {self._engine.telling_lines(1)}")
+
+    async def _report_for_ever(self) -> None:
+        """Announces the whole endpoint every half second, and at once when its state changes."""
+        scraped = 0.0
+        while True:
+            if self._endpoint.state in (State.READY, State.DRAINING):
+                with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError, KeyError, ValueError):
+                    in_flight = await self._in_flight()
+                    self._endpoint = msgspec.structs.replace(self._endpoint, in_flight=in_flight)
+                    if in_flight and time.monotonic() - scraped > SCRAPE_EVERY_S:
+                        scraped = time.monotonic()
+                        await self._scrape()
+                    elif not in_flight:
+                        self._endpoint = msgspec.structs.replace(self._endpoint, waiting=0)
+            await self._announce()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), directory.REPORT_EVERY_S)
+            self._changed.clear()
+
+    async def _in_flight(self) -> int:
+        assert self._http is not None
+        async with self._http.get(self._endpoint.url + STATUS_PATH) as r:
+            return int((await r.json())["in_flight"])
+
+    async def _scrape(self) -> None:
+        assert self._http is not None
+        async with self._http.get(self._endpoint.url + "/metrics") as r:
+            text = await r.text()
+        self._endpoint = msgspec.structs.replace(
+            self._endpoint,
+            waiting=int(_sample(text, "vllm:num_requests_waiting")),
+            kv_usage=_sample(text, "vllm:kv_cache_usage_perc"),
+        )
+
+    async def _announce(self) -> None:
+        try:
+            self._directory = self._directory or directory.handle()
+            await asyncio.wait_for(self._directory.announce.remote(self._endpoint), 5.0)
+        except Exception as e:  # any Ray error: the next round tells the restarted directory everything
+            log.warning("%s: the directory did not take the report: %s", self._id, type(e).__name__)
+            self._directory = None
+
+    def _set(self, *, state: State, **fields: Any) -> None:
+        """Moves to `state` (guarded) and sets other fields with it."""
+        if state is not self._endpoint.state:
+            advance(self._endpoint.state, state)
+            log.info("%s: %s -> %s %s", self._id, self._endpoint.state, state, fields.get("reason", ""))
+        self._endpoint = msgspec.structs.replace(self._endpoint, state=state, **fields)
+        self._changed.set()
+
+    # -- stop ----------------------------------------------------------------------------------------------------
+
+    async def _drained(self) -> None:
+        """Until the door counts zero, the engine is gone, or the drain bound passes."""
+        deadline = time.monotonic() + self._knobs.drain_s
+        while time.monotonic() < deadline and self._engine is not None and self._engine.alive:
+            try:
+                if await self._in_flight() == 0:
+                    return
+            except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
+                return
+            await asyncio.sleep(0.1)
+
+    async def _stop_engine(self) -> None:
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.stop)
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """Serve's application builder: `args` is an EngineSpec and nothing else, so that only what identifies the engine
+    rolls replicas. Everything else comes by `deployments:` overrides from the manifest."""
+    deployment = serve.deployment(name="engine")(EngineReplica)
+    return deployment.bind(args)  # type: ignore[no-any-return, attr-defined]
+
+
+def _replica_tag() -> str:
+    with contextlib.suppress(Exception):  # outside Serve (tests) there is no replica context
+        return str(serve.get_replica_context().replica_tag)[-8:]
+    return str(os.getpid())
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as s:
+        s.bind((host, 0))
+        return int(s.getsockname()[1])
+
+
+def _transient(why: str) -> bool:
+    return any(t in why.lower() for t in ("address already in use", "resource temporarily unavailable"))
+
+
+def _sample(text: str, name: str) -> float:
+    """Sum of a metric's samples over its labels; 0 when absent."""
+    return sum(float(v) for v in re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", text, re.M))
+
+
+__all__ = ["EngineReplica", "Knobs", "build", "sweep"]

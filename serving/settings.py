@@ -1,0 +1,111 @@
+"""The only reader of the environment. Every variable is `STEELYARD_<FIELD>`; a bad value stops start-up naming it.
+
+(The two files that run inside an engine's process, `engine/door.py` and `engine/guard/sitecustomize.py`, read the
+few variables that the engine's supervisor sets for them: they may import the standard library only.)
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from serving.errors import OperatorError
+
+Profile = Literal["cpu", "gpu", "sim"]
+
+
+class Settings(BaseSettings):
+    """One node's settings, frozen. Defaults live here and nowhere else."""
+
+    model_config = SettingsConfigDict(env_prefix="STEELYARD_", frozen=True, extra="ignore", env_ignore_empty=True)
+
+    state_dir: Path = Field(Path(".steelyard"), description="keys, secrets, pid, logs and bench results of this node")
+    cache_dir: Path = Field(Path("~/.cache/steelyard"), description="weights built or fetched, and engine probes")
+    models: str = Field("models", description="catalog: a folder of YAML files, one file, or a comma list")
+    profile: Profile | None = Field(None, description="cpu, gpu or sim; by default gpu when NVML sees one, else cpu")
+    host: str = Field("127.0.0.1", description="address the gateways listen on")
+    port: int = Field(8000, ge=1, le=65535, description="port the gateways listen on")
+    gateways: int = Field(1, ge=1, le=64, description="gateway replicas, all on the same port")
+    cluster_secret: SecretStr | None = Field(None, description="secret between gateways and engines")
+    cluster_secret_file: Path | None = Field(None, description="file holding it; default STATE_DIR/cluster-secret")
+    ray_address: str | None = Field(None, description="join this Ray cluster instead of starting one")
+    ready_timeout_s: float = Field(1800, gt=0, description="longest wait of `up` for every model to be ready")
+
+    def resolved(self) -> Settings:
+        """The same settings with absolute paths, so that processes with another working directory agree."""
+        return self.model_copy(
+            update={
+                "state_dir": self.state_dir.expanduser().resolve(),
+                "cache_dir": self.cache_dir.expanduser().resolve(),
+            }
+        )
+
+    @property
+    def keys_file(self) -> Path:
+        return self.state_dir / "keys.json"
+
+    @property
+    def api_key_file(self) -> Path:
+        return self.state_dir / "api-key"
+
+    @property
+    def pid_file(self) -> Path:
+        return self.state_dir / "steelyard.pid"
+
+    @property
+    def log_dir(self) -> Path:
+        return self.state_dir / "logs"
+
+    @property
+    def secret_file(self) -> Path:
+        return self.cluster_secret_file or self.state_dir / "cluster-secret"
+
+    def secret(self) -> str:
+        """The cluster secret, from the environment or its file (mode 0600, else refused)."""
+        if self.cluster_secret is not None:
+            return self.cluster_secret.get_secret_value()
+        path = self.secret_file
+        try:
+            mode = path.stat().st_mode
+            text = path.read_text().strip()
+        except OSError as e:
+            raise OperatorError(f"cannot read the cluster secret {path}: {e.strerror}", "run `steelyard up`") from None
+        if stat.S_IMODE(mode) & 0o077:
+            raise OperatorError(f"{path} can be read by others", f"run `chmod 600 {path}`")
+        if not text:
+            raise OperatorError(f"{path} is empty", "remove it and run `steelyard up`")
+        return text
+
+
+def load_settings(**overrides: object) -> Settings:
+    """Settings from the environment; `overrides` (from command-line options, None is ignored) win."""
+    given = {k: v for k, v in overrides.items() if v is not None}
+    try:
+        return Settings(**given).resolved()  # type: ignore[arg-type]
+    except ValidationError as e:
+        first = e.errors()[0]
+        name = "STEELYARD_" + "_".join(str(p) for p in first["loc"]).upper()
+        raise OperatorError(f"{name}={first.get('input')!r}: {first['msg']}", "correct or unset it") from None
+
+
+def worker_environment(settings: Settings) -> dict[str, str]:
+    """What Ray's workers must find in their environment to load equal settings. No secret is among it."""
+    env = {
+        "STEELYARD_STATE_DIR": str(settings.state_dir),
+        "STEELYARD_CACHE_DIR": str(settings.cache_dir),
+        "STEELYARD_HOST": settings.host,
+        "STEELYARD_PORT": str(settings.port),
+    }
+    if settings.cluster_secret_file is not None:
+        env["STEELYARD_CLUSTER_SECRET_FILE"] = str(settings.cluster_secret_file)
+    return env
+
+
+def inherited_environment() -> dict[str, str]:
+    """A copy of this process's environment, for building a child's."""
+    return dict(os.environ)

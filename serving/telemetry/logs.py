@@ -1,0 +1,243 @@
+"""JSON-line logs: one line per request, and ordinary process logs. Never a prompt, never a key.
+
+Lines are encoded and written by a listener thread. Its queue is bounded: a full or slow disk loses lines, which are
+counted, and never holds a request up. Files are `<directory>/<name>-<n>.jsonl`, rotated; `n` is the lowest number that
+no living process holds, so restarts do not pile up files and two processes never rotate the same one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import re
+from datetime import UTC, datetime
+from io import TextIOWrapper
+from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+from filelock import FileLock, Timeout
+
+QUEUE_LINES = 8192
+MAX_BYTES = 64 * 1024 * 1024
+BACKUPS = 4
+_MAX_PROCESSES = 256
+_MAX_TEXT = 16_384
+_CLOSE_S = 5.0
+
+# A key that strays into a message (an exception that shows headers) keeps its public id only.
+_SECRET = re.compile(r"(sk-steelyard-[0-9a-f]{8})-[A-Za-z0-9_-]+")
+
+
+class RequestLine(msgspec.Struct, kw_only=True, gc=False):
+    """What is kept of one request. No field holds what a client wrote, except the request id it may choose.
+
+    `ts` is epoch seconds (written as UTC ISO 8601), `_ms` milliseconds; `reason` is one of the words the metrics use.
+    """
+
+    ts: float
+    level: str = "info"
+    event: str = "request"
+    request_id: str
+    key_id: str | None = None
+    model: str | None = None
+    version: str | None = None
+    adapter: str | None = None
+    route: str | None = None
+    status: int = 0
+    reason: str = ""
+    stream: bool = False
+    replica: str | None = None
+    attempts: int = 0
+    queue_ms: float | None = None
+    ttft_ms: float | None = None
+    e2e_ms: float | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    events: int = 0
+    client_gone: bool = False
+
+
+class RequestLog:
+    """The request log of one gateway. `write` costs a queue put."""
+
+    def __init__(self, directory: Path, *, name: str = "requests", queue_lines: int = QUEUE_LINES) -> None:
+        self._pipe = _Pipe(directory, name, queue_lines)
+        self.path = self._pipe.path
+
+    def write(self, line: RequestLine) -> None:
+        """Hand the line over; it is dropped and counted when the queue is full."""
+        self._pipe.handle(logging.makeLogRecord({"msg": line, "created": line.ts}))
+
+    @property
+    def dropped(self) -> int:
+        """Lines lost so far, to a full queue or a failing disk."""
+        return self._pipe.dropped
+
+    def close(self) -> None:
+        """Write what is queued and close the file."""
+        self._pipe.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class ProcessLog:
+    """What `setup` made; `close` undoes it."""
+
+    def __init__(self, pipe: _Pipe, logger: logging.Logger) -> None:
+        self._pipe, self._logger = pipe, logger
+        self.path = pipe.path
+
+    @property
+    def dropped(self) -> int:
+        """Lines lost so far."""
+        return self._pipe.dropped
+
+    def close(self) -> None:
+        """Detach from the logger, write what is queued and close the file."""
+        self._logger.removeHandler(self._pipe)
+        self._pipe.close()
+
+
+def setup(process_name: str, directory: Path, level: int = logging.INFO) -> ProcessLog:
+    """Send this process's ordinary logging to `<directory>/<process_name>-<n>.jsonl`, beside handlers already there.
+
+    `extra={"request_id": ...}` puts the id on the line.
+    """
+    root = logging.getLogger()
+    pipe = _Pipe(directory, process_name, QUEUE_LINES)
+    pipe.setLevel(level)
+    if root.getEffectiveLevel() > level:
+        root.setLevel(level)
+    root.addHandler(pipe)
+    return ProcessLog(pipe, root)
+
+
+class _Pipe(QueueHandler):
+    """Queue, listener thread and file of one log."""
+
+    def __init__(self, directory: Path, name: str, lines: int) -> None:
+        super().__init__(queue.Queue(maxsize=lines))
+        self.path, self._claim = _claim(directory, name)
+        self._file = _File(self.path)
+        self._file.setFormatter(_Lines(name))
+        self._listener = _Listener(self.queue, self._file)
+        self._full = self._reported = 0
+        self._closed = False
+        self._listener.start()
+
+    @property
+    def dropped(self) -> int:
+        return self._full + self._file.failed
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        # The base class copies and formats every record on the caller's thread. Only what may change or holds the
+        # request alive is settled here: the arguments and the traceback's frames.
+        if record.args:
+            record.msg, record.args = record.getMessage(), None
+        if record.exc_info:
+            record.exc_text = record.exc_text or logging.Formatter().formatException(record.exc_info)
+            record.exc_info = None
+        return record
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            self.queue.put_nowait(record)
+            if self._full > self._reported:
+                lost, self._reported = self._full - self._reported, self._full
+                self.queue.put_nowait(
+                    logging.makeLogRecord({"msg": f"{lost} log lines dropped", "levelname": "WARNING"})
+                )
+        except queue.Full:
+            self._full += 1
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._listener.stop()
+        self._file.close()
+        self._claim.release()
+        super().close()
+
+
+class _Listener(QueueListener):
+    def stop(self) -> None:
+        """Bounded, unlike the base class's, which also raises when the queue is full: a hung disk must not hold up an
+        exit. The thread is a daemon."""
+        try:
+            self.queue.put(None, timeout=_CLOSE_S)  # type: ignore[attr-defined]
+        except queue.Full:
+            return
+        if self._thread is not None:
+            self._thread.join(_CLOSE_S)
+            self._thread = None
+
+
+class _File(RotatingFileHandler):
+    """A rotating file readable by owner and group. A line that cannot be written is counted, not shouted about."""
+
+    failed = 0
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, maxBytes=MAX_BYTES, backupCount=BACKUPS, encoding="utf-8")
+
+    def _open(self) -> TextIOWrapper:
+        return open(self.baseFilename, "a", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o640))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self.failed += 1
+
+
+class _Lines(logging.Formatter):
+    """Request lines by their fields; ordinary records as ts, level, event, process, pid, logger, msg, exc."""
+
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._encode = msgspec.json.Encoder().encode
+        self._process, self._pid = process, os.getpid()
+
+    def format(self, record: logging.LogRecord) -> str:
+        ts = datetime.fromtimestamp(record.created, UTC)
+        if isinstance(record.msg, RequestLine):
+            request_id = _clean(record.msg.request_id)
+            return self._encode({**msgspec.structs.asdict(record.msg), "ts": ts, "request_id": request_id}).decode()
+        line: dict[str, Any] = {
+            "ts": ts,
+            "level": record.levelname.lower(),
+            "event": "log",
+            "process": self._process,
+            "pid": self._pid,
+            "logger": record.name,
+            "msg": _clean(str(record.msg)),
+        }
+        if (joined := getattr(record, "request_id", None)) is not None:
+            line["request_id"] = _clean(str(joined))
+        if record.exc_text:
+            line["exc"] = _clean(record.exc_text)
+        return self._encode(line).decode()
+
+
+def _clean(text: str) -> str:
+    # Lone surrogates (undecodable bytes in a path or header) would make the encoder refuse the whole line.
+    cut = text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT] + "..."
+    return _SECRET.sub(r"\1-***", cut).encode("utf-8", "backslashreplace").decode()
+
+
+def _claim(directory: Path, name: str) -> tuple[Path, FileLock]:
+    directory.mkdir(parents=True, exist_ok=True)
+    for n in range(_MAX_PROCESSES):
+        # Not a singleton: two logs in one process must not share a file either.
+        lock = FileLock(directory / f".{name}-{n}.lock", timeout=0, is_singleton=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            continue
+        return directory / f"{name}-{n}.jsonl", lock
+    raise OSError(f"{directory}: more than {_MAX_PROCESSES} processes log as {name}")

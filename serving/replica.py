@@ -145,9 +145,7 @@ class EngineReplica:
         await asyncio.to_thread(engine.start)
         url = f"http://{self._host}:{port}"
         max_len = await self._until_it_generates(engine, url, began + self._knobs.start_timeout_s)
-        self._set(
-            state=State.READY, url=url, max_model_len=max_len, ready_after_s=round(time.monotonic() - began, 3)
-        )
+        self._set(state=State.READY, url=url, max_model_len=max_len, ready_after_s=round(time.monotonic() - began, 3))
         await self._announce()
         log.info("%s: ready at %s after %.1f s", self._id, url, time.monotonic() - began)
 
@@ -270,7 +268,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     """Serve's application builder: `args` is an EngineSpec and nothing else, so that only what identifies the engine
     rolls replicas. Everything else comes by `deployments:` overrides from the manifest."""
     deployment = serve.deployment(name="engine")(EngineReplica)
-    return deployment.bind(args)  # type: ignore[no-any-return, attr-defined]
+    return deployment.bind(args)
 
 
 def _replica_tag() -> str:

@@ -16,6 +16,8 @@ from typing import Any
 
 import msgspec
 
+from serving.engine.command import GUARD
+from serving.engine.process import STACK_MARK, sweep
 from serving.errors import ClusterError
 from serving.fleet.endpoint import Snapshot
 from serving.settings import Settings, worker_environment
@@ -63,7 +65,7 @@ def _environment(settings: Settings, *, one_node: bool) -> None:
         "RAY_enable_metrics_collection": "0",  # Ray's exporters would answer without a key
         "AUTOSCALER_METRIC_PORT": "0",  # a fixed port would clash with a second stack on the host
         "DASHBOARD_METRIC_PORT": "0",
-        "RAY_DISABLE_IMPORT_WARNING": "1",
+        "RAY_raylet_start_wait_time_s": "180",  # 30 s are not enough on a busy box
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         **worker_environment(settings),
     }
@@ -75,6 +77,12 @@ def start(settings: Settings, gpus: int | None) -> ClusterFile:
     _remove_old_temp(settings)
     import ray
 
+    # Ray's processes are tied to their parents and marked as engines are: see `engine/guard`.
+    os.environ |= {
+        "PYTHONPATH": ":".join([str(GUARD), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "STEELYARD_PARENT": str(os.getpid()),
+        STACK_MARK: f"{settings.state_dir}:ray",
+    }
     temp = tempfile.mkdtemp(prefix="steelyard-")  # sockets live there: their paths must stay under 107 bytes
     try:
         ray.init(
@@ -148,14 +156,17 @@ def app_statuses() -> dict[str, tuple[str, str]]:
     """Application -> (Serve's status, message)."""
     from ray import serve
 
-    return {name: (str(a.status.value), a.message) for name, a in serve.status().applications.items()}
+    told = {}
+    for name, a in serve.status().applications.items():
+        # The application's message says that a deployment failed, the deployment's says why.
+        messages = [a.message, *(d.message for d in a.deployments.values())]
+        told[name] = (str(a.status.value), "\n".join(filter(None, messages)))
+    return told
 
 
 def stop(settings: Settings, found: ClusterFile, drain_s: float) -> None:
     """Ends the cluster this process started: Serve drains within its bounds, then everything goes."""
     import ray
-
-    from serving.engine.process import sweep
 
     if drain_s > 0 and ray.is_initialized():
         _shut_serve(drain_s)

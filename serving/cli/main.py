@@ -49,7 +49,9 @@ def up_(
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
     gateways: Annotated[int | None, typer.Option(help="Gateway replicas.")] = None,
     state_dir: State = None,
-    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when ready; `steelyard down` stops it.")] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Return when ready; `steelyard down` stops it.")
+    ] = False,
 ) -> None:
     """Start the stack, or apply the catalog to the one that runs: only what changed is touched."""
     with _one_line_errors():

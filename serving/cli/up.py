@@ -143,7 +143,9 @@ def down(settings: Settings, say: Say, timeout_s: float = 60.0) -> None:
     try:
         main.wait(timeout_s)
     except psutil.TimeoutExpired:
-        raise OperatorError(f"pid {pid} did not stop within {timeout_s:g} s", f"kill -9 {pid} ends everything") from None
+        raise OperatorError(
+            f"pid {pid} did not stop within {timeout_s:g} s", f"kill -9 {pid} ends everything"
+        ) from None
     say("stopped")
 
 
@@ -166,7 +168,8 @@ def preflight(settings: Settings) -> None:
         except OSError as e:
             if e.errno == errno.EADDRINUSE:
                 raise PortTaken(
-                    f"port {settings.port} on {settings.host} is taken{_by_whom(settings.port)}", "set PORT to a free one"
+                    f"port {settings.port} on {settings.host} is taken{_by_whom(settings.port)}",
+                    "set PORT to a free one",
                 ) from None
             raise OperatorError(f"cannot listen on {settings.host}:{settings.port}: {e.strerror}", "set HOST") from None
 
@@ -295,8 +298,10 @@ def _print_ready(catalog: Catalog, settings: Settings, say: Say, took_s: float, 
     say(f"ready after {took_s:.1f} s: {url}  models: {', '.join(sorted(catalog.served_names))}")
     say(f"key: {key}")
     say("")
-    say(f"curl -s {url}/v1/chat/completions -H \"Authorization: Bearer $(cat {key})\" -H 'content-type: application/json' \\")
-    say(f"  -d '{{\"model\": \"{name}\", \"messages\": [{{\"role\": \"user\", \"content\": \"What is Steelyard?\"}}]}}'")
+    say(
+        f"curl -s {url}/v1/chat/completions -H \"Authorization: Bearer $(cat {key})\" -H 'content-type: application/json' \\"
+    )
+    say(f'  -d \'{{"model": "{name}", "messages": [{{"role": "user", "content": "What is Steelyard?"}}]}}\'')
     say("")
     if stays:
         say("Ctrl-C stops everything.")

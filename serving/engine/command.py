@@ -16,7 +16,7 @@ from serving.errors import EngineError
 
 DEFAULT_SLOTS = 256
 DOOR = "serving.engine.door.Door"
-_GUARD = Path(__file__).parent / "guard"
+GUARD = Path(__file__).parent / "guard"
 _ROOT = Path(__file__).parents[2]
 
 # Of the replica's environment, only what an engine needs: never our keys, never Ray's.
@@ -52,8 +52,8 @@ class EngineSpec(msgspec.Struct, frozen=True):
     @property
     def slots(self) -> int:
         """Concurrent generations the engine takes; one more is `busy` at its door."""
-        value = self.args.get("max-num-seqs", DEFAULT_SLOTS)
-        return int(value) if isinstance(value, int | str) else DEFAULT_SLOTS
+        value = str(self.args.get("max-num-seqs", DEFAULT_SLOTS))
+        return int(value) if value.isdigit() else DEFAULT_SLOTS  # nonsense is the engine's to refuse, by name
 
 
 class Command(msgspec.Struct, frozen=True):
@@ -71,11 +71,11 @@ def build(
     argv = [sys.executable, "-u", *builders[spec.kind](spec), "--host", host, "--port", str(port)]
     env = {k: v for k, v in environ.items() if k not in _DROP and not k.startswith(_DROP_PREFIXES)}
     env |= {
-        "PYTHONPATH": ":".join([str(_GUARD), str(_ROOT), *_kept_pythonpath(environ)]),
+        "PYTHONPATH": ":".join([str(GUARD), str(_ROOT), *_kept_pythonpath(environ)]),
         "STEELYARD_DOOR_SECRET": secret,
         "STEELYARD_DOOR_SLOTS": str(spec.slots),
         "STEELYARD_ENGINE_MARK": mark,
-        "STEELYARD_ENGINE_PARENT": str(parent_pid),
+        "STEELYARD_PARENT": str(parent_pid),
     }
     if spec.kind == "vllm":
         env |= {"VLLM_HOST_IP": host, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
@@ -83,7 +83,7 @@ def build(
 
 
 def _kept_pythonpath(environ: Mapping[str, str]) -> list[str]:
-    return [p for p in environ.get("PYTHONPATH", "").split(":") if p and p not in (str(_GUARD), str(_ROOT))]
+    return [p for p in environ.get("PYTHONPATH", "").split(":") if p and p not in (str(GUARD), str(_ROOT))]
 
 
 def _vllm(spec: EngineSpec) -> list[str]:
@@ -91,7 +91,9 @@ def _vllm(spec: EngineSpec) -> list[str]:
     if spec.adapters:
         adapters = ["--enable-lora", "--lora-modules", *(f"{a.name}={a.path}" for a in spec.adapters)]
         if "max-loras" not in spec.args:
-            adapters += ["--max-loras", str(len(spec.adapters))]
+            # One slot stays empty: on CPUs, in a batch that mixes both, requests for the base model get the adapter of
+            # the last slot (vllm-project/vllm#49656).
+            adapters += ["--max-loras", str(len(spec.adapters) + 1)]
     return ["-m", "vllm.entrypoints.openai.api_server", *_common(spec), "--disable-uvicorn-access-log", *adapters]
 
 
@@ -101,7 +103,7 @@ def _simulator(spec: EngineSpec) -> list[str]:
 
 
 def _common(spec: EngineSpec) -> list[str]:
-    args = {"max-num-seqs": spec.slots} | spec.args
+    args = {"max-num-seqs": DEFAULT_SLOTS} | spec.args
     return [
         *("--model", spec.weights, "--served-model-name", *spec.served_names),
         *("--middleware", DOOR, "--enable-request-id-headers"),

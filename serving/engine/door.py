@@ -56,7 +56,9 @@ class Door:
         path: str = scope["path"]
         if path == STATUS_PATH:
             await _answer(
-                send, 200, {"in_flight": self.in_flight, "slots": self.slots, "refused": self.refused, "pid": os.getpid()}
+                send,
+                200,
+                {"in_flight": self.in_flight, "slots": self.slots, "refused": self.refused, "pid": os.getpid()},
             )
         elif scope["type"] == "http" and scope["method"] == "POST" and path.startswith("/v1/") and path not in _FREE:
             await self._through(scope, receive, send)
@@ -78,7 +80,9 @@ class Door:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            await _answer(send, 401, {"error": {"message": "this engine answers its gateways only", "code": "no_secret"}})
+            await _answer(
+                send, 401, {"error": {"message": "this engine answers its gateways only", "code": "no_secret"}}
+            )
 
 
 async def _answer(send: Send, status: int, body: dict[str, Any], busy: bool = False) -> None:

@@ -31,10 +31,9 @@ json.dump(names, sys.stdout)
 """
 
 # Ours to set: an engine whose spec gave these would break out of its door or its name.
-RESERVED = frozenset(
-    "model served-model-name host port uds middleware api-key root-path ssl-keyfile ssl-certfile enable-lora lora-modules "
-    "allowed-origins enable-request-id-headers trust-remote-code allowed-local-media-path".split()
-)
+_RESERVED = """model served-model-name host port uds middleware api-key root-path ssl-keyfile ssl-certfile enable-lora
+    lora-modules allowed-origins enable-request-id-headers trust-remote-code allowed-local-media-path"""
+RESERVED = frozenset(_RESERVED.split())
 
 
 def vllm_version() -> str | None:
@@ -81,5 +80,13 @@ def check_arguments(spec: EngineSpec, where: str, cache: Path) -> None:
     for name in spec.args:
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]!r}?" if close else "see `python -m vllm.entrypoints.openai.api_server --help`"
+            hint = (
+                f"did you mean {close[0]!r}?" if close else "see `python -m vllm.entrypoints.openai.api_server --help`"
+            )
             raise CatalogError(f"{where}: engine.args.{name} is not an argument of vLLM {vllm_version()}", hint)
+
+
+if __name__ == "__main__":  # the installer warms the cache
+    from serving.settings import load_settings
+
+    vllm_arguments(load_settings().cache_dir)

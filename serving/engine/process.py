@@ -27,7 +27,8 @@ from serving.errors import EngineError
 
 log = logging.getLogger(__name__)
 
-_MARK = "STEELYARD_ENGINE_MARK"
+ENGINE_MARK = "STEELYARD_ENGINE_MARK"  # on every process of an engine: `<state folder>:<replica id>`
+STACK_MARK = "STEELYARD_STACK_MARK"  # on every process of Ray's: `<state folder>:ray`
 _TELLING = ("Error", "error:", "Exception", "CUDA out of memory", "Killed", "No space left", "ValidationError")
 _NOISE = ("RuntimeError: Engine core initialization failed", "Traceback (most recent", "EngineDeadError", "raise ")
 
@@ -68,7 +69,7 @@ class EngineProcess:
         if self.pid:
             _signal_group(self.pid, signal.SIGKILL)
             self.exited.wait(5.0)
-        sweep(self.command.env[_MARK])
+        sweep(self.command.env[ENGINE_MARK])
 
     def telling_lines(self, limit: int = 3) -> str:
         """The last lines of the log that say why it died, joined by ` | `; else its last line."""
@@ -95,7 +96,7 @@ class EngineProcess:
         died = self._watch(child)
         _signal_group(child.pid, signal.SIGKILL)
         self.returncode = child.wait()
-        sweep(self.command.env[_MARK])
+        sweep(self.command.env[ENGINE_MARK])
         self.exited.set()
         if not self._stopping and self._on_exit is not None:
             self._on_exit(f"{died} (exit code {self.returncode})")
@@ -171,13 +172,13 @@ def sweep(mark: str, *, prefix: bool = False, wait_s: float = 5.0) -> int:
 
 
 def _marked(mark: str, prefix: bool) -> list[int]:
-    entry = f"{_MARK}={mark}".encode()
+    entries = tuple(f"{name}={mark}".encode() for name in (ENGINE_MARK, STACK_MARK))
     found = []
     for name in os.listdir("/proc"):
         if name.isdigit() and int(name) != os.getpid():
             with contextlib.suppress(OSError), open(f"/proc/{name}/environ", "rb") as f:
                 for part in f.read().split(b"\0"):
-                    if part == entry or (prefix and part.startswith(entry)):
+                    if part in entries or (prefix and part.startswith(entries)):
                         found.append(int(name))
     return found
 

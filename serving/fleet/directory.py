@@ -7,6 +7,7 @@ whole twice a second, so a restarted directory is complete within `SETTLE_S`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -105,10 +106,8 @@ class Directory:
         """Long poll: returns when the table is newer than (epoch, number), or after `timeout_s`."""
         self._ensure_janitor()
         if (self._table.epoch, self._table.number) == (epoch, number):
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), timeout_s)
-            except TimeoutError:
-                pass
         return self._table.snapshot(time.monotonic())
 
     async def snapshot(self) -> Snapshot:

@@ -90,7 +90,7 @@ def _gateway_app(catalog: Catalog, gateways: int) -> dict[str, Any]:
                 "user_config": config,
                 "graceful_shutdown_timeout_s": config["drain_s"] + STOP_GRACE_S,
                 "graceful_shutdown_wait_loop_s": 0.1,
-                "health_check_period_s": 2.0,
+                "health_check_period_s": 1.0,
                 "health_check_timeout_s": 10.0,
                 "max_ongoing_requests": 100,
                 "ray_actor_options": {"num_cpus": 0},
@@ -126,7 +126,7 @@ def _engine_app(catalog: Catalog, model: ModelSpec, version: Version, locate: Lo
                 "user_config": {"start_timeout_s": version.start_timeout_s, "drain_s": version.drain_s},
                 "graceful_shutdown_timeout_s": version.drain_s + STOP_GRACE_S,
                 "graceful_shutdown_wait_loop_s": 0.1,
-                "health_check_period_s": 2.0,
+                "health_check_period_s": 1.0,
                 "health_check_timeout_s": 10.0,
                 "max_ongoing_requests": 1000,  # wake calls only
                 "ray_actor_options": options,

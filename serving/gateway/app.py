@@ -54,7 +54,9 @@ KEYS_CHECK_EVERY_S = 1.0
 class Gateway:
     """One gateway process: `await gateway.start()` once, then it is an ASGI app."""
 
-    def __init__(self, *, gateway_id: str, keys: KeyRing, secret: str, metrics: GatewayMetrics, log: RequestLog) -> None:
+    def __init__(
+        self, *, gateway_id: str, keys: KeyRing, secret: str, metrics: GatewayMetrics, log: RequestLog
+    ) -> None:
         self.id = gateway_id
         self.fleet = Fleet()
         self.metrics = metrics
@@ -144,7 +146,9 @@ class Gateway:
         fields = routes.parse(body)
         name, model = self._admit(x, key, fields["model"])
         if len(body) > model.limits.max_body_bytes:
-            raise BodyTooLarge(f"the body has {len(body)} bytes; the limit of {model.name} is {model.limits.max_body_bytes}")
+            raise BodyTooLarge(
+                f"the body has {len(body)} bytes; the limit of {model.name} is {model.limits.max_body_bytes}"
+            )
         routes.check(route, fields, model.allow)
         x.line.stream = bool(fields.get("stream"))
         body, withhold_usage = _adapted(body, fields, route, name)
@@ -220,6 +224,7 @@ class Gateway:
                 max_queue=model.limits.max_queue,
                 max_wait_s=bound_wait(model.limits.max_wait_s, deadline),
                 avoid=avoid,
+                since=x.t0,
                 front=front,
             )
         except (QueueFull, NoReplica) as e:
@@ -406,7 +411,9 @@ class _Watch:
         assert task is not None
         self._task = task
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(max(0.0, self._x.t0 + self._timeout_s - time.monotonic()), self._cancel, DeadlinePassed)
+        self._timer = loop.call_later(
+            max(0.0, self._x.t0 + self._timeout_s - time.monotonic()), self._cancel, DeadlinePassed
+        )
         self._listener = loop.create_task(self._until_disconnect())
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: Any) -> None:

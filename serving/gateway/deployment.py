@@ -145,4 +145,4 @@ def _listener(host: str, port: int, *, shared: bool) -> socket.socket:
 
 def build(args: dict[str, Any]) -> serve.Application:
     """Serve's application builder; everything about a gateway comes by `deployments:` overrides."""
-    return serve.deployment(name="gateway")(GatewayReplica).bind()  # type: ignore[no-any-return, attr-defined]
+    return serve.deployment(name="gateway")(GatewayReplica).bind()

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from serving.errors import BodyTooLarge, BadRequest, Dialect, RequestError
+from serving.errors import BadRequest, BodyTooLarge, Dialect, RequestError
 from serving.gateway.routes import dialect_of
 from serving.telemetry.logs import RequestLine
 

@@ -7,6 +7,8 @@ millisecond, not its place.
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -15,16 +17,16 @@ from serving.errors import NoReplica, QueueFull, WaitTooLong
 from serving.fleet.endpoint import Endpoint, State
 from serving.gateway.routing import Upstream, pick
 
-BUSY_PAUSE_S = 0.002  # after a `busy`, how long that endpoint is left alone unless it frees a slot of ours first
 BROKEN_PAUSE_S = 1.0  # after a refused connection; the directory usually says why within half a second
 
 
 class _Waiter:
-    __slots__ = ("avoid", "future")
+    __slots__ = ("avoid", "future", "since")
 
-    def __init__(self, future: asyncio.Future[Upstream], avoid: frozenset[str]) -> None:
+    def __init__(self, future: asyncio.Future[Upstream], avoid: frozenset[str], since: float) -> None:
         self.future = future
         self.avoid = avoid
+        self.since = since
 
 
 class VersionLine:
@@ -35,6 +37,7 @@ class VersionLine:
         self.upstreams: dict[str, Upstream] = {}
         self._waiters: deque[_Waiter] = deque()
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0  # monotonic seconds
 
     def __len__(self) -> int:
         return len(self._waiters)
@@ -59,28 +62,34 @@ class VersionLine:
                 del self.upstreams[gone]
         self.pump()
 
-    async def take(self, *, others: int, max_queue: int, max_wait_s: float, avoid: frozenset[str], front: bool) -> Upstream:
+    async def take(
+        self, *, others: int, max_queue: int, max_wait_s: float, avoid: frozenset[str], since: float, front: bool
+    ) -> Upstream:
         """Binds to an endpoint with a free slot, waiting for one if need be; the caller must `release` it.
 
-        `others` is how many wait in the model's other lines: they share `max_queue`. Raises QueueFull (429),
-        WaitTooLong (429) or NoReplica (503), each with a Retry-After.
+        `others` is how many wait in the model's other lines: they share `max_queue`. `front`: it had its turn and goes
+        before all that arrived after it, at `since` (monotonic seconds). Raises QueueFull (429), WaitTooLong (429) or
+        NoReplica (503), each with a Retry-After.
         """
         if front or not self._waiters:
-            found = pick(self.upstreams.values(), time.monotonic(), avoid)
+            now = time.monotonic()
+            found = self._pick(avoid, now)
             if found is not None:
-                found.sent += 1
+                found.bind(now)
                 return found
         self._refuse_hopeless()
         if not front and len(self) + others >= max_queue:
             raise QueueFull(
-                f"{self.version_id}: {len(self) + others} requests already wait (max_queue {max_queue})", retry_after_s=1
+                f"{self.version_id}: {len(self) + others} requests already wait (max_queue {max_queue})",
+                retry_after_s=1,
             )
-        waiter = _Waiter(asyncio.get_running_loop().create_future(), avoid)
+        waiter = _Waiter(asyncio.get_running_loop().create_future(), avoid, since)
         if front:
-            self._waiters.appendleft(waiter)
+            earlier = itertools.takewhile(lambda w: w.since <= since, self._waiters)
+            self._waiters.insert(sum(1 for _ in earlier), waiter)
         else:
             self._waiters.append(waiter)
-        self._arm()
+        self.pump()  # those ahead may all be waiting for something better than what is free
         try:
             async with asyncio.timeout(max_wait_s):
                 return await self._bound(waiter)
@@ -105,17 +114,18 @@ class VersionLine:
     def release(self, upstream: Upstream) -> None:
         """The slot is free again; whoever waits first gets it."""
         upstream.sent -= 1
-        upstream.full_until = 0.0
         if self._waiters:
             self.pump()
 
     def busy(self, upstream: Upstream) -> None:
         """Its door said busy: other gateways fill it too."""
-        upstream.sent -= 1
-        upstream.full_until = time.monotonic() + BUSY_PAUSE_S
+        now = time.monotonic()
+        upstream.busy(now)
+        if self._waiters:
+            self._arm(now)
 
     def broken(self, upstream: Upstream) -> None:
-        """It refused a connection or died under a request."""
+        """Nothing answers there."""
         upstream.sent -= 1
         upstream.broken_until = time.monotonic() + BROKEN_PAUSE_S
         if self._waiters:
@@ -124,30 +134,41 @@ class VersionLine:
     def pump(self) -> None:
         """Binds as many waiters as there are free slots, in order."""
         now = time.monotonic()
-        kept: deque[_Waiter] = deque()
+        passed: list[_Waiter] = []  # wait for another endpoint than those that are free; others may take these
         while self._waiters:
-            waiter = self._waiters.popleft()
-            if waiter.future.done():
-                continue
-            found = pick(self.upstreams.values(), now, waiter.avoid)
-            if found is None:
-                kept.append(waiter)
-                if not waiter.avoid:
+            waiter = self._waiters[0]
+            if not waiter.future.done():
+                found = self._pick(waiter.avoid, now)
+                if found is None and not waiter.avoid:
                     break  # nothing is free for those behind it either
-                continue
-            found.sent += 1
-            waiter.future.set_result(found)
-        kept.extend(self._waiters)
-        self._waiters = kept
-        if kept:
-            self._arm()
+                if found is None:
+                    passed.append(waiter)
+                else:
+                    found.bind(now)
+                    waiter.future.set_result(found)
+            self._waiters.popleft()
+        self._waiters.extendleft(reversed(passed))
+        if self._waiters:
+            self._arm(now)
 
-    def _arm(self) -> None:
+    def _pick(self, avoid: frozenset[str], now: float) -> Upstream | None:
+        found = pick(self.upstreams.values(), now, avoid)
+        if found is None and avoid and not self.ready_ids() - avoid:
+            found = pick(self.upstreams.values(), now)
+        return found
+
+    def _arm(self, now: float) -> None:
         """While somebody waits, look again when the earliest pause ends."""
-        now = time.monotonic()
         pauses = [t for u in self.upstreams.values() for t in (u.full_until, u.broken_until) if t > now]
-        if pauses and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(min(pauses) - now + 0.0005, self._again)
+        at = min(pauses, default=math.inf)
+        if self._timer is not None:
+            if self._timer_at <= at:
+                return
+            self._timer.cancel()
+            self._timer = None
+        if at < math.inf:
+            self._timer_at = at
+            self._timer = asyncio.get_running_loop().call_later(at - now + 0.0005, self._again)
 
     def _again(self) -> None:
         self._timer = None
@@ -155,10 +176,11 @@ class VersionLine:
             self.pump()
 
     def _refuse_hopeless(self) -> None:
-        """Every replica we know of failed: say so now instead of holding the client."""
-        states = [u.endpoint for u in self.upstreams.values()]
-        if states and all(e.state is State.FAILED for e in states):
-            raise NoReplica(f"{self.version_id} has no ready replica: its engine failed", retry_after_s=10)
+        """Every replica we know of failed at its start: say so now instead of holding the client. One that died while it
+        served is being replaced, and worth waiting for."""
+        known = [u.endpoint for u in self.upstreams.values()]
+        if known and all(e.state is State.FAILED and e.ready_after_s is None for e in known):
+            raise NoReplica(f"{self.version_id} has no ready replica: its engine does not start", retry_after_s=10)
 
 
 def bound_wait(limit_s: float, deadline: float, clock: Callable[[], float] = time.monotonic) -> float:

@@ -125,27 +125,67 @@ _MULTIPART = "audio uploads are not served by this version"
 _INTERNAL = "a route between engines, not for clients"
 REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
-        """/v1/load_lora_adapter /v1/unload_lora_adapter /load /version /server_info /reset_prefix_cache /reset_mm_cache
-        /reset_encoder_cache /collective_rpc /sleep /wake_up /is_sleeping /release_kv_cache_memory /start_profile
-        /stop_profile /scale_elastic_ep /is_scaling_elastic_ep /pause /resume /is_paused /init_weight_transfer_engine
-        /shutdown_weight_transfer_engine /start_weight_update /update_weights /finish_weight_update /get_world_size
-        /fault_tolerance/apply /fault_tolerance/status /kv_event_sources /tokenizer_info /update_weight_version
-        /get_weight_version /start_draft_weight_update /finish_draft_weight_update""".split(),
+        [
+            "/v1/load_lora_adapter",
+            "/v1/unload_lora_adapter",
+            "/load",
+            "/version",
+            "/server_info",
+            "/reset_prefix_cache",
+            "/reset_mm_cache",
+            "/reset_encoder_cache",
+            "/collective_rpc",
+            "/sleep",
+            "/wake_up",
+            "/is_sleeping",
+            "/release_kv_cache_memory",
+            "/start_profile",
+            "/stop_profile",
+            "/scale_elastic_ep",
+            "/is_scaling_elastic_ep",
+            "/pause",
+            "/resume",
+            "/is_paused",
+            "/init_weight_transfer_engine",
+            "/shutdown_weight_transfer_engine",
+            "/start_weight_update",
+            "/update_weights",
+            "/finish_weight_update",
+            "/get_world_size",
+            "/fault_tolerance/apply",
+            "/fault_tolerance/status",
+            "/kv_event_sources",
+            "/tokenizer_info",
+            "/update_weight_version",
+            "/get_weight_version",
+            "/start_draft_weight_update",
+            "/finish_draft_weight_update",
+        ],
         _ADMIN,
     ),
-    **dict.fromkeys("/health /ping".split(), "engine health is the fleet's business: ask /healthz or /readyz"),
+    **dict.fromkeys(["/health", "/ping"], "engine health is the fleet's business: ask /healthz or /readyz"),
     "/invocations": "SageMaker's shape; use the OpenAI or Anthropic routes",
-    **dict.fromkeys("/docs /redoc /openapi.json /docs/oauth2-redirect".split(), "the engine's own documentation pages"),
-    **dict.fromkeys("/v1/audio/transcriptions /v1/audio/translations /v1/realtime".split(), _MULTIPART),
-    **dict.fromkeys("/v1/responses/{response_id} /v1/responses/{response_id}/cancel".split(), _STATE),
     **dict.fromkeys(
-        """/inference/v1/generate /inference/v1/abort_requests /abort_requests /v1/chat/completions/render
-        /v1/chat/completions/derender /v1/completions/render /v1/completions/derender /v1/messages/render
-        /v1/responses/render""".split(),
+        ["/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect"], "the engine's own documentation pages"
+    ),
+    **dict.fromkeys(["/v1/audio/transcriptions", "/v1/audio/translations", "/v1/realtime"], _MULTIPART),
+    **dict.fromkeys(["/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel"], _STATE),
+    **dict.fromkeys(
+        [
+            "/inference/v1/generate",
+            "/inference/v1/abort_requests",
+            "/abort_requests",
+            "/v1/chat/completions/render",
+            "/v1/chat/completions/derender",
+            "/v1/completions/render",
+            "/v1/completions/derender",
+            "/v1/messages/render",
+            "/v1/responses/render",
+        ],
         _INTERNAL,
     ),
     **dict.fromkeys(
-        "/v2/embed /v2/chat /v1/systemone /generative_scoring /v1/chat/completions/batch".split(),
+        ["/v2/embed", "/v2/chat", "/v1/systemone", "/generative_scoring", "/v1/chat/completions/batch"],
         "not an OpenAI or Anthropic route; not served by this version",
     ),
 }

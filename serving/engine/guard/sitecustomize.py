@@ -1,8 +1,9 @@
-"""Ties every Python process of an engine to its parent: no parent, no child, no orphan that holds a GPU.
+"""Ties every Python process of the stack to its parent: no parent, no child, no orphan that holds a GPU.
 
-This folder is first on an engine's PYTHONPATH, so each interpreter of the tree (server -> EngineCore -> Worker) runs
-this before anything else. A parent-death signal on the server alone leaves EngineCore and Worker alive with their GPU
-memory. The signal is not inherited over fork, so it is armed again there. Standard library only.
+This folder is first on the PYTHONPATH of engines and of Ray's processes, so each interpreter runs this before anything
+else. A parent-death signal on an engine's server alone leaves its EngineCore and Worker alive with their GPU memory, and
+Ray's agents outlive a killed raylet by minutes. The signal is not inherited over fork, so it is armed again there.
+Standard library only.
 """
 
 import ctypes
@@ -11,7 +12,7 @@ import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1
-_PARENT = "STEELYARD_ENGINE_PARENT"  # pid of the process that made this one, handed down by exec
+_PARENT = "STEELYARD_PARENT"  # pid of the process that made this one, handed down by exec
 
 
 def _arm(expected: int) -> None:
@@ -26,6 +27,6 @@ def _after_fork() -> None:
     _arm(int(os.environ.get(_PARENT, "0")))
 
 
-if sys.platform == "linux" and "STEELYARD_ENGINE_MARK" in os.environ:
+if sys.platform == "linux" and _PARENT in os.environ:
     _arm(int(os.environ.get(_PARENT, "0")))
     os.register_at_fork(after_in_child=_after_fork)

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         access_log=False,
         log_level="warning",
         timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=1,
+        timeout_graceful_shutdown=1 if sins.stops_politely else None,
     )
     uvloop.run(_Server(config, core, f"simulator ready: {url} serves {', '.join(args.served_model_name)}").run(sock))
 
@@ -116,7 +116,7 @@ class _Server(uvicorn.Server):
         yield
 
     def _stop(self) -> None:
-        self._core.die()
+        self._core.shut_down()
         self.should_exit = True
 
 

@@ -11,7 +11,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 import serving
 from serving.engine.simulator import tokens, wire
 from serving.engine.simulator.asgi import Exchange, Receive, Scope, Send
-from serving.engine.simulator.core import ClientGone, Core, EngineDead, Sequence
+from serving.engine.simulator.core import ClientGone, Core, EngineDead, Sequence, ShutDown
 from serving.engine.simulator.models import Models
 from serving.engine.simulator.sins import Sins
 
@@ -179,10 +179,16 @@ async def _stream(
             await exchange.write(chunk)
     except EngineDead:
         await exchange.write(wire.dead_event())
-    else:
-        sequence.finish(reason)
-        if events.usage_wanted:
-            await exchange.write(events.usage(sequence.sent))
+        await exchange.write(wire.DONE)
+        await exchange.write(b"", more=False)
+        return
+    except ShutDown:
+        # What a stopped vLLM does, and looks like a good end to whoever does not read the finish reason.
+        reason = "abort"
+        await exchange.write((b"" if sequence.sent else events.opening()) + events.last(b"", sequence.sent, reason))
+    sequence.finish(reason)
+    if events.usage_wanted:
+        await exchange.write(events.usage(sequence.sent))
     await exchange.write(wire.DONE)
     await exchange.write(b"", more=False)
 
@@ -193,6 +199,8 @@ async def _full(exchange: Exchange, sequence: Sequence, answer: tokens.Answer, r
             pass
     except EngineDead:
         raise wire.engine_dead() from None
+    except ShutDown:
+        reason = "abort"
     sequence.finish(reason)
     await exchange.json(200, reply.full(answer.text(sequence.sent), sequence.sent, reason))
 

@@ -20,6 +20,10 @@ class EngineDead(Exception):
     """The core died under this request; the client sees vLLM's dead-engine error."""
 
 
+class ShutDown(Exception):
+    """The server was told to stop: open answers end where they are, with finish reason "abort"."""
+
+
 class ClientGone(Exception):
     """The client hung up; nothing is left to answer."""
 
@@ -59,8 +63,17 @@ class Core:
     def die(self) -> None:
         """The core is dead for good: everyone inside fails now, everyone later is refused."""
         self.dead = True
+        self._fail_all(EngineDead())
+
+    def shut_down(self) -> None:
+        """End every open answer and refuse later ones."""
+        self.dead = self.frozen = True
+        if self.sins.stops_politely:
+            self._fail_all(ShutDown())
+
+    def _fail_all(self, error: Exception) -> None:
         for seq in [*self.running, *self.waiting]:
-            seq.fail(EngineDead())
+            seq.fail(error)
 
     def _enter(self, seq: Sequence) -> None:
         self.waiting[seq] = None
@@ -160,15 +173,15 @@ class Sequence:
         metrics.tokens(len(tokens) + (self.prompt_tokens if tokens.start == 0 else 0), len(tokens))
 
     def finish(self, reason: str) -> None:
-        """Count the request as served. An aborted one is not counted, as in vLLM."""
-        assert self._started is not None
+        """Count the request as answered. One whose client left is not counted, as in vLLM."""
         now = asyncio.get_running_loop().time()
+        started = now if self._started is None else self._started
         self._core.metrics.finished(
             reason,
             prompt_tokens=self.prompt_tokens,
             tokens=self.sent,
-            waited_s=self._started - self._arrived,
-            ran_s=now - self._started,
+            waited_s=started - self._arrived,
+            ran_s=now - started,
         )
 
     async def _until(self, when: float | None) -> None:

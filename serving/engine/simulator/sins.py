@@ -8,6 +8,8 @@
     returns_500        every generation answers 500
     lies_about_health  after N tokens of a request the engine core is dead: open streams end as vLLM ends them, every
                        later generation answers 500, and /health still says 200
+    lingers            told to stop, it says nothing more to its open streams and stays until their clients leave: what
+                       vLLM does when it kills its core before the core could abort them
 
 N is `--sim-sin-after` (tokens); 0 strikes before the first token.
 """
@@ -31,6 +33,7 @@ NAMES = (
     "hangs",
     "returns_500",
     "lies_about_health",
+    "lingers",
 )
 _AT_TOKEN = frozenset({"dies_mid_stream", "hangs", "lies_about_health"})
 
@@ -51,6 +54,11 @@ class Sins:
     def start_s(self, honest: float) -> float:
         """Seconds between process start and listening."""
         return honest * 10 if "slow_start" in self.names else honest
+
+    @property
+    def stops_politely(self) -> bool:
+        """Whether open answers are ended at SIGTERM."""
+        return "lingers" not in self.names
 
     def healthy(self, core_dead: bool) -> bool:
         """What /health says."""

@@ -1,0 +1,66 @@
+# Every target that needs the environment makes it first, from the lock file; a second run takes no time.
+PYTHON ?= python3
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+export STEELYARD_PORT := $(or $(PORT),$(STEELYARD_PORT))
+export STEELYARD_HOST := $(or $(HOST_ADDRESS),$(STEELYARD_HOST))
+export STEELYARD_MODELS := $(or $(MODELS),$(STEELYARD_MODELS))
+export STEELYARD_PROFILE := $(or $(PROFILE),$(STEELYARD_PROFILE))
+
+PY := .venv/bin/python
+INSTALL := $(PYTHON) tools/install.py $(PROFILE)
+PYTEST := $(PY) -m pytest
+
+.PHONY: help install serve up down status test test-fast lint format soak bench-overhead gpu-check lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  variables: PORT, MODELS, PROFILE (cpu, gpu, sim), HOST_ADDRESS, PYTHON"
+
+install: ## make .venv from the lock file
+	@$(INSTALL)
+
+serve: install ## serve the catalog on 127.0.0.1:8000 in the foreground; Ctrl-C stops everything
+	@exec $(PY) -m serving.cli.main up
+
+up: install ## the same in the background, or apply the catalog to what runs
+	@$(PY) -m serving.cli.main up --detach
+
+down: install ## stop what `make up` started
+	@$(PY) -m serving.cli.main down
+
+status: install ## what runs
+	@$(PY) -m serving.cli.main status
+
+test: install ## every test that this machine can run, real engines included
+	$(PYTEST)
+
+test-fast: install ## without engines and Ray, under a minute
+	$(PYTEST) -m "not engine and not ray and not gpu and not slow" tests/unit tests/gateway tests/engine
+
+soak: install ## the asynchronous tests again and again: COUNT times (default 20)
+	for i in $$(seq $(or $(COUNT),20)); do $(PYTEST) -q -x -m "not engine and not ray and not gpu" tests/unit tests/gateway tests/engine || exit 1; done
+
+lint: install ## ruff, mypy, import rules
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+format: install ## put the source into ruff's format
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+bench-overhead: install ## the stack against the raw engine: table, .steelyard/bench/overhead.json, exit 1 when a bar is missed
+	$(PY) -m bench.overhead $(ARGS)
+
+gpu-check: ## the same on a GPU with an 8B-shaped model; runs where there is one
+	$(if $(wildcard .venv/bin/python),$(PY),$(PYTHON)) -m bench.gpu_check $(ARGS)
+
+lock: ## resolve pyproject.toml again into requirements/*.lock (needs uv)
+	uv pip compile -q pyproject.toml --extra cpu --extra dev --python-version 3.11 --override requirements/overrides.txt --generate-hashes --no-annotate --no-header -o requirements/cpu.lock
+	uv pip compile -q pyproject.toml --extra gpu --extra dev --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate --no-header -o requirements/gpu.lock
+
+clean: ## remove .venv and caches; keeps keys and logs
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Benches: each measures the running product from outside, prints one table and writes one JSON."""

@@ -144,10 +144,12 @@ def conclude(result: Report, rows: list[Row], plan: Plan) -> None:
         ("c32", "ttft_p95_ms", "ms"),
         ("c32", "itl_p99_ms", "ms"),
         ("c32", "tokens_per_s", "1/s"),
+        ("c32", "events_per_token", ""),  # under 1: the engine's server fell behind and merged tokens
+        ("c32", "gateway_us_per_token", "us"),
         ("c32", "client_us_per_event", "us"),
         ("production", "gateway_us_per_event", "us"),
     ):
-        for side in ("raw", "stack"):
+        for side in ("raw", "stack", peers.ROUTER):
             if (value := median(rows, phase, side, figure)) is not None:
                 result.note(f"{side}_{figure}_{phase}", value, unit)
     result.note("raw_request_errors", float(failures(rows, "raw")), "")

@@ -69,10 +69,12 @@ class Bench:
             row |= {f"ttft_p{q}_ms": percentile(ttft, q) for q in (50, 95, 99)}
             row |= {f"itl_p{q}_ms": percentile(itl, q) for q in (50, 95, 99)}
         row["tokens_per_s"] = recording.tokens_per_s(phase.settle_s, min(phase.duration_s, summary.wall_s))
+        row["events_per_token"] = events / max(1, int(recording.tokens.sum()))
         row["client_us_per_event"] = summary.cpu_s / events * 1e6
         row["foreign_cores"] = max(0.0, all_s - own_s) / summary.wall_s
         if gateways:
             row["gateway_us_per_event"] = gateway_s / events * 1e6
+            row["gateway_us_per_token"] = row["gateway_us_per_event"] * row["events_per_token"]
             row["gateway_cores"] = gateway_s / summary.wall_s
         return row
 

@@ -14,11 +14,12 @@ from bench.paired import Bench, Phase, Row
 from bench.procs import Service, StartFailed, free_port, pin
 from bench.sides import Side
 
+ROUTER = "vllm-router"
 _ROUNDS = 3
 
 
 def measure(bench: Bench, phases: Sequence[Phase], raw: Side) -> list[Row]:
-    """Rows of vllm-router before the raw engine, under the side name `vllm-router`; none when it does not start."""
+    """Rows of vllm-router before the raw engine, under the side name ROUTER; none when it does not start."""
     bench.say("peer ray serve llm: left out, it brings an engine of its own and cannot stand before the raw one")
     if find_spec("vllm_router") is None:
         bench.say("peer vllm-router: left out, not installed")
@@ -30,7 +31,7 @@ def measure(bench: Bench, phases: Sequence[Phase], raw: Side) -> list[Row]:
     try:
         with Service(argv, raw.service.env, bench.work / "vllm-router.log", grace_s=5.0) as service:
             service.wait_until(f"{url}/health", 60.0)
-            peer = Side("vllm-router", url, raw.model, service)
+            peer = Side(ROUTER, url, raw.model, service)
             pin(service.pid, {min(os.sched_getaffinity(0))})
             return [bench.sample(phase, peer, 5000 + n, raw) for n in range(_ROUNDS) for phase in phases]
     except StartFailed as error:

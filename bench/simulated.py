@@ -26,9 +26,7 @@ def over_simulators(bench: Bench, plan: Plan, result: Report) -> None:
     with sides.stack(models, "sim", bench.work / "two") as stack:
         bench.say(f"up after {sides.wait_ready(stack, START_TIMEOUT_S):.0f} s")
         if plan.wants("idle_pss_mib"):
-            shares = idle_pss_mib(stack, 2.0 if plan.quick else 10.0)
-            result.samples.append({"phase": "idle", "side": "stack", "pss_mib": shares})
-            add(result, "idle_pss_mib", sum(shares.values()), plan)
+            idle(stack, plan, result)
         procs.pin(bench.client.pid, set(os.sched_getaffinity(0)))
         if plan.wants("paced"):
             paced(bench, replace(stack, model="paced"), plan, result)
@@ -36,13 +34,21 @@ def over_simulators(bench: Bench, plan: Plan, result: Report) -> None:
             many_streams(bench, stack, plan, result)
 
 
-def idle_pss_mib(stack: Side, settle_s: float) -> dict[str, float]:
-    """PSS in MiB of every process that is not an engine, after `settle_s` quiet seconds; largest first."""
-    time.sleep(settle_s)
+def idle(stack: Side, plan: Plan, result: Report) -> None:
+    """What the stack holds and burns while nobody asks: PSS and CPU of every process that is not an engine."""
+    time.sleep(1.0 if plan.quick else 5.0)
     processes = stack.processes()
-    engines = procs.engine_pids(processes)
-    own = {f"{procs.short_title(p)} {p.pid}": procs.pss_mib([p.pid]) for p in processes if p.pid not in engines}
-    return dict(sorted(own.items(), key=lambda item: -item[1]))
+    engines, gateways = procs.engine_pids(processes), procs.gateway_pids(processes)
+    own = [p for p in processes if p.pid not in engines]
+    pids, watched_s = [p.pid for p in own], 1.0 if plan.quick else 10.0
+    own_s, gateway_s = procs.cpu_s(pids), procs.cpu_s(gateways)
+    time.sleep(watched_s)
+    result.note("idle_cores", (procs.cpu_s(pids) - own_s) / watched_s, "cores")
+    result.note("idle_gateway_cores", (procs.cpu_s(gateways) - gateway_s) / watched_s, "cores")
+    shares = {f"{procs.short_title(p)} {p.pid}": procs.pss_mib([p.pid]) for p in own}
+    largest_first = dict(sorted(shares.items(), key=lambda item: -item[1]))
+    result.samples.append({"phase": "idle", "side": "stack", "pss_mib": largest_first})
+    add(result, "idle_pss_mib", sum(shares.values()), plan)
 
 
 def paced(bench: Bench, stack: Side, plan: Plan, result: Report) -> None:

@@ -137,6 +137,7 @@ class EngineReplica:
             mark=mark,
             parent_pid=os.getpid(),
             environ=inherited_environment(),
+            sockets=self._settings.runtime_dir,
         )
         folder = self._settings.log_dir / "engines" / self.spec.id
         engine = EngineProcess(cmd, folder / f"{_replica_tag()}.{attempt}.log", self._engine_exited)

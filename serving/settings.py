@@ -33,6 +33,7 @@ class Settings(BaseSettings):
     gateways: int = Field(1, ge=1, le=64, description="gateway replicas, all on the same port")
     cluster_secret: SecretStr | None = Field(None, description="secret between gateways and engines")
     cluster_secret_file: Path | None = Field(None, description="file holding it; default STATE_DIR/cluster-secret")
+    runtime_dir: Path | None = Field(None, description="private folder for engines' sockets; short, on a local disk")
     ray_address: str | None = Field(None, description="join this Ray cluster instead of starting one")
     ready_timeout_s: float = Field(1800, gt=0, description="longest wait of `up` for every model to be ready")
 

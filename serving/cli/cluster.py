@@ -20,7 +20,7 @@ from serving.engine.command import GUARD
 from serving.engine.process import STACK_MARK, sweep
 from serving.errors import ClusterError
 from serving.fleet.endpoint import Snapshot
-from serving.settings import Settings, worker_environment
+from serving.settings import Profile, Settings, worker_environment
 
 # Ray's CPUs are bookkeeping here: engines on one box share the cores, GPUs are what is scarce.
 _LOGICAL_CPUS = 1024
@@ -33,6 +33,7 @@ class ClusterFile(msgspec.Struct):
     address: str
     pid: int
     temp_dir: str
+    profile: Profile
 
 
 def _path(settings: Settings) -> Path:
@@ -71,24 +72,25 @@ def _environment(settings: Settings, *, one_node: bool) -> None:
     }
 
 
-def start(settings: Settings, gpus: int | None) -> ClusterFile:
+def start(settings: Settings, profile: Profile) -> ClusterFile:
     """A one-node Ray cluster whose processes die with this one. Listens on 127.0.0.1 only, without the dashboard."""
     _environment(settings, one_node=True)
     _remove_old_temp(settings)
     import ray
 
+    temp = tempfile.mkdtemp(prefix="steelyard-")  # sockets live there: their paths must stay under 107 bytes
     # Ray's processes are tied to their parents and marked as engines are: see `engine/guard`.
     os.environ |= {
+        "STEELYARD_RUNTIME_DIR": temp,
         "PYTHONPATH": ":".join([str(GUARD), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "STEELYARD_PARENT": str(os.getpid()),
         STACK_MARK: f"{settings.state_dir}:ray",
     }
-    temp = tempfile.mkdtemp(prefix="steelyard-")  # sockets live there: their paths must stay under 107 bytes
     try:
         ray.init(
             address="local",
             num_cpus=_LOGICAL_CPUS,
-            num_gpus=gpus,
+            num_gpus=None if profile == "gpu" else 0,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -99,7 +101,8 @@ def start(settings: Settings, gpus: int | None) -> ClusterFile:
     except Exception as e:
         shutil.rmtree(temp, ignore_errors=True)
         raise ClusterError(f"Ray did not start: {_one_line(e)}", f"see {temp}") from None
-    found = ClusterFile(address=ray.get_runtime_context().gcs_address, pid=os.getpid(), temp_dir=temp)
+    address = ray.get_runtime_context().gcs_address
+    found = ClusterFile(address=address, pid=os.getpid(), temp_dir=temp, profile=profile)
     write_private(_path(settings), msgspec.json.encode(found).decode())
     return found
 

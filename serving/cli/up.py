@@ -50,8 +50,14 @@ def detect_profile() -> Profile:
     return "gpu" if count else "cpu"
 
 
+def profile_of(settings: Settings) -> Profile:
+    """The one asked for, else the running stack's, else what this machine has."""
+    running = cluster.read_cluster_file(settings)
+    return settings.profile or (running.profile if running else detect_profile())
+
+
 def load_catalog(settings: Settings) -> Catalog:
-    return store.load(settings.models, settings.profile or detect_profile())
+    return store.load(settings.models, profile_of(settings))
 
 
 def locator(settings: Settings) -> manifest.Locate:
@@ -86,7 +92,7 @@ def _serve(catalog: Catalog, config: dict[str, Any], settings: Settings, say: Sa
     if left:
         say(f"removed {left} engine processes that an earlier run left behind")
     say("starting Ray")
-    found = cluster.start(settings, gpus=None if (settings.profile or detect_profile()) == "gpu" else 0)
+    found = cluster.start(settings, profile_of(settings))
     for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(sig, lambda *_: told_to_stop.set())
     drain_s = 0.0

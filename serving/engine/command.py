@@ -62,9 +62,18 @@ class Command(msgspec.Struct, frozen=True):
 
 
 def build(
-    spec: EngineSpec, *, host: str, port: int, secret: str, mark: str, parent_pid: int, environ: Mapping[str, str]
+    spec: EngineSpec,
+    *,
+    host: str,
+    port: int,
+    secret: str,
+    mark: str,
+    parent_pid: int,
+    environ: Mapping[str, str],
+    sockets: Path | None = None,
 ) -> Command:
-    """The command of `spec` listening on host:port behind its door. The secret goes by environment, never argv."""
+    """The command of `spec` listening on host:port behind its door. The secret goes by environment, never argv.
+    `sockets` is a private folder for the engine's own IPC, by default the system's temporary one."""
     builders = {"vllm": _vllm, "simulator": _simulator}
     if spec.kind not in builders:
         raise EngineError(f"{spec.id}: unknown engine kind {spec.kind!r}", f"use one of {', '.join(builders)}")
@@ -78,6 +87,8 @@ def build(
         "STEELYARD_PARENT": str(parent_pid),
     }
     if spec.kind == "vllm":
+        if sockets is not None:
+            env |= {"VLLM_RPC_BASE_PATH": str(sockets)}
         env |= {"VLLM_HOST_IP": host, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     return Command(argv, env | spec.env)
 

@@ -24,8 +24,9 @@ SECRET_HEADER = b"x-steelyard-secret"
 BUSY_HEADER = b"x-steelyard-busy"
 STATUS_PATH = "/-/door"
 
-# Routes that hold no KV cache: they pass without taking a slot.
-_FREE = frozenset({"/v1/models", "/v1/messages/count_tokens"})
+# Everything that runs the model takes a slot; what only counts tokens does not.
+_TAKES_SLOT = ("/v1/", "/pooling", "/classify", "/score", "/rerank", "/v2/rerank")
+_FREE = frozenset({"/v1/messages/count_tokens"})
 
 
 class Door:
@@ -60,7 +61,7 @@ class Door:
                 200,
                 {"in_flight": self.in_flight, "slots": self.slots, "refused": self.refused, "pid": os.getpid()},
             )
-        elif scope["type"] == "http" and scope["method"] == "POST" and path.startswith("/v1/") and path not in _FREE:
+        elif scope.get("method") == "POST" and path.startswith(_TAKES_SLOT) and path not in _FREE:
             await self._through(scope, receive, send)
         else:
             await self.app(scope, receive, send)

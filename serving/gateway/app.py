@@ -29,6 +29,7 @@ from serving.errors import (
     ShuttingDown,
     UnknownModel,
     UnknownRoute,
+    WaitTooLong,
 )
 from serving.gateway import routes
 from serving.gateway.exchange import ClientGone, Exchange, Receive, Scope, Send
@@ -48,6 +49,7 @@ MAX_REQUESTS = 10_000  # inside one gateway at once; file descriptors and memory
 MAX_ATTEMPTS = 3  # at different replicas, `busy` not counted
 FUSE = 2  # a request under which this many engines died is not tried again
 BODY_TIMEOUT_S = 60.0  # for the whole request body to arrive
+LAST_WORD_S = 5.0  # for a client to take its error
 KEYS_CHECK_EVERY_S = 1.0
 
 
@@ -193,15 +195,16 @@ class Gateway:
                 x.line.attempts += 1
                 metrics.attempted(e.outcome)
                 log.warning("attempt %d failed: %s", x.line.attempts, e, extra={"request_id": x.request_id})
-                settle, front = (line.release if e.outcome == "http_5xx" else line.broken), True
+                settle, front = (line.broken if e.gone else line.release), True
                 avoid |= {upstream.endpoint.id}
                 killed += e.killed
                 if killed >= FUSE or x.line.attempts >= MAX_ATTEMPTS:
                     raise EngineBroken(f"{line.version_id}: {x.line.attempts} attempts failed") from None
-                if not line.ready_ids() - avoid:
-                    if e.outcome == "http_5xx":
-                        raise EngineBroken(f"{line.version_id}: its engine answered with an internal error") from None
-                    avoid = frozenset()  # nobody else is there: wait for whoever comes back first
+                if e.answered and not line.ready_ids() - avoid:
+                    raise EngineBroken(f"{line.version_id}: its engine answered with an internal error") from None
+            except asyncio.CancelledError:
+                metrics.attempted("client_gone" if x.line.client_gone else "timeout")
+                raise
             finally:
                 metrics.running.dec()
                 settle(upstream)
@@ -227,7 +230,7 @@ class Gateway:
                 since=x.t0,
                 front=front,
             )
-        except (QueueFull, NoReplica) as e:
+        except (QueueFull, WaitTooLong, NoReplica) as e:
             metrics.rejected(e.code)
             raise
         finally:
@@ -321,11 +324,13 @@ class Gateway:
 
     async def _failed(self, x: Exchange, error: RequestError) -> None:
         x.line.reason = error.code
-        with contextlib.suppress(ClientGone):
-            if x.started:
-                await x.end(error_event(x.path, x.dialect, error, x.request_id))
-            else:
-                await x.fail(error, close=error.status in (408, 413) or isinstance(error, DeadlinePassed))
+        # Bounded: a client that does not read would hold the last word, and the request, for ever.
+        with contextlib.suppress(ClientGone, TimeoutError):
+            async with asyncio.timeout(LAST_WORD_S):
+                if x.started:
+                    await x.end(error_event(x.path, x.dialect, error, x.request_id))
+                else:
+                    await x.fail(error, close=error.status in (408, 413) or isinstance(error, DeadlinePassed))
 
     def _write_down(self, x: Exchange, model: str) -> None:
         e2e = time.monotonic() - x.t0
@@ -428,6 +433,7 @@ class _Watch:
     async def _until_disconnect(self) -> None:
         while (await self._x.receive())["type"] != "http.disconnect":
             pass
+        self._x.line.client_gone = True
         self._cancel(ClientGone)
 
     def _cancel(self, why: type[Exception]) -> None:
@@ -445,10 +451,11 @@ def _adapted(body: bytes, fields: dict[str, Any], route: Route, name: Name) -> t
     if name.sent_as is not None:
         body = routes.splice(body, b'"model":' + msgspec.json.encode(name.sent_as))
     if route.usage_by_option and fields.get("stream") is True:
-        options = fields.get("stream_options")
-        if not isinstance(options, dict) or options.get("include_usage") is not True:
+        options = fields.get("stream_options") or {}
+        if isinstance(options, dict) and not options.get("include_usage"):
             withhold = True
-            asked = {**(options if isinstance(options, dict) else {}), "include_usage": True}
+            # Alone, vLLM ignores it; with the usage that we ask for it would put counts into every event.
+            asked = {k: v for k, v in options.items() if k != "continuous_usage_stats"} | {"include_usage": True}
             body = routes.splice(body, b'"stream_options":' + msgspec.json.encode(asked))
     return body, withhold
 

@@ -17,12 +17,14 @@ from serving.gateway.routes import Route
 from serving.gateway.routing import Upstream
 
 CONNECT_TIMEOUT_S = 2.0
+IDLE_S = 4.0  # vLLM closes connections idle for 5 s: one used at that moment would look like an engine that died
 BUSY_HEADER = "x-steelyard-busy"
 MAX_ANSWER_BYTES = 256 * 1024 * 1024  # of one unstreamed answer
 MAX_EVENT_BYTES = 8 * 1024 * 1024  # of one SSE event
 
-# Inside a JSON string a quote is escaped, so none of these can come from generated text.
-_ERROR_FRAMES = (b'data: {"error"', b"event: error\n")
+# Inside a JSON string quotes and line feeds are escaped, so none of these can come from generated text.
+_ABORTED = b'"finish_reason":"abort"'  # what vLLM says of requests it drops when it is stopped, under a status 200
+_ERROR_FRAMES = (b'data: {"error"', b"event: error\n", _ABORTED)
 _USAGE_EVENT = b'"choices":[]'
 _COUNTS = re.compile(rb'"(prompt_tokens|input_tokens|completion_tokens|output_tokens|cached_tokens)":\s*(\d+)')
 
@@ -30,10 +32,16 @@ _COUNTS = re.compile(rb'"(prompt_tokens|input_tokens|completion_tokens|output_to
 class Broken(Exception):
     """An attempt failed before the first byte went to the client, so that another replica may try."""
 
-    def __init__(self, outcome: str, detail: str, *, killed: bool) -> None:
+    def __init__(self, outcome: str, detail: str, *, killed: bool, gone: bool = False) -> None:
         super().__init__(detail)
         self.outcome = outcome  # word for the metrics
         self.killed = killed  # the engine had the request and died under it: it counts for the fuse
+        self.gone = gone  # nobody is there for the next request either; never for what a client can bring about
+
+    @property
+    def answered(self) -> bool:
+        """The engine is well enough to say no, and would say it again."""
+        return not (self.killed or self.gone)
 
 
 class Busy(Exception):
@@ -61,17 +69,19 @@ class Usage(msgspec.Struct):
 class StreamScan:
     """Looks at a stream's bytes event by event, without parsing them."""
 
-    __slots__ = ("_dialect_ends", "_tail", "_usage_by_option", "_withhold", "complete", "died", "events", "usage")
+    __slots__ = ("_ends", "_tail", "_usage_by_option", "_withhold", "complete", "died", "error", "events", "usage")
 
     def __init__(self, route: Route, *, withhold_usage: bool) -> None:
         self._tail = b""
-        self._dialect_ends = route.ends
+        # At the start of a line only: elsewhere the same words may be generated text.
+        self._ends = tuple((end, b"\n" + end) for end in route.ends)
         self._usage_by_option = route.usage_by_option
         self._withhold = withhold_usage
         self.usage = Usage()
         self.events = 0  # delivered
         self.complete = False  # the route's end was seen
         self.died = False  # the engine's error frame was seen: nothing from it on was returned
+        self.error = b""  # that frame
 
     def feed(self, data: bytes) -> bytes:
         """The whole events in what came so far that the client may have; the rest is kept for the next call."""
@@ -91,7 +101,9 @@ class StreamScan:
             at = data.find(frame)
             if at >= 0:
                 self.died = True
-                data = data[: data.rfind(b"\n\n", 0, at) + 2] if b"\n\n" in data[:at] else b""
+                before = data.rfind(b"\n\n", 0, at)
+                begin = before + 2 if before >= 0 else 0
+                data, self.error = data[:begin], data[begin : data.index(b"\n\n", at)]
                 break
         if self._usage_by_option:
             if _USAGE_EVENT in data:
@@ -99,8 +111,8 @@ class StreamScan:
         elif b'_tokens":' in data:
             self.usage.read(data)
         if not self.complete:
-            for end in self._dialect_ends:
-                if end in data:
+            for first, later in self._ends:
+                if data.startswith(first) or later in data:
                     self.complete = True
         self.events += data.count(b"\n\n")
         return data
@@ -125,13 +137,15 @@ class Reply:
         self,
         response: aiohttp.ClientResponse,
         *,
+        status: int | None = None,
+        content_type: bytes | None = None,
         body: bytes | None = None,
         first: bytes = b"",
         scan: StreamScan | None = None,
     ) -> None:
         self.response = response
-        self.status = response.status
-        self.content_type = response.headers.get("content-type", "application/json").encode()
+        self.status = status or response.status
+        self.content_type = content_type or response.headers.get("content-type", "application/json").encode()
         self.body = body
         self.first = first
         self.scan = scan
@@ -142,7 +156,7 @@ class Engines:
 
     def __init__(self, secret: str) -> None:
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=50, ttl_dns_cache=300),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S, ttl_dns_cache=300),
             headers={"x-steelyard-secret": secret, "content-type": "application/json"},
             skip_auto_headers=("accept-encoding", "user-agent"),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
@@ -161,12 +175,15 @@ class Engines:
         """
         try:
             response = await self._session.post(
-                upstream.endpoint.url + route.path, data=body, headers={"x-request-id": request_id}
+                upstream.endpoint.url + route.path,
+                data=body,
+                headers={"x-request-id": request_id},
+                allow_redirects=False,
             )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as e:
-            raise Broken("connect_error", f"{upstream.endpoint.id}: {e}", killed=False) from None
+            raise Broken("connect_error", f"{upstream.endpoint.id}: {e}", killed=False, gone=True) from None
         except aiohttp.ClientError as e:
-            raise Broken("died", f"{upstream.endpoint.id}: {type(e).__name__}: {e}", killed=True) from None
+            raise Broken("died", f"{upstream.endpoint.id}: {type(e).__name__}: {e}", killed=True, gone=True) from None
         try:
             return await self._first_bytes(upstream, route, response, withhold_usage)
         except BaseException:
@@ -181,11 +198,15 @@ class Engines:
             if response.status == 503 and BUSY_HEADER in response.headers:
                 await response.read()
                 raise Busy
-            if response.status >= 500 and response.status != 501:
+            if (response.status >= 500 and response.status != 501) or response.status == 401:  # 401: not our secret
+                outcome = "http_5xx" if response.status >= 500 else "refused"
                 text = (await response.content.read(2000)).decode(errors="replace")
-                raise Broken("http_5xx", f"{who}: {response.status} {text}", killed=False)
+                raise Broken(outcome, f"{who}: {response.status} {text}", killed=False)
             if response.content_type != "text/event-stream":
-                return Reply(response, body=await _whole(response.content))
+                body = await _whole(response.content)
+                if _ABORTED in body:
+                    raise Broken("died", f"{who}: the engine was stopped under the request", killed=False, gone=True)
+                return Reply(response, body=body)
             scan = StreamScan(route, withhold_usage=withhold_usage)
             first = b""
             while not first and not scan.died:
@@ -195,6 +216,8 @@ class Engines:
                 first = scan.feed(data)
         except aiohttp.ClientError as e:
             raise Broken("died", f"{who}: {type(e).__name__}: {e}", killed=True) from None
+        if scan.died:
+            return _failed_at_once(who, response, scan, first)
         if not first:
             raise Broken("died", f"{who}: the stream ended before its first event", killed=True)
         return Reply(response, first=first, scan=scan)
@@ -207,6 +230,32 @@ class Engines:
 
     async def close(self) -> None:
         await self._session.close()
+
+
+class _Error(msgspec.Struct):
+    code: int | None = None
+
+
+class _ErrorFrame(msgspec.Struct):
+    error: _Error
+
+
+_decode_error = msgspec.json.Decoder(_ErrorFrame).decode
+
+
+def _failed_at_once(who: str, response: aiohttp.ClientResponse, scan: StreamScan, first: bytes) -> Reply:
+    """A stream whose first bytes hold its error, so that nothing has left yet: the client's fault is the answer, with
+    the status that vLLM had no way to send any more; anything else may go better elsewhere."""
+    data = scan.error.partition(b"data: ")[2]
+    try:
+        code = _decode_error(data).error.code
+    except msgspec.MsgspecError:
+        code = None
+    if code is not None and 400 <= code < 500 and not first:
+        return Reply(response, status=code, content_type=b"application/json", body=data)
+    aborted = _ABORTED in scan.error
+    detail = f"{who}: {scan.error[:300].decode(errors='replace')}"
+    raise Broken("died", detail, killed=not aborted, gone=aborted or code is not None)
 
 
 async def _whole(content: aiohttp.StreamReader) -> bytes:

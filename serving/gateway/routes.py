@@ -26,7 +26,7 @@ _CHAT = """
     documents chat_template_kwargs return_prompt_text metadata service_tier store prompt_cache_key safety_identifier
     verbosity
 """
-_COMPLETION = "model prompt best_of echo logprobs max_tokens suffix user response_format"
+_COMPLETION = "model prompt echo logprobs max_tokens suffix user response_format"
 _RESPONSES = """
     background include input instructions max_output_tokens max_tool_calls metadata model logit_bias parallel_tool_calls
     previous_response_id prompt reasoning include_reasoning service_tier store stream stream_options temperature text
@@ -39,11 +39,14 @@ _MESSAGES = """
     top_k top_p watermarking chat_template_kwargs service_tier
 """
 _POOLING = "model user input messages truncate_prompt_tokens truncation_side padding add_special_tokens use_activation"
-_EMBED = f"{_POOLING} encoding_format embed_dtype endianness dimensions add_generation_prompt continue_final_message"
-_SCORE = """
+_CLASSIFY = f"{_POOLING} add_generation_prompt continue_final_message chat_template_kwargs"
+_EMBED = f"{_CLASSIFY} encoding_format embed_dtype endianness dimensions"
+_PAIRS = """
     model user truncate_prompt_tokens truncation_side padding use_activation max_tokens_per_query max_tokens_per_doc
-    instruction chat_template_kwargs data_1 data_2 queries documents items text_1 text_2 query top_n
+    instruction chat_template_kwargs
 """
+_SCORED = "data_1 data_2 queries documents items text_1 text_2"
+_RERANKED = "query documents"
 
 # Refused fields: why, and the name in the model file's `allow:` list that lets them through (None: never).
 _REFUSED: Mapping[str, tuple[str, str | None]] = {
@@ -81,6 +84,7 @@ class Route(msgspec.Struct, frozen=True):
     fields: frozenset[str]
     ends: tuple[bytes, ...] = ()
     usage_by_option: bool = False  # usage in a stream must be asked for by stream_options.include_usage
+    content: tuple[str, ...] = ("messages", "input", "system")  # fields whose parts may hold media
 
 
 def _route(path: str, fields: str, dialect: Dialect = "openai", **more: Any) -> Route:
@@ -102,8 +106,12 @@ SERVED: Mapping[str, Route] = {
         _route("/v1/messages/count_tokens", _MESSAGES, "anthropic"),
         _route("/v1/embeddings", _EMBED),
         _route("/pooling", _EMBED),
-        _route("/classify", _POOLING),
-        *(_route(p, _SCORE) for p in ("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank")),
+        _route("/classify", _CLASSIFY),
+        *(_route(p, f"{_PAIRS} {_SCORED}", content=tuple(_SCORED.split())) for p in ("/score", "/v1/score")),
+        *(
+            _route(p, f"{_PAIRS} {_RERANKED} top_n", content=tuple(_RERANKED.split()))
+            for p in ("/rerank", "/v1/rerank", "/v2/rerank")
+        ),
         _route("/tokenize", _CHAT + " prompt add_special_tokens return_token_strs"),
         _route("/detokenize", "model tokens"),
     )
@@ -160,6 +168,10 @@ REFUSED: Mapping[str, str] = {
             "/get_weight_version",
             "/start_draft_weight_update",
             "/finish_draft_weight_update",
+            "/weight_info",
+            "/weight_checker",
+            "/adapters",
+            "/adapters/{adapter_name}",
         ],
         _ADMIN,
     ),
@@ -212,8 +224,9 @@ def match(method: str, path: str) -> Route | str:
     if reason is None and path.startswith("/v1/responses/"):
         reason = _STATE
     if reason is not None:
-        raise UnknownRoute(f"{path} is not served: {reason}")
-    raise UnknownRoute(f"{path} is not served; served are {', '.join(sorted(SERVED))} and {', '.join(sorted(OWN))}")
+        raise UnknownRoute(f"{_short(path)} is not served: {reason}")
+    served = f"{', '.join(sorted(SERVED))} and {', '.join(sorted(OWN))}"
+    raise UnknownRoute(f"{_short(path)} is not served; served are {served}")
 
 
 def parse(body: bytes) -> dict[str, Any]:
@@ -245,36 +258,60 @@ def check(route: Route, fields: Mapping[str, Any], allow: Iterable[str]) -> None
                 can = f"; the model's `allow: [{switch}]` would let it pass" if switch else ""
                 raise BadRequest(f"`{name}` is refused: {why}{can}", param=name)
         else:
-            raise BadRequest(f"`{name}` is not a field of {route.path} here", param=name)
-    if "media_urls" not in allowed:
-        for name in ("messages", "input", "system"):
-            if isinstance(fields.get(name), list):
-                _refuse_remote_media(fields[name], name)
+            raise BadRequest(f"`{_short(name)}` is not a field of {route.path} here", param=_short(name))
+    for name in route.content:
+        if isinstance(fields.get(name), list | dict):
+            _check_parts(fields[name], name, urls="media_urls" in allowed)
 
 
-_MEDIA = ("image_url", "video_url", "audio_url", "file_url", "input_audio", "image", "video", "audio", "source", "url")
+_MEDIA = frozenset(
+    ["image_url", "video_url", "audio_url", "file_url", "input_audio", "image", "video", "audio", "source", "url"]
+)
+_TENSORS = frozenset(["image_embeds", "audio_embeds", "video_embeds", "prompt_embeds"])
+# A client's own data, never fetched: tool definitions, arguments and the sources of earlier answers.
+_OPAQUE = frozenset(["arguments", "parameters", "input_schema", "annotations", "citations"])
+_CALL = _OPAQUE | {"input"}
 
 
-def _refuse_remote_media(value: Any, at: str) -> None:
+_Where = tuple[Any, str | int]  # (the same of what holds it, or None; key or index): spelt out for an error only
+
+
+def _check_parts(value: Any, field: str, *, urls: bool) -> None:
     """Media must come inside the request (`data:` URLs): an engine that fetches a client's URL or path reaches what
-    the client could not."""
-    todo: list[tuple[Any, str]] = [(value, at)]
+    the client could not. `urls`: the model's file allows it. Tensors never pass, as in `prompt_embeds`."""
+    todo: list[tuple[Any, _Where]] = [(value, (None, field))]
     while todo:
-        item, path = todo.pop()
+        item, at = todo.pop()
         if isinstance(item, list):
-            todo += [(v, f"{path}[{i}]") for i, v in enumerate(item) if isinstance(v, dict | list)]
-        elif isinstance(item, dict):
-            for name, v in item.items():
-                where = f"{path}.{name}"
-                if name in _MEDIA and isinstance(v, str) and not v.startswith("data:") and _is_reference(name, v):
+            todo += [(v, (at, i)) for i, v in enumerate(item) if isinstance(v, dict | list)]
+            continue
+        kind = item.get("type")
+        if not _TENSORS.isdisjoint(item) or (isinstance(kind, str) and kind in _TENSORS):
+            raise BadRequest(f"{_spelt(at)}: embeddings are refused: {_REFUSED['prompt_embeds'][0]}", param=field)
+        opaque = _CALL if kind == "tool_use" else _OPAQUE
+        for name, v in item.items():
+            if isinstance(v, str):
+                if name in _MEDIA and not urls and not v.startswith("data:") and _is_reference(name, v):
                     raise BadRequest(
-                        f"{where}: media by URL or path is refused (the model's `allow: [media_urls]` would let it "
-                        "pass); send a data: URL",
-                        param=at,
+                        f"{_spelt((at, name))}: media by URL or path is refused (the model's `allow: [media_urls]` "
+                        "would let it pass); send a data: URL",
+                        param=field,
                     )
-                # Tool definitions and arguments are data of the client's, never fetched.
-                if isinstance(v, dict | list) and name not in ("arguments", "parameters", "input_schema"):
-                    todo.append((v, where))
+            elif isinstance(v, dict | list) and name not in opaque:
+                todo.append((v, (at, name)))
+
+
+def _spelt(at: _Where) -> str:
+    parts: list[str] = []
+    where: Any = at
+    while where is not None:
+        where, key = where
+        parts.append(f"[{key}]" if isinstance(key, int) else f".{_short(key)}")
+    return "".join(reversed(parts)).lstrip(".")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 100 else name[:100] + "..."
 
 
 def _is_reference(name: str, value: str) -> bool:

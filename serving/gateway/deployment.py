@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import socket
 import time
@@ -87,6 +88,11 @@ class GatewayReplica:
 
     async def _listen(self) -> None:
         await self.gateway.start()
+        # What was imported lives for ever: out of the collector's sight, and full collections, which stop every stream,
+        # become rare. Requests leave few cycles behind.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(20_000, 50, 100)
         public = _listener(self._settings.host, self._settings.port, shared=True)
         private = _listener(self._node, 0, shared=False)
         self.gateway.private_port = private.getsockname()[1]

@@ -8,9 +8,9 @@
     │   ├── PortTaken               something else listens there
     │   └── ClusterError            Ray or Serve is not there, or refuses
     └── RequestError                rendered to the client in the dialect of the route
-        ├── BadRequest         400  invalid_request_error
-        ├── InvalidKey         401  authentication_error    no, unknown, expired or revoked key
-        ├── ScopeMissing       403  permission_error        good key, wrong scope
+        ├── BadRequest         400  invalid_request         malformed, a field missing, or one that is refused
+        ├── InvalidKey         401  invalid_api_key         no, unknown, expired or revoked key
+        ├── ScopeMissing       403  scope_missing           good key, wrong scope
         ├── UnknownModel       404  model_not_found         names what exists
         ├── UnknownRoute       404  not_found
         ├── WrongMethod        405  method_not_allowed      with Allow

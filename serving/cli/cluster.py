@@ -84,6 +84,7 @@ def start(settings: Settings, profile: Profile) -> ClusterFile:
         "STEELYARD_RUNTIME_DIR": temp,
         "PYTHONPATH": ":".join([str(GUARD), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "STEELYARD_PARENT": str(os.getpid()),
+        "SPT_NOENV": "1",  # a process that sets its title would wipe the mark
         STACK_MARK: f"{settings.state_dir}:ray",
     }
     try:

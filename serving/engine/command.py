@@ -85,6 +85,8 @@ def build(
         "STEELYARD_DOOR_SLOTS": str(spec.slots),
         "STEELYARD_ENGINE_MARK": mark,
         "STEELYARD_PARENT": str(parent_pid),
+        # A process that sets its title would wipe its environment as others see it, and with it the mark.
+        "SPT_NOENV": "1",
     }
     if spec.kind == "vllm":
         if sockets is not None:

@@ -51,10 +51,13 @@ class Table:
     def announce_gateway(self, gateway: GatewayInfo, now: float) -> bool:
         new = gateway.id not in self._gateways
         self._gateways[gateway.id] = (gateway, now + LEASE_S)
+        self.number += new  # a poller between two polls must not miss it
         return new
 
     def withdraw_gateway(self, gateway_id: str) -> bool:
-        return self._gateways.pop(gateway_id, None) is not None
+        known = self._gateways.pop(gateway_id, None) is not None
+        self.number += known
+        return known
 
     def expire(self, now: float) -> bool:
         """Drops entries whose lease ran out; True when there were any."""

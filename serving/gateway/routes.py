@@ -233,7 +233,7 @@ def parse(body: bytes) -> dict[str, Any]:
     """The one JSON parse of a request. Raises BadRequest with what is wrong and where."""
     try:
         fields = msgspec.json.decode(body)
-    except msgspec.DecodeError as e:
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise BadRequest(f"the body is not valid JSON: {e}") from None
     except RecursionError:
         raise BadRequest("the body is nested too deeply") from None

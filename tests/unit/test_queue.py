@@ -133,15 +133,15 @@ async def test_busy_costs_no_place() -> None:
     to = line(endpoint(slots=4))
     first, second = await take(to, since=1), await take(to, since=2)
     await take(to), await take(to)
-    third = await waiting(to, since=3)
-    to.busy(second)
-    again = [await waiting(to, since=2, front=True)]
+    tasks = {3: await waiting(to, since=3)}
     to.busy(first)
-    again.insert(0, await waiting(to, since=1, front=True))
-    for task in (*again, third):
+    tasks[1] = await waiting(to, since=1, front=True)
+    to.busy(second)
+    tasks[2] = await waiting(to, since=2, front=True)
+    for arrival in (1, 2, 3):
         to.release(first)
-        await task
-        await settled()
+        assert await asyncio.wait_for(tasks.pop(arrival), 1) is first
+        assert not any(t.done() for t in tasks.values())
 
 
 async def test_a_full_door_is_asked_by_one_request_at_a_time() -> None:

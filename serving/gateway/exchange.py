@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from random import getrandbits
 from typing import Any
 
 import msgspec
@@ -127,4 +127,4 @@ class Exchange:
 
 def _request_id(given: bytes) -> str:
     """The client's id when it is a plain token of at most 128 characters, else a new one of 128 random bits."""
-    return given.decode() if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"
+    return given.decode() if _REQUEST_ID.fullmatch(given) else f"req_{getrandbits(128):032x}"

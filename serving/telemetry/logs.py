@@ -7,10 +7,12 @@ no living process holds, so restarts do not pile up files and two processes neve
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
 import re
+import threading
 from datetime import UTC, datetime
 from io import TextIOWrapper
 from logging.handlers import QueueHandler, QueueListener, RotatingFileHandler
@@ -21,6 +23,7 @@ import msgspec
 from filelock import FileLock, Timeout
 
 QUEUE_LINES = 8192
+BATCH_S = 0.05
 MAX_BYTES = 64 * 1024 * 1024
 BACKUPS = 4
 _MAX_PROCESSES = 256
@@ -123,11 +126,12 @@ class _Pipe(QueueHandler):
     """Queue, listener thread and file of one log."""
 
     def __init__(self, directory: Path, name: str, lines: int) -> None:
-        super().__init__(queue.Queue(maxsize=lines))
+        lines_queue: queue.Queue[logging.LogRecord | None] = queue.Queue(maxsize=lines)
+        super().__init__(lines_queue)
         self.path, self._claim = _claim(directory, name)
         self._file = _File(self.path)
         self._file.setFormatter(_Lines(name))
-        self._listener = _Listener(self.queue, self._file)
+        self._listener = _Listener(lines_queue, self._file)
         self._full = self._reported = 0
         self._closed = False
         self._listener.start()
@@ -168,16 +172,30 @@ class _Pipe(QueueHandler):
 
 
 class _Listener(QueueListener):
-    def stop(self) -> None:
-        """Bounded, unlike the base class's, which also raises when the queue is full: a hung disk must not hold up an
-        exit. The thread is a daemon."""
-        try:
-            self.queue.put(None, timeout=_CLOSE_S)  # type: ignore[attr-defined]
-        except queue.Full:
-            return
-        if self._thread is not None:
-            self._thread.join(_CLOSE_S)
-            self._thread = None
+    """Writes what came within `BATCH_S` at once: a thread that wakes for every line takes the interpreter from the event
+    loop each time."""
+
+    def __init__(self, lines: queue.Queue[logging.LogRecord | None], file: _File) -> None:
+        super().__init__(lines, file)
+        self._file = file
+        self._lines = lines
+        self._closing = threading.Event()
+
+    def enqueue_sentinel(self) -> None:
+        # The base class does not wait, and raises when the queue is full.
+        self._closing.set()
+        self._lines.put(None)
+
+    def _monitor(self) -> None:
+        ended = False
+        while not ended:
+            batch = [self._lines.get()]
+            self._closing.wait(BATCH_S)
+            with contextlib.suppress(queue.Empty):
+                while len(batch) < self._lines.maxsize:
+                    batch.append(self._lines.get_nowait())
+            ended = None in batch
+            self._file.write_all([record for record in batch if record is not None])
 
 
 class _File(RotatingFileHandler):
@@ -191,8 +209,34 @@ class _File(RotatingFileHandler):
     def _open(self) -> TextIOWrapper:
         return open(self.baseFilename, "a", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o640))
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        self.failed += 1
+    def write_all(self, records: list[logging.LogRecord]) -> None:
+        """All of them, with one look at the size."""
+        if not records:
+            return
+        lines = []
+        for record in records:
+            try:
+                lines.append(self.format(record) + "\n")
+            except Exception:  # a line that cannot be written must not cost the others
+                self.failed += 1
+        try:
+            self._write_pieces(lines)
+        except (OSError, ValueError):
+            self.failed += len(lines)
+
+    def _write_pieces(self, lines: list[str]) -> None:
+        """One write and flush, or one per file where the lines fill more than one."""
+        assert self.stream is not None
+        size, piece = self.stream.tell(), list[str]()
+        for line in lines:
+            if size and size + len(line) > self.maxBytes:
+                self.stream.write("".join(piece))
+                self.doRollover()
+                size, piece = 0, []
+            piece.append(line)
+            size += len(line)
+        self.stream.write("".join(piece))
+        self.stream.flush()
 
 
 class _Lines(logging.Formatter):

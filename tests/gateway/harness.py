@@ -66,6 +66,7 @@ class Engine:
 
     endpoint: Endpoint
     process: EngineProcess | None = None
+    seen: list[str] = field(default_factory=list)  # paths that a recorded one was asked for
 
     @property
     def url(self) -> str:
@@ -130,7 +131,7 @@ class EngineRoom:
         process.start()
         endpoint = Endpoint(
             id=name, model=model, version=version, url=_ready(process), state=State.READY, slots=slots,
-            max_model_len=CONTEXT,
+            max_model_len=CONTEXT, ready_after_s=0.1,
         )  # fmt: skip
         return Engine(endpoint, process)
 
@@ -167,7 +168,10 @@ async def recorded(
     """An engine behind a real door that answers every request with these bytes, then ends or cuts the connection:
     for what a simulator does not say."""
 
+    seen: list[str] = []
+
     async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope["path"])
         while (await receive()).get("more_body"):
             pass
         headers = [(b"content-type", content_type.encode())]
@@ -184,10 +188,9 @@ async def recorded(
         door = Door(app)
     async with listening(door) as port:
         name = f"recorded-{uuid.uuid4().hex[:8]}"
+        url = f"http://{HOST}:{port}"
         yield Engine(
-            Endpoint(
-                id=name, model=model, version=version, url=f"http://{HOST}:{port}", state=State.READY, slots=slots
-            )  # fmt: skip
+            Endpoint(id=name, model=model, version=version, url=url, state=State.READY, slots=slots), seen=seen
         )
 
 
@@ -212,7 +215,7 @@ def catalog(**changes: Any) -> dict[str, Any]:
         for v in ("v1", "v2")
     ]
     tiny = {"name": "tiny", "versions": versions, "release": {"stable": "v1"}, "limits": limits, **changes}
-    other = {"name": "other", "versions": [{"version": "v1", "engine": simulator}], "limits": limits}
+    other = {"name": "other", "versions": [{"version": "v1", "engine": simulator}], "limits": {"max_body_bytes": BODY_LIMIT}}
     return gateway_config(Catalog((ModelSpec.model_validate(tiny), ModelSpec.model_validate(other))))
 
 
@@ -278,6 +281,7 @@ class Front:
     log: RequestLog
     session: aiohttp.ClientSession
     engines: list[Engine] = field(default_factory=list)
+    _clients: list[openai.AsyncOpenAI | anthropic.AsyncAnthropic] = field(default_factory=list)
     _number: int = 0
 
     @property
@@ -298,10 +302,18 @@ class Front:
         )
 
     def openai(self, key: str | None = None) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key or self.keys.all, max_retries=0, timeout=30)
+        client = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key or self.keys.all, max_retries=0, timeout=30)
+        self._clients.append(client)
+        return client
 
     def anthropic(self, key: str | None = None) -> anthropic.AsyncAnthropic:
-        return anthropic.AsyncAnthropic(base_url=self.url, api_key=key or self.keys.all, max_retries=0, timeout=30)
+        client = anthropic.AsyncAnthropic(base_url=self.url, api_key=key or self.keys.all, max_retries=0, timeout=30)
+        self._clients.append(client)
+        return client
+
+    async def close(self) -> None:
+        for client in self._clients:
+            await client.close()
 
     async def ask(
         self,
@@ -319,13 +331,16 @@ class Front:
             return Answer(r.status, {k.lower(): v for k, v in r.headers.items()}, await r.read())
 
     @contextlib.asynccontextmanager
-    async def hung_up(self, body: Any, path: str = CHAT) -> AsyncIterator[asyncio.StreamReader]:
-        """A request whose client goes away at the end of the block, whatever came until then."""
-        reader, writer = await asyncio.open_connection(HOST, self.port)
+    async def hung_up(
+        self, body: Any, *, request_id: str = "", limit: int = 2**20
+    ) -> AsyncIterator[asyncio.StreamReader]:
+        """A request whose client goes away at the end of the block, whatever came until then. It takes `limit` bytes
+        that nobody reads from the reader."""
+        reader, writer = await asyncio.open_connection(HOST, self.port, limit=limit)
         data = json.dumps(body).encode()
         writer.write(
-            f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {self.keys.all}\r\n"
-            f"content-length: {len(data)}\r\n\r\n".encode() + data
+            f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {self.keys.all}\r\n"
+            f"x-request-id: {request_id}\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data
         )
         try:
             yield reader
@@ -402,7 +417,9 @@ async def front(keys: Keys, folder: Path) -> AsyncIterator[Front]:
     )
     await gateway.start()
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session, listening(gateway) as port:
-        yield Front(gateway, port, keys, request_log, session)
+        made = Front(gateway, port, keys, request_log, session)
+        yield made
+        await made.close()
     await gateway.stop()
 
 

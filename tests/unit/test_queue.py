@@ -166,13 +166,16 @@ async def test_a_busy_of_long_ago_does_not_hold_back_a_burst() -> None:
     assert all([await take(to) for _ in range(10)])
 
 
-async def test_a_busy_whose_client_left_still_wakes_those_behind_it() -> None:
+@pytest.mark.parametrize("failure", ["busy", "broken"])
+async def test_a_failure_whose_client_left_still_wakes_those_behind_it(
+    monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    monkeypatch.setattr(queue, "BROKEN_PAUSE_S", 0.01)
     to = line(endpoint(slots=2))
-    mine, other = await take(to), await take(to)
+    mine, _ = await take(to), await take(to)
     behind = await waiting(to)
-    to.busy(mine)
+    getattr(to, failure)(mine)
     assert (await asyncio.wait_for(behind, 5)) is mine
-    to.release(other)
 
 
 async def test_a_long_pause_does_not_hide_a_short_one() -> None:
@@ -310,11 +313,12 @@ class AnyOrder(RuleBasedStateMachine):
         self.step(self.line.release, upstream)
 
     @precondition(lambda self: self.held)
-    @rule(data=st.data(), how=st.sampled_from(["busy", "broken", "release"]))
-    def fails_and_is_tried_again(self, data: st.DataObject, how: str) -> None:
+    @rule(data=st.data(), how=st.sampled_from(["busy", "broken", "release"]), again=st.booleans())
+    def fails(self, data: st.DataObject, how: str, again: bool) -> None:
+        """And is tried again, unless its client left in that moment."""
         arrival, upstream = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
         avoid = NONE if how == "busy" else frozenset({upstream.endpoint.id})
-        self.step(lambda: (getattr(self.line, how)(upstream), self.ask(arrival, avoid, True)))
+        self.step(lambda: (getattr(self.line, how)(upstream), again and self.ask(arrival, avoid, True)))
 
     @precondition(lambda self: self.tasks)
     @rule(data=st.data(), also_frees=st.booleans())

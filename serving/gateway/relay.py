@@ -198,7 +198,7 @@ class Engines:
             if response.status == 503 and BUSY_HEADER in response.headers:
                 await response.read()
                 raise Busy
-            if (response.status >= 500 and response.status != 501) or response.status == 401:  # 401: not our secret
+            if not _is_answer(response.status):
                 outcome = "http_5xx" if response.status >= 500 else "refused"
                 text = (await response.content.read(2000)).decode(errors="replace")
                 raise Broken(outcome, f"{who}: {response.status} {text}", killed=False)
@@ -256,6 +256,11 @@ def _failed_at_once(who: str, response: aiohttp.ClientResponse, scan: StreamScan
     aborted = _ABORTED in scan.error
     detail = f"{who}: {scan.error[:300].decode(errors='replace')}"
     raise Broken("died", detail, killed=not aborted, gone=aborted or code is not None)
+
+
+def _is_answer(status: int) -> bool:
+    """Whether the client may see it: not a failure of the engine's, nor its door's refusal of us, nor a way elsewhere."""
+    return 200 <= status < 300 or (400 <= status < 500 and status != 401) or status == 501
 
 
 async def _whole(content: aiohttp.StreamReader) -> bytes:

@@ -11,7 +11,7 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,7 +180,10 @@ async def recorded(
             if isinstance(chunk, bytes):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             else:
-                await asyncio.sleep(chunk)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(chunk):
+                        await receive()
+                        return  # it hung up
         if not cut:  # uvicorn closes the connection of an app that returns early
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -199,7 +202,9 @@ def refusing(**like: Any) -> Endpoint:
     with socket.socket() as s:
         s.bind((HOST, 0))
         url = f"http://{HOST}:{s.getsockname()[1]}"
-    return Endpoint(**{"id": "gone", "model": "tiny", "version": "v1", "url": url, "state": State.READY, "slots": 8, **like})
+    return Endpoint(
+        **{"id": "gone", "model": "tiny", "version": "v1", "url": url, "state": State.READY, "slots": 8, **like}
+    )
 
 
 # -- catalog and keys
@@ -215,7 +220,11 @@ def catalog(**changes: Any) -> dict[str, Any]:
         for v in ("v1", "v2")
     ]
     tiny = {"name": "tiny", "versions": versions, "release": {"stable": "v1"}, "limits": limits, **changes}
-    other = {"name": "other", "versions": [{"version": "v1", "engine": simulator}], "limits": {"max_body_bytes": BODY_LIMIT}}
+    other = {
+        "name": "other",
+        "versions": [{"version": "v1", "engine": simulator}],
+        "limits": {"max_body_bytes": BODY_LIMIT},
+    }
     return gateway_config(Catalog((ModelSpec.model_validate(tiny), ModelSpec.model_validate(other))))
 
 
@@ -340,7 +349,8 @@ class Front:
         data = json.dumps(body).encode()
         writer.write(
             f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {self.keys.all}\r\n"
-            f"x-request-id: {request_id}\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data
+            f"x-request-id: {request_id}\r\ncontent-length: {len(data)}\r\n\r\n".encode()
+            + data
         )
         try:
             yield reader
@@ -379,29 +389,27 @@ class Front:
                     await engine.inside(0)
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: the process is pytest's."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 @contextlib.asynccontextmanager
 async def listening(app: Any) -> AsyncIterator[int]:
-    """Serves an ASGI app on a free port, as `serving/gateway/deployment.py` does."""
+    """Serves an ASGI app on a free port with uvicorn, as `serving/gateway/deployment.py` does, but without its main
+    loop, which only looks whether to stop ten times a second."""
     config = uvicorn.Config(
         app, loop="none", http="httptools", ws="none", lifespan="off", interface="asgi3", log_config=None,
-        access_log=False, server_header=False, proxy_headers=False, timeout_graceful_shutdown=1,
+        access_log=False, server_header=False, proxy_headers=False,
     )  # fmt: skip
-    server = _Server(config)
+    config.load()
+    server = uvicorn.Server(config)
+    server.lifespan = config.lifespan_class(config)
     with socket.socket() as sock:
         sock.bind((HOST, 0))
-        task = asyncio.create_task(server.serve(sockets=[sock]))
-        await eventually("the server listens", lambda: server.started or task.done())
+        await server.startup(sockets=[sock])
         yield sock.getsockname()[1]
-        server.should_exit = True
-        await task
+        for listener in server.servers:
+            listener.close()
+        for connection in list(server.server_state.connections):
+            connection.shutdown()
+        for task in list(server.server_state.tasks):
+            task.cancel()
 
 
 @contextlib.asynccontextmanager
@@ -433,6 +441,11 @@ def chat(text: str = "hello world", *, model: str = "tiny", **fields: Any) -> di
 def endless(**fields: Any) -> dict[str, Any]:
     """A streamed request that takes longer than any test, on an engine with a pace."""
     return chat(stream=True, **{"max_tokens": 2000} | fields)
+
+
+def json_of(value: Any) -> bytes:
+    """JSON as a careless client writes it: NaN and half surrogates included."""
+    return json.dumps(value).encode(errors="replace")
 
 
 def events(stream: bytes) -> list[Any]:

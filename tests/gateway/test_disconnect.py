@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.gateway.harness import CHAT, Engine, EngineRoom, Front, chat, endless, eventually
+from tests.gateway.harness import CHAT, Engine, EngineRoom, Front, chat, endless, eventually, recorded
 
 
 @pytest.fixture
@@ -61,8 +62,6 @@ async def test_those_behind_move_up(front: Front, slow: Engine) -> None:
 
 
 async def test_while_the_body_is_still_being_sent(front: Front) -> None:
-    import asyncio
-
     _, writer = await asyncio.open_connection("127.0.0.1", front.port)
     head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {front.keys.all}\r\ncontent-length: 100\r\n\r\n"
     writer.write(head.encode() + b"{")
@@ -98,8 +97,6 @@ async def test_sdk_users_who_close_a_stream(front: Front, slow: Engine) -> None:
 @pytest.fixture
 async def unread(front: Front) -> AsyncIterator[Front]:
     """A client that asked for more than all buffers hold, and reads nothing of it."""
-    from tests.gateway.harness import recorded
-
     flood = b'data: {"choices":[{"delta":{"content":"' + b"x" * 65_536 + b'"}}]}\n\n'
     async with recorded(*[flood] * 2000) as engine:
         front.serve(engine, limits={"request_timeout_s": 0.3})

@@ -103,7 +103,9 @@ async def test_tokenize_and_detokenize_are_served(front: Front, engines: list[En
 
 async def test_replicas_that_drain_get_nothing_new(front: Front, room: EngineRoom) -> None:
     one, two = room.shared(), room.shared(sim_itl_ms=20)
-    draining = type(one.endpoint)(**{f: getattr(one.endpoint, f) for f in one.endpoint.__struct_fields__} | {"state": "DRAINING"})
+    draining = type(one.endpoint)(
+        **{f: getattr(one.endpoint, f) for f in one.endpoint.__struct_fields__} | {"state": "DRAINING"}
+    )
     front.serve(draining, two)
     answer = await front.ask(CHAT, chat())
     assert (await front.line(answer.headers["x-request-id"]))["replica"] == two.endpoint.id

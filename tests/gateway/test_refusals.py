@@ -129,7 +129,11 @@ async def test_control_routes_of_an_engine_are_refused_and_never_reach_it(front:
                 error = (await front.ask(path, {"model": "tiny", "lora_name": "x"}, method=method)).error
                 assert error["code"] if not path.startswith(MESSAGES) else error["type"] == "not_found_error"
                 assert "is not served" in error["message"], path
-        for path in ("/v1%2Fload_lora_adapter", "/v1/chat/completions/../../load_lora_adapter", "/v1/models/../metrics"):
+        for path in (
+            "/v1%2Fload_lora_adapter",
+            "/v1/chat/completions/../../load_lora_adapter",
+            "/v1/models/../metrics",
+        ):
             assert (await front.ask(path, {"model": "tiny"})).status in (404, 405)
         assert engine.seen == []
 
@@ -172,7 +176,9 @@ async def test_a_field_that_needs_trust_passes_where_the_model_file_allows_it(
 ) -> None:
     front.serve(room.shared())
     body = chat(**{field: {} if field.startswith(("kv", "vllm")) else 1})
-    with pytest.raises(openai.BadRequestError, match=rf"`{field}` is refused: .*`allow: \[{field}\]` would let it pass"):
+    with pytest.raises(
+        openai.BadRequestError, match=rf"`{field}` is refused: .*`allow: \[{field}\]` would let it pass"
+    ):
         await front.openai().chat.completions.create(**chat(), extra_body={field: body[field]})
     front.serve(room.shared(), allow=[field])
     assert (await front.ask(body=body)).status == 200
@@ -198,9 +204,7 @@ async def test_media_come_inside_the_request_or_not_at_all(front: Front, room: E
     for url in ("http://169.254.169.254/", "file:///etc/passwd"):
         part: Any = {"type": "image_url", "image_url": {"url": url}}
         with pytest.raises(openai.BadRequestError, match=r"messages\[0\]\.content\[0\]\.image_url\.url: media by URL"):
-            await front.openai().chat.completions.create(
-                model="tiny", messages=[{"role": "user", "content": [part]}]
-            )
+            await front.openai().chat.completions.create(model="tiny", messages=[{"role": "user", "content": [part]}])
         with pytest.raises(openai.BadRequestError, match="media by URL"):
             await front.openai().responses.create(
                 model="tiny",

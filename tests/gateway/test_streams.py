@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import Any
 
 import pytest
 
-from tests.gateway.harness import CHAT, Engine, EngineRoom, Front, chat, eventually, events, recorded
+from tests.gateway.harness import CHAT, Engine, EngineRoom, Front, chat, events, eventually, recorded
 
 ID = "req-of-the-test"
 FINGERPRINT = b',"system_fingerprint":"steelyard-sim"'
@@ -119,8 +120,6 @@ async def test_what_an_engine_says_inside_its_text_is_text(front: Front) -> None
 
 
 async def test_a_client_on_http_1_0_gets_its_answer(gateway: Front) -> None:
-    import asyncio
-
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
     body = b'{"model":"tiny","prompt":"x"}'
     head = f"POST /tokenize HTTP/1.0\r\nx-api-key: {gateway.keys.all}\r\ncontent-length: {len(body)}\r\n\r\n"
@@ -130,8 +129,6 @@ async def test_a_client_on_http_1_0_gets_its_answer(gateway: Front) -> None:
 
 
 async def test_many_streams_at_once_are_each_their_own(front: Front, room: EngineRoom) -> None:
-    import asyncio
-
     engine: Engine = room.shared(sim_itl_ms=0)
     front.serve(engine)
     bodies = [chat(f"question {i}", stream=True, max_tokens=30) for i in range(40)]

@@ -13,7 +13,9 @@ READY, FAILED = State.READY, State.FAILED
 
 
 def endpoint(name: str = "a", state: State = READY, **more: Any) -> Endpoint:
-    return Endpoint(**{"id": name, "model": "m", "version": "v", "url": f"http://{name}", "state": state, "slots": 2, **more})
+    return Endpoint(
+        **{"id": name, "model": "m", "version": "v", "url": f"http://{name}", "state": state, "slots": 2, **more}
+    )
 
 
 def ids(table: Table, now: float) -> list[str]:

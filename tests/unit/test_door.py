@@ -113,7 +113,9 @@ async def test_a_client_that_leaves_frees_its_slot(make: Made) -> None:
     assert (await status(door))["in_flight"] == 0
 
 
-@pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/v1/embeddings", "/pooling", "/classify", "/rerank", "/v2/rerank"])
+@pytest.mark.parametrize(
+    "path", [CHAT, "/v1/messages", "/v1/embeddings", "/pooling", "/classify", "/rerank", "/v2/rerank"]
+)
 async def test_whatever_runs_the_model_takes_a_slot(make: Made, path: str) -> None:
     door, _ = make(slots=0)
     assert (await ask(door, path))[0] == 503

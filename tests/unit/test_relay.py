@@ -23,10 +23,12 @@ def said(text: str, **more: object) -> bytes:
 
 DONE = b"data: [DONE]\n\n"
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":7,"total_tokens":9,"completion_tokens":2,"prompt_tokens_details":{"cached_tokens":4}}}\n\n'
-DEAD = b'data: {"error": {"message": "EngineCore encountered an issue.", "type": "InternalServerError", "code": 500}}\n\n'
+DEAD = (
+    b'data: {"error": {"message": "EngineCore encountered an issue.", "type": "InternalServerError", "code": 500}}\n\n'
+)
 ABORTED = b'data: {"choices":[{"index":0,"delta":{"content":""},"finish_reason":"abort"}]}\n\n'
 # Words that mean something outside of JSON strings only.
-SLY = "data: [DONE]\n\ndata: {\"error\": 1}\n\nevent: error\n\"choices\":[] \"finish_reason\":\"abort\" event: message_stop"
+SLY = 'data: [DONE]\n\ndata: {"error": 1}\n\nevent: error\n"choices":[] "finish_reason":"abort" event: message_stop'
 GOOD = said("so ") + said(SLY) + said("be it", finish_reason="stop")
 MESSAGE = (
     b'event: message_start\ndata: {"type":"message_start","message":{"usage":{"input_tokens":7,"output_tokens":0}}}\n\n'

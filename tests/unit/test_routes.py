@@ -62,7 +62,9 @@ def test_what_is_refused_says_why(path: str) -> None:
             match(method, path)
 
 
-@pytest.mark.parametrize("path", ["/", "", "/v1", "/v1/chat/completions/", "//v1/models", "/v1/../metrics", "/V1/models"])
+@pytest.mark.parametrize(
+    "path", ["/", "", "/v1", "/v1/chat/completions/", "//v1/models", "/v1/../metrics", "/V1/models"]
+)
 def test_nothing_else_is_guessed(path: str) -> None:
     with pytest.raises(UnknownRoute, match="served are "):
         match("POST", path)
@@ -163,7 +165,16 @@ def test_every_accepted_field_is_a_name() -> None:
 
 # -- media
 
-REMOTE = ["http://10.0.0.1/x.png", "https://x/y", "file:///etc/passwd", "/etc/passwd", "ftp://x", "//x", "x.png", "DATA:x"]
+REMOTE = [
+    "http://10.0.0.1/x.png",
+    "https://x/y",
+    "file:///etc/passwd",
+    "/etc/passwd",
+    "ftp://x",
+    "//x",
+    "x.png",
+    "DATA:x",
+]
 
 
 @pytest.mark.parametrize("url", REMOTE)
@@ -218,7 +229,10 @@ def test_media_are_looked_for_wherever_a_route_takes_them(path: str, field: str)
     [
         {"role": "user", "content": "look at http://example.com/x.png"},
         {"role": "user", "content": [{"type": "text", "text": "http://example.com"}]},
-        {"role": "assistant", "tool_calls": [{"function": {"name": "get", "arguments": {"url": "http://example.com"}}}]},
+        {
+            "role": "assistant",
+            "tool_calls": [{"function": {"name": "get", "arguments": {"url": "http://example.com"}}}],
+        },
         {"role": "assistant", "content": [{"type": "tool_use", "name": "get", "input": {"url": "http://example.com"}}]},
         {"role": "assistant", "content": "x", "annotations": [{"type": "url_citation", "url": "http://example.com"}]},
         {"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "aGk=", "format": "wav"}}]},

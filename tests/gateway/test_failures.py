@@ -1,0 +1,288 @@
+"""Engines that fail: before the first byte another one answers the same request; after it, one honest error event."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import openai
+import pytest
+
+from serving.fleet.endpoint import State
+from tests.gateway.harness import (
+    CHAT,
+    SECRET,
+    Engine,
+    EngineRoom,
+    Front,
+    chat,
+    endless,
+    events,
+    eventually,
+    recorded,
+    refusing,
+)
+
+DONE = b"data: [DONE]\n\n"
+DEAD = (
+    b'data: {"error": {"message": "EngineCore encountered an issue.", "type": "InternalServerError", "code": 500}}\n\n'
+)
+
+
+def said(text: str) -> bytes:
+    return b'data: {"choices":[{"index":0,"delta":{"content":' + json.dumps(text).encode() + b"}}]}\n\n"
+
+
+async def broken_off(front: Front, code: str = "engine_error", **fields: Any) -> list[Any]:
+    """The events that came before the error of a stream that must not look finished."""
+    answer = await front.ask(body=chat(stream=True, **fields), headers={"x-request-id": "broken"})
+    assert (answer.status, DONE in answer.body) == (200, False)
+    *before, last = events(answer.body)
+    assert (last["error"]["code"], last["error"]["request_id"]) == (code, "broken")
+    assert not any("error" in event for event in before)
+    assert (await front.line("broken"))["reason"] == code
+    with pytest.raises(openai.APIError):
+        async for _ in await front.openai().chat.completions.create(**chat(stream=True, **fields)):
+            pass
+    return before
+
+
+# -- before the first byte
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_engine_that_refuses_connections_is_passed_over(front: Front, room: EngineRoom, stream: bool) -> None:
+    front.serve(refusing(), room.shared())
+    answer = await front.ask(body=chat(stream=stream))
+    assert answer.status == 200
+    line = await front.line(answer.headers["x-request-id"])
+    assert (line["attempts"], line["replica"]) == (2, front.engines[0].endpoint.id)
+    assert front.metric("steelyard_upstream_attempts_total", outcome="connect_error") == 1
+
+
+async def test_it_is_left_alone_for_a_while(front: Front, room: EngineRoom) -> None:
+    front.serve(refusing(), room.shared())
+    for _ in range(5):
+        assert (await front.ask(body=chat())).status == 200
+    assert front.metric("steelyard_upstream_attempts_total", outcome="connect_error") == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_internal_error_is_tried_elsewhere(front: Front, room: EngineRoom, stream: bool) -> None:
+    front.serve(room.shared(sins="returns_500"), room.shared())
+    assert (await front.ask(body=chat(stream=stream))).status == 200
+    assert front.metric("steelyard_upstream_attempts_total", outcome="http_5xx") == 1
+
+
+async def test_an_internal_error_everywhere_is_502_and_tells_nothing_of_it(front: Front, room: EngineRoom) -> None:
+    front.serve(room.shared(sins="returns_500"))
+    answer = await front.ask(body=chat())
+    assert (answer.status, answer.error["code"]) == (502, "engine_error")
+    assert "Internal server error" not in answer.error["message"]
+    with pytest.raises(openai.InternalServerError):
+        await front.openai().chat.completions.create(**chat())
+
+
+async def test_attempts_are_bounded(front: Front) -> None:
+    front.serve(*(refusing(id=f"gone-{i}") for i in range(5)))
+    assert (await front.ask(body=chat())).status == 502
+    assert front.metric("steelyard_upstream_attempts_total") == 3
+
+
+async def test_an_engine_that_dies_over_a_whole_answer_is_replaced_by_another(front: Front, room: EngineRoom) -> None:
+    front.serve(room.start(sins="dies_mid_stream", after=2), room.shared())
+    assert (await front.ask(body=chat())).json()["usage"]["completion_tokens"] == 6
+
+
+async def test_a_dead_core_is_replaced_by_another_before_the_first_byte(front: Front, room: EngineRoom) -> None:
+    front.serve(room.start(sins="lies_about_health", after=0), room.shared())
+    for _ in range(3):
+        assert DONE in (await front.ask(body=chat(stream=True))).body
+
+
+@pytest.mark.parametrize("first", [b"", DEAD + DONE, b": ping", said("half")[:-1]])
+async def test_a_stream_that_fails_at_its_start_is_begun_elsewhere(
+    front: Front, room: EngineRoom, first: bytes
+) -> None:
+    async with recorded(*([first] if first else []), cut=first != DEAD + DONE) as bad:
+        front.serve(bad, room.shared())
+        assert DONE in (await front.ask(body=chat(stream=True))).body
+        assert len(bad.seen) == 1
+        front.engines.remove(bad)
+
+
+async def test_what_was_read_with_the_error_has_not_left_yet_either(front: Front, room: EngineRoom) -> None:
+    async with recorded(said("half an answer") + DEAD + DONE) as bad:
+        front.serve(bad, room.shared())
+        body = (await front.ask(body=chat(stream=True))).body
+        assert DONE in body and b"half an answer" not in body
+
+
+async def test_a_prompt_that_kills_engines_is_refused_and_spares_the_third(front: Front, room: EngineRoom) -> None:
+    one, two, three = (room.start(sins="dies_on_prompt") for _ in range(3))
+    front.serve(one, two, three)
+    with pytest.raises(openai.InternalServerError) as caught:
+        await front.openai().chat.completions.create(**chat("SIM_DIE"))
+    assert (caught.value.status_code, caught.value.code) == (502, "engine_error")
+    assert front.metric("steelyard_upstream_attempts_total", outcome="died") == 2
+    assert three.process is not None and three.process.alive
+    assert (await front.ask(body=chat())).status == 200
+
+
+async def test_a_client_cannot_take_an_engine_out_of_service_by_its_mistakes(front: Front) -> None:
+    """vLLM finds some only after it has said 200: the answer is still a 400, and the engine is still well."""
+    frame = b'data: {"error": {"message": "bad grammar", "type": "BadRequestError", "param": null, "code": 400}}\n\n'
+    async with recorded(frame, DONE) as engine:
+        front.serve(engine)
+        for _ in range(3):
+            with pytest.raises(openai.BadRequestError, match="bad grammar"):
+                await front.openai().chat.completions.create(**chat(stream=True))
+        assert len(engine.seen) == 3
+        assert front.metric("steelyard_upstream_attempts_total", outcome="ok") == 3
+
+
+async def test_one_replica_that_cuts_a_stream_is_asked_again_without_a_pause(front: Front) -> None:
+    """A cut after the 200 may be the request's own fault; only who does not answer at all is left alone."""
+    async with recorded(cut=True) as engine:
+        front.serve(engine, limits={"max_wait_s": 0.2})
+        assert (await front.ask(body=chat(stream=True))).status == 502
+        assert len(engine.seen) == 2
+        front.engines.remove(engine)
+
+
+async def test_a_request_waits_for_the_successor_of_its_only_engine(front: Front, room: EngineRoom) -> None:
+    dying = room.start(sins="dies_on_prompt")
+    front.serve(dying)
+    asked = asyncio.create_task(front.ask(body=chat("SIM_DIE")))
+    await eventually("its engine died", lambda: front.waiting() == 1)
+    front.table(room.shared())
+    assert (await asked).status == 200
+
+
+async def test_a_door_that_does_not_know_us_is_no_answer_for_a_client(front: Front, room: EngineRoom) -> None:
+    async with recorded(b'{"error": {"code": "no_secret"}}', status=401, content_type="application/json") as stranger:
+        front.serve(stranger)
+        assert (await front.ask(body=chat())).status == 502
+        front.serve(stranger, room.shared())
+        assert (await front.ask(body=chat())).status == 200
+
+
+async def test_the_secret_goes_to_doors_only(front: Front) -> None:
+    async with recorded(status=307, content_type="text/plain") as engine:
+        front.serve(engine)
+        answer = await front.ask(body=chat())
+        assert (answer.status, len(engine.seen)) == (502, 1)
+        assert SECRET not in str(answer.headers)
+
+
+async def test_a_version_may_be_removed_while_its_requests_are_tried_again(front: Front, room: EngineRoom) -> None:
+    async with recorded(0.1, b"oops", status=500) as failing:
+        front.serve(failing, room.shared())
+        asked = asyncio.create_task(front.ask(body=chat()))
+        await failing.inside(1)
+        front.serve(versions=[{"version": "v2", "engine": {"kind": "simulator"}}], release={"stable": "v2"})
+        assert (await asked).status == 200
+
+
+# -- after the first byte
+
+
+async def test_an_engine_that_dies_in_mid_stream_is_one_error_event(front: Front, room: EngineRoom) -> None:
+    front.serve(*(room.start(sins="dies_mid_stream", after=3) for _ in range(2)))
+    before = await broken_off(front)
+    assert [e["choices"][0]["delta"].keys() for e in before] == [{"role", "content"}, *[{"content"}] * 3]
+    assert front.metric("steelyard_upstream_attempts_total", outcome="died") == 2
+
+
+async def test_a_polite_end_of_a_dead_engine_is_not_passed_as_an_end(front: Front, room: EngineRoom) -> None:
+    front.serve(*(room.start(sins="lies_about_health", after=3) for _ in range(2)))
+    assert len(await broken_off(front)) == 4
+
+
+async def test_what_a_stopped_engine_drops_is_not_passed_as_an_end(front: Front, room: EngineRoom) -> None:
+    engine = room.start(sim_itl_ms=20)
+    front.serve(engine)
+    async with front.hung_up(endless()) as reader:
+        await reader.readuntil(b'"content":"')
+        assert engine.process is not None
+        stopping = asyncio.to_thread(engine.process.stop)
+        rest, _ = await asyncio.gather(reader.readuntil(b"0\r\n\r\n"), stopping)
+    assert b'"code":"engine_error"' in rest and b"abort" not in rest and DONE not in rest
+
+
+async def test_a_whole_answer_that_a_stopped_engine_dropped_is_made_elsewhere(front: Front, room: EngineRoom) -> None:
+    engine = room.start(sim_itl_ms=20)
+    front.serve(engine)
+    asked = asyncio.create_task(front.ask(body=chat(max_tokens=500)))
+    await engine.inside(1)
+    assert engine.process is not None
+    stopping = asyncio.create_task(asyncio.to_thread(engine.process.stop))
+    await eventually("it is tried again", lambda: front.metric("steelyard_upstream_attempts_total") >= 1)
+    front.table(room.shared())
+    await stopping
+    assert (await asked).json()["usage"]["completion_tokens"] == 500
+
+
+@pytest.mark.parametrize("tail", [b"", said("x")[:-1], said("x")[:20], said("data: [DONE]"), b"data: [DONE]"])
+async def test_a_stream_without_its_end_is_not_passed_as_finished(front: Front, tail: bytes) -> None:
+    for cut in (True, False):
+        async with recorded(said("so far"), 0.01, *([tail] if tail else []), cut=cut) as engine:
+            front.serve(engine)
+            before = await broken_off(front)
+            assert before[0]["choices"][0]["delta"] == {"content": "so far"}
+            assert len(before) == 1 + tail.endswith(b"\n\n")
+            front.engines.clear()
+
+
+async def test_a_cut_after_the_end_is_no_failure(front: Front) -> None:
+    async with recorded(said("all"), DONE, cut=True) as engine:
+        front.serve(engine)
+        assert (await front.ask(body=chat(stream=True))).body == said("all") + DONE
+        front.engines.clear()
+
+
+# -- time
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_engine_that_hangs_before_the_first_byte_is_504(front: Front, room: EngineRoom, stream: bool) -> None:
+    engine = room.shared(sins="hangs", after=0)
+    front.serve(engine, limits={"request_timeout_s": 0.3})
+    answer = await front.ask(body=chat(stream=stream))
+    assert (answer.status, answer.error["code"]) == (504, "deadline_exceeded")
+    await engine.inside(0)
+    assert front.metric("steelyard_upstream_attempts_total", outcome="timeout") == 1
+
+
+async def test_an_engine_that_hangs_in_mid_stream_is_one_error_event(front: Front, room: EngineRoom) -> None:
+    for _ in range(2):
+        front.serve(room.start(sins="hangs", after=3), limits={"request_timeout_s": 0.5})
+    engines: list[Engine] = front.engines
+    front.table(*engines)
+    assert len(await broken_off(front, "deadline_exceeded")) == 4
+
+
+# -- what nobody sees
+
+
+async def test_no_error_shows_what_went_wrong_inside(
+    front: Front, room: EngineRoom, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    front.serve(room.shared())
+
+    def explode(*_: object) -> None:
+        raise ZeroDivisionError("very private")
+
+    monkeypatch.setattr(front.gateway, "_admit", explode)
+    answer = await front.ask(body=chat(), headers={"x-request-id": "inside"})
+    assert (answer.status, answer.error["code"]) == (500, "internal_error")
+    assert b"private" not in answer.body and b"Traceback" not in answer.body
+    assert "very private" in caplog.text
+    assert (await front.line("inside"))["level"] == "error"
+
+
+async def test_replicas_in_other_states_are_never_asked(front: Front, room: EngineRoom) -> None:
+    front.serve(*(refusing(id=s, state=s) for s in (State.STARTING, State.DRAINING, State.FAILED)), room.shared())
+    assert (await front.ask(CHAT, chat())).status == 200
+    assert front.metric("steelyard_upstream_attempts_total") == 1

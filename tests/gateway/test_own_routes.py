@@ -1,0 +1,106 @@
+"""What the gateway answers itself: is it alive, is everything up, and the metrics of the whole stack through one port."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from serving.fleet.endpoint import GatewayInfo, Snapshot, State
+from tests.gateway import harness
+from tests.gateway.harness import HOST, SECRET, EngineRoom, Front, Keys, chat, listening, refusing
+
+
+async def scrape(front: Front, query: str = "", key: str | None = None) -> str:
+    answer = await front.ask(f"/metrics{query}", method="GET", key=key or front.keys.metrics)
+    assert (answer.status, answer.headers["content-type"][:10]) == (200, "text/plain"), answer
+    return answer.body.decode()
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/-/healthz"])
+async def test_a_gateway_that_lives_says_so_to_anyone(front: Front, path: str) -> None:
+    answer = await front.ask(path, method="GET", key="")
+    assert (answer.status, answer.json()) == (200, {"status": "ok"})
+
+
+async def test_ready_means_every_model_that_must_be_up_is(front: Front, room: EngineRoom) -> None:
+    async def ready() -> tuple[int, dict[str, object]]:
+        answer = await front.ask("/readyz", method="GET", key="")
+        return answer.status, answer.json()
+
+    assert await ready() == (503, {"status": "not ready", "missing": 1})
+    tiny, v2 = room.shared(), room.shared(version="v2")
+    front.serve(tiny, v2, refusing(model="other", state=State.STARTING))
+    assert await ready() == (503, {"status": "not ready", "missing": 1})
+    front.serve(tiny, v2, refusing(model="other"))
+    assert await ready() == (200, {"status": "ready"})
+    front.gateway.draining = True
+    assert await ready() == (503, {"status": "draining", "missing": 0})
+
+
+async def test_metrics_need_their_own_scope(gateway: Front, keys: Keys) -> None:
+    for path in ("/metrics", "/metrics/targets"):
+        answer = await gateway.ask(path, method="GET", key=keys.all)
+        assert (answer.status, answer.error["code"]) == (403, "scope_missing")
+        assert (await gateway.ask(path, method="GET", key=keys.metrics)).status == 200
+
+
+async def test_one_page_holds_every_process_told_apart_by_labels(gateway: Front) -> None:
+    await gateway.ask(body=chat())
+    page = await scrape(gateway)
+    replica = gateway.engines[0].endpoint.id
+    assert f'steelyard_requests_total{{gateway="{gateway.gateway.id}"' in page
+    assert f'vllm:num_requests_running{{replica="{replica}",model="tiny",version="v1"' in page
+    assert page.count("# TYPE vllm:num_requests_running ") == 1
+    assert 'steelyard_replicas{gateway="' in page and 'state="READY"' in page
+
+
+async def test_discovery_names_every_source_and_each_can_be_asked_for(gateway: Front) -> None:
+    targets = (await gateway.ask("/metrics/targets", method="GET", key=gateway.keys.metrics)).json()
+    assert {t["targets"][0] for t in targets} == {f"{HOST}:{gateway.port}"}
+    sources = {t["labels"]["__param_source"] for t in targets}
+    assert sources == {gateway.gateway.id, gateway.engines[0].endpoint.id}
+    pages = [await scrape(gateway, f"?source={s.replace('#', '%23')}") for s in sorted(sources)]
+    assert sum("vllm:" in page for page in pages) == sum("steelyard_requests_held" in page for page in pages) == 1
+
+
+async def test_a_source_nobody_knows_is_404(gateway: Front, keys: Keys) -> None:
+    answer = await gateway.ask("/metrics?source=http://10.0.0.1/", method="GET", key=keys.metrics)
+    assert (answer.status, answer.error["code"]) == (404, "not_found")
+
+
+async def test_a_source_that_is_gone_is_an_error_alone_and_left_out_of_the_whole(
+    front: Front, room: EngineRoom
+) -> None:
+    front.serve(room.shared(), refusing())
+    answer = await front.ask("/metrics?source=gone", method="GET", key=front.keys.metrics)
+    assert answer.status == 502
+    assert "vllm:num_requests_running" in await scrape(front)
+
+
+@pytest.fixture
+async def sibling(front: Front, keys: Keys, tmp_path: Path) -> AsyncIterator[Front]:
+    """A second gateway with its private listener, known to the first by the directory."""
+    async with harness.front(keys, tmp_path / "sibling") as other, listening(other.gateway) as private:
+        other.gateway.private_port = private
+        info = GatewayInfo(id=other.gateway.id, url=f"http://{HOST}:{private}")
+        front.gateway.fleet.set_snapshot(Snapshot(epoch="test", number=1, complete=True, gateways=(info,)))
+        other.port, other.url_of_public = private, other.url  # type: ignore[attr-defined]
+        yield other
+
+
+async def test_gateways_scrape_each_other(front: Front, sibling: Front) -> None:
+    page = await scrape(front)
+    for gateway in (front, sibling):
+        assert f'steelyard_process_start_time_seconds{{gateway="{gateway.gateway.id}"}}' in page
+
+
+async def test_the_private_listener_answers_gateways_only_and_only_metrics(sibling: Front, keys: Keys) -> None:
+    for headers in ({}, {"x-steelyard-secret": "wrong"}):
+        answer = await sibling.ask("/metrics", method="GET", key=keys.metrics, headers=headers)
+        assert answer.status == 401
+    known = {"x-steelyard-secret": SECRET}
+    assert (await sibling.ask("/metrics", method="GET", key="", headers=known)).status == 200
+    assert (await sibling.ask("/v1/models", method="GET", headers=known)).status == 404
+    assert (await sibling.ask(body=chat(), headers=known)).status == 404

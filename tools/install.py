@@ -93,7 +93,7 @@ def install(batch: list[tuple[str, str, str]]) -> None:
 def requirement(entries: list[tuple[str, str, str]], fallback: str | None = None) -> None:
     part = VENV / "lock.part"
     part.write_text("\n".join(e[2] for e in entries) + "\n")
-    options = ["install", "-q", "--no-deps", "--require-hashes", "--progress-bar", "on", "-r", str(part)]
+    options = ["install", "-qq", "--no-deps", "--require-hashes", "-r", str(part)]
     try:
         pip(*options, quiet=fallback is not None)
     except subprocess.CalledProcessError:

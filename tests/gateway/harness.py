@@ -73,9 +73,9 @@ class Engine:
         return self.endpoint.url
 
     async def door(self) -> dict[str, int]:
-        async with aiohttp.ClientSession(headers={"x-steelyard-secret": SECRET}) as session:
-            async with session.get(self.url + STATUS_PATH) as answer:
-                return dict(await answer.json())
+        headers = {"x-steelyard-secret": SECRET}
+        async with aiohttp.ClientSession(headers=headers) as session, session.get(self.url + STATUS_PATH) as answer:
+            return dict(await answer.json())
 
     async def inside(self, count: int) -> None:
         """Returns when exactly `count` generations are behind the door."""

@@ -54,7 +54,7 @@ async def test_a_message_is_answered(front: Front) -> None:
     async with recorded(json.dumps(MESSAGE).encode(), content_type="application/json") as engine:
         front.serve(engine)
         message = await front.anthropic().messages.create(**chat())
-        assert (message.content[0].text, message.usage.output_tokens) == ("hi", 2)  # type: ignore[union-attr]
+        assert (message.content[0].text, message.usage.output_tokens) == ("hi", 2)
         line = await front.line(str(message._request_id))
         assert (line["prompt_tokens"], line["completion_tokens"]) == (7, 2)
 

@@ -31,7 +31,7 @@ async def test_anthropic_users_get_an_authentication_error(gateway: Front, keys:
     for token in bad_tokens(keys):
         with pytest.raises(anthropic.AuthenticationError) as caught:
             await gateway.anthropic(token).messages.create(**chat())
-        assert caught.value.request_id == caught.value.body["request_id"]  # type: ignore[index]
+        assert caught.value.request_id == caught.value.body["request_id"]
 
 
 async def test_every_reason_for_401_is_told_alike(gateway: Front, keys: Keys) -> None:
@@ -96,7 +96,7 @@ async def test_a_key_works_and_stops_working_without_a_restart(quick_reload: Non
 
 
 async def _is(status: object, wanted: int) -> bool:
-    return bool(await status() == wanted)  # type: ignore[operator]
+    return bool(await status() == wanted)
 
 
 async def test_a_key_that_expires_stops_working_by_itself(gateway: Front, keys: Keys) -> None:

@@ -86,7 +86,7 @@ async def sibling(front: Front, keys: Keys, tmp_path: Path) -> AsyncIterator[Fro
         other.gateway.private_port = private
         info = GatewayInfo(id=other.gateway.id, url=f"http://{HOST}:{private}")
         front.gateway.fleet.set_snapshot(Snapshot(epoch="test", number=1, complete=True, gateways=(info,)))
-        other.port, other.url_of_public = private, other.url  # type: ignore[attr-defined]
+        other.port, other.url_of_public = private, other.url
         yield other
 
 

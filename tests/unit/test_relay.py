@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -22,7 +24,10 @@ def said(text: str, **more: object) -> bytes:
 
 
 DONE = b"data: [DONE]\n\n"
-USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":7,"total_tokens":9,"completion_tokens":2,"prompt_tokens_details":{"cached_tokens":4}}}\n\n'
+USAGE = (
+    b'data: {"choices":[],"usage":{"prompt_tokens":7,"total_tokens":9,"completion_tokens":2,'
+    b'"prompt_tokens_details":{"cached_tokens":4}}}\n\n'
+)
 DEAD = (
     b'data: {"error": {"message": "EngineCore encountered an issue.", "type": "InternalServerError", "code": 500}}\n\n'
 )
@@ -127,7 +132,7 @@ def test_no_text_and_no_cut_changes_what_is_delivered(
     stream = good + (DEAD if dies else USAGE) + DONE
     marks = sorted({0, len(stream), *(i for i in at if i < len(stream))})
     scan = StreamScan(CHAT, withhold_usage=withhold)
-    out = fed(scan, *(stream[a:b] for a, b in zip(marks, marks[1:], strict=False)))
+    out = fed(scan, *(stream[a:b] for a, b in itertools.pairwise(marks)))
     assert out == good + (b"" if dies else DONE if withhold else USAGE + DONE)
     assert (scan.died, scan.complete) == (dies, not dies)
     assert scan.events == out.count(b"\n\n")

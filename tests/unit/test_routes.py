@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import msgspec
@@ -104,10 +105,8 @@ def test_a_body_that_cannot_be_a_request(body: bytes, why: str) -> None:
 
 @given(st.binary())
 def test_any_bytes_are_a_request_or_a_refusal(body: bytes) -> None:
-    try:
+    with contextlib.suppress(BadRequest):
         assert isinstance(parse(body), dict)
-    except BadRequest:
-        pass
 
 
 def test_of_two_equal_keys_the_last_counts_here_as_in_the_engine() -> None:

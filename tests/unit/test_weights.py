@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import subprocess
@@ -105,10 +106,8 @@ def test_any_json_as_header_passes_or_is_refused(tmp_path_factory: pytest.TempPa
     (folder / "tokenizer.json").write_text("{}")
     text = json.dumps(header).encode()
     (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
-    try:
+    with contextlib.suppress(WeightsError):
         verify(folder, "model")
-    except WeightsError:
-        pass
 
 
 def test_a_missing_shard_and_a_shard_of_another_save(model: Path) -> None:

@@ -28,8 +28,14 @@ class StartFailed(RuntimeError):
 
 
 def exit_on_sigterm() -> None:
-    """Turn SIGTERM into SystemExit, so that context managers stop what they started."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    """Turn the first SIGTERM into SystemExit, so that context managers stop what they started; a second one must not
+    interrupt them at that."""
+
+    def leave(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 class Service:

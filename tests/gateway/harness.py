@@ -12,6 +12,7 @@ import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ import msgspec
 import openai
 import uvicorn
 from prometheus_client import CollectorRegistry
-from prometheus_client.parser import text_string_to_metric_families
 
 from serving.catalog.spec import Catalog, ModelSpec
 from serving.engine.command import AdapterSpec, EngineSpec, build
@@ -136,8 +136,8 @@ class EngineRoom:
         return Engine(endpoint, process)
 
     def close(self) -> None:
-        for process in self._all:
-            process.stop(grace_s=2)
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(lambda process: process.stop(grace_s=2), self._all))
 
 
 def _ready(process: EngineProcess) -> str:
@@ -361,7 +361,7 @@ class Front:
         """The sum of the samples of that full name whose labels match."""
         return sum(
             s.value
-            for family in text_string_to_metric_families(self.gateway.metrics.text())
+            for family in self.gateway.metrics.registry.collect()
             for s in family.samples
             if s.name == name and labels.items() <= s.labels.items()
         )

@@ -161,6 +161,8 @@ class Gateway:
                 await self._answer(x, route, name, model, metrics, body, withhold_usage)
         finally:
             metrics.held.dec()
+            if x.line.queue_ms is not None:  # of all its attempts together: one that is told `busy` waits on
+                metrics.queue_wait.observe(x.line.queue_ms / 1e3)
 
     async def _answer(
         self,
@@ -235,9 +237,7 @@ class Gateway:
             raise
         finally:
             metrics.waiting.dec()
-            waited = time.monotonic() - began
-            metrics.queue_wait.observe(waited)
-            x.line.queue_ms = round((x.line.queue_ms or 0.0) + waited * 1e3, 3)
+            x.line.queue_ms = round((x.line.queue_ms or 0.0) + (time.monotonic() - began) * 1e3, 3)
 
     async def _open(
         self, upstream: Upstream, route: Route, body: bytes, request_id: str, withhold_usage: bool
@@ -330,7 +330,8 @@ class Gateway:
                 if x.started:
                     await x.end(error_event(x.path, x.dialect, error, x.request_id))
                 else:
-                    await x.fail(error, close=error.status in (408, 413) or isinstance(error, DeadlinePassed))
+                    # Not after a 413: most clients read nothing before they have sent all, and would see a reset.
+                    await x.fail(error, close=isinstance(error, DeadlinePassed))
 
     def _write_down(self, x: Exchange, model: str) -> None:
         e2e = time.monotonic() - x.t0

@@ -118,8 +118,8 @@ class Exchange:
         await self.end(b"" if self.method == "HEAD" else data)
 
     async def fail(self, error: RequestError, *, close: bool = False) -> None:
-        """The error, in the dialect of the route, before anything else was sent. `close`: the body was not read, so
-        the connection cannot carry another request."""
+        """The error, in the dialect of the route, before anything else was sent. `close`: the rest of the body may never
+        come, so the connection cannot carry another request."""
         more = error.headers() + ([(b"connection", b"close")] if close else [])
         self.line.reason = error.code
         await self.answer(error.status, msgspec.json.encode(error.body(self.dialect, self.request_id)), JSON, more)

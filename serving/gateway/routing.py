@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from serving.fleet.endpoint import Endpoint, State
 
 BUSY_PAUSE_S = 0.004  # after a `busy`, how long until one more request is tried there
-BUSY_FORGOTTEN_S = 0.1  # without another one: then the door's word is too old to hold back a burst
+BUSY_FORGOTTEN_S = 1.0  # without another one: then the door's word is too old to hold back a burst
 
 
 class Upstream:

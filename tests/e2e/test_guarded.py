@@ -80,7 +80,15 @@ def test_prompt_and_key_are_in_no_log(real: Stack) -> None:
 def test_disconnect_frees_the_slot(real: Stack) -> None:
     replica = next(r for r in replicas(real) if r["version"] == "v1")
     # Sixteen answers of 1,900 tokens: long enough to leave in the middle of.
-    body = {"model": "tiny", "prompt": "a", "n": 16, "max_tokens": 1900, "ignore_eos": True, "stream": True}
+    body = {
+        "model": "tiny",
+        "prompt": "a",
+        "n": 16,
+        "temperature": 1,
+        "max_tokens": 1900,
+        "ignore_eos": True,
+        "stream": True,
+    }
     with httpx.Client(headers={"x-steelyard-secret": real.secret}) as engine:
 
         def in_flight() -> int:
@@ -88,6 +96,7 @@ def test_disconnect_frees_the_slot(real: Stack) -> None:
 
         assert in_flight() == 0
         with httpx.stream("POST", f"{real.url}/v1/completions", headers=real.headers, json=body, timeout=30) as r:
+            assert r.status_code == 200
             next(r.iter_bytes())
             assert in_flight() == 1
         until(lambda: in_flight() == 0, "the slot is free", 1.0)

@@ -311,12 +311,18 @@ class Front:
         )
 
     def openai(self, key: str | None = None) -> openai.AsyncOpenAI:
-        client = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key or self.keys.all, max_retries=0, timeout=30)
+        plain = openai.DefaultAsyncHttpxClient(verify=False)  # reading the system's certificates takes 0.1 s
+        client = openai.AsyncOpenAI(
+            base_url=f"{self.url}/v1", api_key=key or self.keys.all, max_retries=0, timeout=30, http_client=plain
+        )
         self._clients.append(client)
         return client
 
     def anthropic(self, key: str | None = None) -> anthropic.AsyncAnthropic:
-        client = anthropic.AsyncAnthropic(base_url=self.url, api_key=key or self.keys.all, max_retries=0, timeout=30)
+        plain = anthropic.DefaultAsyncHttpxClient(verify=False)
+        client = anthropic.AsyncAnthropic(
+            base_url=self.url, api_key=key or self.keys.all, max_retries=0, timeout=30, http_client=plain
+        )
         self._clients.append(client)
         return client
 

@@ -169,6 +169,7 @@ async def test_gateways_that_know_nothing_of_each_other_share_an_engine(
     assert max(seen) == 2
     assert sum(f.metric("steelyard_upstream_attempts_total", outcome="busy") for f in (front, second)) > 0
     assert sum(f.metric("steelyard_upstream_attempts_total", outcome="ok") for f in (front, second)) == 30
+    assert [f.metric("steelyard_queue_wait_seconds_count") for f in (front, second)] == [15, 15]
 
 
 async def test_a_door_kept_full_by_others_is_not_stormed(front: Front, second: Front, room: EngineRoom) -> None:

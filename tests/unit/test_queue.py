@@ -159,7 +159,8 @@ async def test_a_full_door_is_asked_by_one_request_at_a_time() -> None:
         task.cancel()
 
 
-async def test_a_busy_of_long_ago_does_not_hold_back_a_burst() -> None:
+async def test_a_busy_of_long_ago_does_not_hold_back_a_burst(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "BUSY_FORGOTTEN_S", 0.05)
     to = line(endpoint(slots=10))
     to.busy(await take(to))
     await asyncio.sleep(routing.BUSY_PAUSE_S + routing.BUSY_FORGOTTEN_S)

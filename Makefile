@@ -37,7 +37,7 @@ test: install ## every test that this machine can run, real engines included
 	$(PYTEST)
 
 test-fast: install ## without engines and Ray, under a minute
-	$(PYTEST) -m "not engine and not ray and not gpu and not slow" tests/unit tests/gateway tests/engine/test_simulator.py
+	$(PYTEST) -m "not engine and not ray and not gpu and not slow" tests/unit tests/gateway
 
 soak: install ## the asynchronous tests again and again: COUNT times (default 20)
 	for i in $$(seq $(or $(COUNT),20)); do $(PYTEST) -q -x -m "not engine and not ray and not gpu" tests/unit tests/gateway tests/engine || exit 1; done

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ import yaml
 
 from bench.client import ROOT
 from bench.procs import Service, free_port
+from serving.engine.command import flags
 
 Args = Mapping[str, Any]
 STACK = ("-m", "serving.cli.main", "up")
@@ -112,17 +112,6 @@ def wait_ready(side: Side, timeout_s: float, look: Callable[[], None] = lambda: 
     key = (side.state_dir / "api-key").read_text().strip()
     side.headers["Authorization"] = f"Bearer {key}"
     return waited
-
-
-def flags(args: Args) -> list[str]:
-    """vLLM's arguments to argv, by the rules of the model file: true -> `--name`, false -> `--no-name`."""
-    out: list[str] = []
-    for name, value in args.items():
-        if value is True or value is False:
-            out.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            out += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
-    return out
 
 
 def _environment(extra: Mapping[str, str]) -> dict[str, str]:

@@ -28,7 +28,7 @@ from ray import serve
 from serving.engine import command
 from serving.engine.command import EngineSpec
 from serving.engine.door import SECRET_HEADER, STATUS_PATH
-from serving.engine.process import EngineProcess, sweep
+from serving.engine.process import EngineProcess
 from serving.errors import EngineError
 from serving.fleet import directory
 from serving.fleet.endpoint import Endpoint, State, advance
@@ -291,6 +291,3 @@ def _transient(why: str) -> bool:
 def _sample(text: str, name: str) -> float:
     """Sum of a metric's samples over its labels; 0 when absent."""
     return sum(float(v) for v in re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", text, re.M))
-
-
-__all__ = ["EngineReplica", "Knobs", "build", "sweep"]

@@ -132,6 +132,8 @@ class Stack:
                 self.main.kill()
                 self.main.wait()
         until(lambda: not self.processes(), "no process of the stack is left", 15)
+        if (self.state_dir / "cluster.json").exists():  # it was killed: its folder of sockets is still there
+            self.cli("down")
 
     def get(self, path: str, **kwargs: Any) -> httpx.Response:
         return httpx.get(self.url + path, headers=self.headers, timeout=30, **kwargs)

@@ -75,7 +75,6 @@ def _environment(settings: Settings, *, one_node: bool) -> None:
 def start(settings: Settings, profile: Profile) -> ClusterFile:
     """A one-node Ray cluster whose processes die with this one. Listens on 127.0.0.1 only, without the dashboard."""
     _environment(settings, one_node=True)
-    _remove_old_temp(settings)
     import ray
 
     temp = tempfile.mkdtemp(prefix="steelyard-")  # sockets live there: their paths must stay under 107 bytes
@@ -192,14 +191,17 @@ def _shut_serve(drain_s: float) -> None:
     serve.context._set_global_client(None)
 
 
-def _remove_old_temp(settings: Settings) -> None:
-    """What a killed predecessor could not remove itself."""
+def clear(settings: Settings) -> int:
+    """Removes what a killed predecessor could not remove itself: processes (their count), temporary folder."""
+    left = sweep(f"{settings.state_dir}:", prefix=True)
     try:
         old = json.loads(_path(settings).read_text())["temp_dir"]
     except (OSError, ValueError, KeyError):
-        return
+        return left
     if Path(old).name.startswith("steelyard-"):
         shutil.rmtree(old, ignore_errors=True)
+    _path(settings).unlink(missing_ok=True)
+    return left
 
 
 def write_private(path: Path, text: str) -> None:

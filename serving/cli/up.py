@@ -24,12 +24,11 @@ from serving.catalog.spec import Catalog
 from serving.cli import cluster
 from serving.cli.cluster import write_private
 from serving.engine.probe import check_arguments
-from serving.engine.process import sweep
 from serving.errors import EngineError, OperatorError, PortTaken
 from serving.fleet import manifest
 from serving.fleet.endpoint import Snapshot, State
 from serving.gateway.keys import create_key
-from serving.settings import Profile, Settings, inherited_environment
+from serving.settings import Profile, Settings
 
 Say = Callable[[str], None]
 
@@ -88,7 +87,7 @@ def run(settings: Settings, say: Say) -> None:
 
 def _serve(catalog: Catalog, config: dict[str, Any], settings: Settings, say: Say, began: float) -> None:
     told_to_stop = threading.Event()
-    left = sweep(f"{settings.state_dir}:", prefix=True)
+    left = cluster.clear(settings)
     if left:
         say(f"removed {left} engine processes that an earlier run left behind")
     say("starting Ray")
@@ -140,7 +139,7 @@ def down(settings: Settings, say: Say, timeout_s: float = 60.0) -> None:
     found = cluster.read_cluster_file(settings)
     pid = found.pid if found else _pid(settings)
     if pid is None:
-        sweep(f"{settings.state_dir}:", prefix=True)
+        cluster.clear(settings)
         say("nothing runs")
         return
     main = psutil.Process(pid)
@@ -345,6 +344,3 @@ def _show_new(log: Path, shown: int, say: Say) -> int:
 
 def detached_argv() -> list[str]:
     return [sys.executable, "-m", "serving.cli.main", "up"]
-
-
-__all__ = ["detach", "detached_argv", "down", "inherited_environment", "run"]

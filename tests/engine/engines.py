@@ -19,6 +19,9 @@ from typing import Any
 
 import pytest
 
+from serving.catalog.weights import resolve
+from serving.settings import load_settings
+
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
 NAMES = ("tiny", "tiny@v1")
@@ -168,7 +171,7 @@ def start_simulator(*flags: str, env: dict[str, str] | None = None) -> subproces
 def vllm(log: Path) -> Iterator[Engine]:
     """A real vLLM with the tiny model (half a minute to start), or a skip that says what is missing."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    weights = _tiny() / "v1"
+    weights = resolve("build:tiny/v1", base=ROOT / "models", cache=load_settings().cache_dir)
     port = _free_port()
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(weights)]
     argv += ["--served-model-name", *NAMES, "--enforce-eager", "--enable-request-id-headers"]
@@ -196,20 +199,6 @@ def _healthy(engine: Engine) -> bool:
         return engine.get("/health").status == 200
     except OSError:
         return False
-
-
-def _tiny() -> Path:
-    """The folder with the tiny model's weights: STEELYARD_TEST_TINY, or built once into the cache."""
-    if given := os.environ.get("STEELYARD_TEST_TINY"):
-        return Path(given)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "steelyard" / "tiny-test"
-    recipe = ROOT / "models" / "tiny" / "build.py"
-    if not (cache / "v1").exists():
-        if not recipe.exists():
-            pytest.skip("no tiny model: models/tiny/build.py is missing and STEELYARD_TEST_TINY is not set")
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, str(recipe), "--out", str(cache)], check=True)
-    return cache
 
 
 def _free_port() -> int:

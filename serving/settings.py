@@ -30,7 +30,7 @@ class Settings(BaseSettings):
     profile: Profile | None = Field(None, description="cpu, gpu or sim; by default gpu when NVML sees one, else cpu")
     host: str = Field("127.0.0.1", description="address the gateways listen on")
     port: int = Field(8000, ge=1, le=65535, description="port the gateways listen on")
-    gateways: int = Field(1, ge=1, le=64, description="gateway replicas, all on the same port")
+    gateways: int = Field(1, ge=1, le=64, description="gateway replicas on each node, all on the same port")
     cluster_secret: SecretStr | None = Field(None, description="secret between gateways and engines")
     cluster_secret_file: Path | None = Field(None, description="file holding it; default STATE_DIR/cluster-secret")
     runtime_dir: Path | None = Field(None, description="private folder for engines' sockets; short, on a local disk")

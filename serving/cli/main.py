@@ -47,7 +47,7 @@ def up_(
     profile: ProfileOption = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
-    gateways: Annotated[int | None, typer.Option(help="Gateway replicas.")] = None,
+    gateways: Annotated[int | None, typer.Option(help="Gateway replicas on each node.")] = None,
     state_dir: State = None,
     detach: Annotated[
         bool, typer.Option("--detach", "-d", help="Return when ready; `steelyard down` stops it.")

@@ -24,12 +24,12 @@ STOP_GRACE_S = 10.0  # beyond the drain bound: stopping the engine itself
 Locate = Callable[[str, Path], Path]
 
 
-def serve_config(catalog: Catalog, *, gateways: int, locate: Locate) -> dict[str, Any]:
-    """The multi-application Serve config of the whole catalog, gateways included."""
+def serve_config(catalog: Catalog, *, gateways: int, locate: Locate, nodes: int = 1) -> dict[str, Any]:
+    """The multi-application Serve config of the whole catalog, with `gateways` of them on each of `nodes` nodes."""
     apps = [_engine_app(catalog, model, version, locate) for model, version in catalog.versions()]
     return {
         "proxy_location": "Disabled",  # clients reach the gateways' own listeners
-        "applications": [_gateway_app(catalog, gateways), *apps],
+        "applications": [_gateway_app(catalog, gateways, nodes), *apps],
     }
 
 
@@ -77,7 +77,7 @@ def gateway_config(catalog: Catalog) -> dict[str, Any]:
     return {"models": models, "names": names, "drain_s": drain}
 
 
-def _gateway_app(catalog: Catalog, gateways: int) -> dict[str, Any]:
+def _gateway_app(catalog: Catalog, gateways: int, nodes: int) -> dict[str, Any]:
     config = gateway_config(catalog)
     return {
         "name": GATEWAY_APP,
@@ -86,7 +86,8 @@ def _gateway_app(catalog: Catalog, gateways: int) -> dict[str, Any]:
         "deployments": [
             {
                 "name": "gateway",
-                "num_replicas": gateways,
+                "num_replicas": gateways * nodes,
+                "max_replicas_per_node": gateways,  # any node answers for every model
                 "user_config": config,
                 "graceful_shutdown_timeout_s": config["drain_s"] + STOP_GRACE_S,
                 "graceful_shutdown_wait_loop_s": 0.1,

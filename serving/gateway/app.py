@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Any
 
-import aiohttp
 import msgspec
 
 from serving.errors import (
@@ -21,25 +19,23 @@ from serving.errors import (
     DeadlinePassed,
     EngineBroken,
     Internal,
-    InvalidKey,
     NoReplica,
     QueueFull,
     RequestError,
     ScopeMissing,
     ShuttingDown,
     UnknownModel,
-    UnknownRoute,
     WaitTooLong,
 )
 from serving.gateway import routes
 from serving.gateway.exchange import ClientGone, Exchange, Receive, Scope, Send
 from serving.gateway.keys import Key, KeyRing
+from serving.gateway.own import OwnRoutes, visible
 from serving.gateway.queue import VersionLine, bound_wait
 from serving.gateway.relay import Broken, Busy, Engines, Reply, error_event
 from serving.gateway.routes import Route
 from serving.gateway.routing import Upstream
-from serving.gateway.scrape import Scraper
-from serving.gateway.state import Fleet, ModelConfig, Name, model_cards
+from serving.gateway.state import Fleet, ModelConfig, Name
 from serving.telemetry.logs import RequestLog
 from serving.telemetry.metrics import UNKNOWN_MODEL, GatewayMetrics, ModelMetrics, StreamMeter
 
@@ -66,23 +62,15 @@ class Gateway:
         self.draining = False
         self.private_port = 0  # the listener for siblings; set by whoever opens it
         self._keys = keys
-        self._secret = secret.encode()
+        self._secret = secret
         self._log = log
         self._engines: Engines | None = None
-        self._scraper: Scraper | None = None
+        self._own = OwnRoutes(gateway_id, self.fleet, metrics, secret, lambda: self.draining)
         self._reloader: asyncio.Task[None] | None = None
-        self._own: dict[str, Callable[[Exchange, Key | None], Awaitable[None]]] = {
-            "/healthz": self._healthz,
-            "/-/healthz": self._healthz,
-            "/readyz": self._readyz,
-            "/v1/models": self._models,
-            "/metrics": self._metrics,
-            "/metrics/targets": self._targets,
-        }
 
     async def start(self) -> None:
-        self._engines = Engines(self._secret.decode())
-        self._scraper = Scraper(self.id, self.fleet, self.metrics, self._engines)
+        self._engines = Engines(self._secret)
+        await self._own.start()
         self._reloader = asyncio.create_task(self._reload_keys())
 
     async def stop(self) -> None:
@@ -90,7 +78,8 @@ class Gateway:
         if self._reloader is not None:
             self._reloader.cancel()
         if self._engines is not None:
-            await self._engines.close()
+            self._engines.close()
+        await self._own.stop()
         await asyncio.to_thread(self._log.close)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -122,11 +111,11 @@ class Gateway:
 
     async def _dispatch(self, x: Exchange) -> None:
         if self.private_port and x.came_by[1] == self.private_port:
-            await self._sibling(x)
+            await self._own.sibling(x)
             return
         if routes.OWN.get(x.path) == "":  # health needs no key
             routes.match(x.method, x.path)
-            await self._own[x.path](x, None)
+            await self._own.answer(x.path, x, None)
             return
         key = self._keys.check(x.token, time.time())
         x.line.key_id = key.id
@@ -137,7 +126,7 @@ class Gateway:
         scope = routes.OWN[route]
         if scope and not key.allows(scope):
             raise ScopeMissing(f"this key lacks the scope `{scope}`")
-        await self._own[route](x, key)
+        await self._own.answer(route, x, key)
 
     async def _generate(self, x: Exchange, route: Route, key: Key) -> None:
         if self.draining:
@@ -259,33 +248,28 @@ class Gateway:
             x.line.prompt_tokens, x.line.completion_tokens = scan.usage.prompt, scan.usage.completion
             _count(metrics, scan.usage.prompt, scan.usage.completion, scan.usage.cached)
         finally:
+            reply.close()
             meter.flush()
             if scan is not None:
                 x.line.events = scan.events
             if meter.ttft_s is not None:
                 x.line.ttft_ms = round(meter.ttft_s * 1e3, 3)
-            reply.response.close()  # no-op when it was read to its end; otherwise the engine frees the slot
 
     async def _stream(self, x: Exchange, route: Route, reply: Reply, meter: StreamMeter) -> None:
         """Bytes as they come. After the first one left, trouble is one error event and the end."""
         scan = reply.scan
         assert scan is not None
-        read, now = reply.response.content.readany, time.monotonic
+        send, count, now = x.push, meter.chunk, time.monotonic
+
+        def push(data: bytes) -> Awaitable[None] | None:
+            slow = send(data)
+            count(now())
+            return slow
+
         await x.start(reply.status, reply.content_type, [(b"cache-control", b"no-cache")])
-        out: bytes = reply.first
-        try:
-            while True:
-                if out:
-                    await x.chunk(out)
-                    meter.chunk(now())
-                if scan.died:
-                    break
-                data = await read()
-                if not data:
-                    break
-                out = scan.feed(data)
-        except (aiohttp.ClientError, OSError) as e:
-            log.warning("stream broken: %s", e, extra={"request_id": x.request_id})
+        await reply.relay(push)
+        if reply.error is not None:
+            log.warning("stream broken: %s", reply.error, extra={"request_id": x.request_id})
         if scan.complete and not scan.died:
             x.line.reason = "ok"
             await x.end()
@@ -311,16 +295,12 @@ class Gateway:
             name, model = self.fleet.resolve(wanted)
         except UnknownModel:
             shown = wanted if len(wanted) <= 100 else wanted[:100] + "..."
-            some = ", ".join(self._visible(key)) or "nothing that this key may use"
+            some = ", ".join(visible(self.fleet.catalog, key)) or "nothing that this key may use"
             raise UnknownModel(f"there is no model {shown!r}; there is: {some}", param="model") from None
         if not key.allows(f"infer:{name.model}@{name.version}"):
             raise ScopeMissing(f"this key lacks the scope `infer:{name.model}`")
         x.line.model, x.line.version, x.line.adapter = name.model, name.version, name.adapter
         return name, model
-
-    def _visible(self, key: Key) -> list[str]:
-        names = self.fleet.catalog.names.items()
-        return sorted(n for n, to in names if key.allows(f"infer:{to.model}@{to.version}"))
 
     async def _failed(self, x: Exchange, error: RequestError) -> None:
         x.line.reason = error.code
@@ -353,51 +333,6 @@ class Gateway:
             error = self._keys.reload_if_changed()
             if error is not None:
                 log.error("the keys file cannot be used, the last good keys stay: %s", error)
-
-    # -- own routes ----------------------------------------------------------------------------------------------
-
-    async def _healthz(self, x: Exchange, key: Key | None) -> None:
-        await x.answer(200, b'{"status":"ok"}')
-
-    async def _readyz(self, x: Exchange, key: Key | None) -> None:
-        missing = [] if self.draining else self.fleet.missing()
-        if self.draining or missing:
-            # Without a key no names: only how many.
-            told = {"status": "draining" if self.draining else "not ready", "missing": len(missing)}
-            await x.answer(503, msgspec.json.encode(told), more=[(b"retry-after", b"1")])
-        else:
-            await x.answer(200, b'{"status":"ready"}')
-
-    async def _models(self, x: Exchange, key: Key | None) -> None:
-        assert key is not None
-        cards = model_cards(self.fleet.catalog, self.fleet.endpoints(), self._visible(key))
-        wanted = x.path.removeprefix("/v1/models").strip("/")
-        if not wanted:
-            await x.answer(200, msgspec.json.encode({"object": "list", "data": cards}))
-            return
-        for card in cards:
-            if card["id"] == wanted:
-                await x.answer(200, msgspec.json.encode(card))
-                return
-        raise UnknownModel(f"there is no model {wanted[:100]!r}; there is: {', '.join(c['id'] for c in cards)}")
-
-    async def _metrics(self, x: Exchange, key: Key | None) -> None:
-        assert self._scraper is not None
-        text = await self._scraper.one_or_all(x.query)
-        await x.answer(200, text.encode(), b"text/plain; version=0.0.4; charset=utf-8")
-
-    async def _targets(self, x: Exchange, key: Key | None) -> None:
-        assert self._scraper is not None
-        host = x.headers.get(b"host", b"").decode("latin-1")
-        await x.answer(200, msgspec.json.encode(self._scraper.targets(host)))
-
-    async def _sibling(self, x: Exchange) -> None:
-        """The private listener: another gateway asks for this one's own metrics."""
-        if not hmac.compare_digest(x.headers.get(b"x-steelyard-secret", b""), self._secret):
-            raise InvalidKey("this listener answers gateways only")
-        if x.path != "/metrics":
-            raise UnknownRoute(f"{x.path} is not served here")
-        await x.answer(200, self.metrics.text().encode(), b"text/plain; version=0.0.4; charset=utf-8")
 
 
 class _Watch:

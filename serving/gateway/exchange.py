@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Generator, MutableMapping
 from random import getrandbits
 from typing import Any
 
@@ -17,7 +19,7 @@ from serving.telemetry.logs import RequestLine
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
+Send = Callable[[Message], Coroutine[Any, Any, None]]
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 JSON = b"application/json"
@@ -103,8 +105,18 @@ class Exchange:
         self.line.status = status
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
-    async def chunk(self, data: bytes) -> None:
-        await self.send({"type": "http.response.body", "body": data, "more_body": True})
+    def push(self, data: bytes) -> Awaitable[None] | None:
+        """A piece of the body, sent at once where the client keeps up; else what to await before the next piece.
+
+        The server's `send` suspends only for a client that is slow, so its first step runs here, in whatever callback
+        the bytes came by; no task needs to wake for them.
+        """
+        sending = self.send({"type": "http.response.body", "body": data, "more_body": True})
+        try:
+            waits_for = sending.send(None)
+        except StopIteration:
+            return None
+        return _rest(sending, waits_for)
 
     async def end(self, data: bytes = b"") -> None:
         await self.send({"type": "http.response.body", "body": data, "more_body": False})
@@ -123,6 +135,22 @@ class Exchange:
         more = error.headers() + ([(b"connection", b"close")] if close else [])
         self.line.reason = error.code
         await self.answer(error.status, msgspec.json.encode(error.body(self.dialect, self.request_id)), JSON, more)
+
+
+@types.coroutine
+def _rest(begun: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
+    """What is left of a coroutine whose first step, outside any task, ended in waiting for something."""
+    while True:
+        try:
+            given = yield waits_for
+        except BaseException as e:
+            step = functools.partial(begun.throw, e)
+        else:
+            step = functools.partial(begun.send, given)
+        try:
+            waits_for = step()
+        except StopIteration:
+            return
 
 
 def _request_id(given: bytes) -> str:

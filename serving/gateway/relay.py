@@ -7,18 +7,20 @@ answer as a finished one.
 
 from __future__ import annotations
 
+import asyncio
 import re
+from collections.abc import Awaitable, Callable
+from functools import lru_cache
+from urllib.parse import urlsplit
 
-import aiohttp
 import msgspec
 
 from serving.errors import Dialect, RequestError
+from serving.gateway.connection import Address, Connection, Pool
 from serving.gateway.routes import Route
 from serving.gateway.routing import Upstream
 
-CONNECT_TIMEOUT_S = 2.0
-IDLE_S = 4.0  # vLLM closes connections idle for 5 s: one used at that moment would look like an engine that died
-BUSY_HEADER = "x-steelyard-busy"
+BUSY_HEADER = b"x-steelyard-busy"
 MAX_ANSWER_BYTES = 256 * 1024 * 1024  # of one unstreamed answer
 MAX_EVENT_BYTES = 8 * 1024 * 1024  # of one SSE event
 
@@ -128,42 +130,145 @@ class StreamScan:
         return b"".join(kept)
 
 
+# Hands a piece to the client: None when it was sent at once, else what to await before the next piece.
+Push = Callable[[bytes], Awaitable[None] | None]
+
+
 class Reply:
-    """An engine's answer whose first bytes are here: `body` whole, or `first` and more to come from `response`."""
+    """An engine's answer as it arrives (a `connection.Receiver`): whole in `body`, or event by event through `relay`.
 
-    __slots__ = ("body", "content_type", "first", "response", "scan", "status")
+    What arrives goes to the client inside the socket's callback. Its reader is woken for three things only: the first
+    bytes, a client that is slow, and the end.
+    """
 
-    def __init__(
-        self,
-        response: aiohttp.ClientResponse,
-        *,
-        status: int | None = None,
-        content_type: bytes | None = None,
-        body: bytes | None = None,
-        first: bytes = b"",
-        scan: StreamScan | None = None,
-    ) -> None:
-        self.response = response
-        self.status = status or response.status
-        self.content_type = content_type or response.headers.get("content-type", "application/json").encode()
-        self.body = body
-        self.first = first
-        self.scan = scan
+    __slots__ = (
+        *("body", "content_type", "error", "scan", "status"),
+        *(
+            "_busy",
+            "_connection",
+            "_ended",
+            "_fault",
+            "_held",
+            "_news",
+            "_push",
+            "_route",
+            "_size",
+            "_slow",
+            "_withhold",
+        ),
+    )
+
+    def __init__(self, connection: Connection, route: Route, *, withhold_usage: bool) -> None:
+        self.status = 0  # 0 until the answer began
+        self.content_type = b"application/json"
+        self.body: bytes | None = None
+        self.scan: StreamScan | None = None  # of a stream
+        self.error: str | None = None  # how the connection broke
+        self._connection = connection
+        self._route, self._withhold = route, withhold_usage
+        self._busy = self._ended = False
+        self._held: list[bytes] = []
+        self._size = 0  # bytes in `_held`
+        self._push: Push | None = None
+        self._slow: Awaitable[None] | None = None
+        self._fault: Exception | None = None
+        self._news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def busy(self) -> bool:
+        """The door had no free slot."""
+        return self._busy
+
+    async def begun(self) -> None:
+        """Until a stream's first events are here, or the whole of anything else, or nothing more will come."""
+        while not (self._ended or self._fault or (self.scan is not None and (self._held or self.scan.died))):
+            await self._wait()
+        if self._fault is not None:
+            raise self._fault
+        if self.scan is None:
+            self.body = self._taken()
+
+    async def relay(self, push: Push) -> None:
+        """Hands the stream's events to `push` as they come, and returns at its end, however it ended."""
+        assert self.scan is not None
+        self._push = push
+        if self._held:
+            self._emit(self._taken())
+        while self._fault is None:
+            if self._slow is not None:
+                slow, self._slow = self._slow, None
+                await slow
+                self._connection.resume()
+            elif self._ended or self.scan.died:
+                return
+            else:
+                await self._wait()
+        raise self._fault
+
+    def close(self) -> None:
+        """No more of it is wanted: unless it is whole, the connection is dropped and the engine frees the slot."""
+        if not self._ended:
+            self._ended = True
+            self._connection.abort()
+
+    # -- connection's side ---------------------------------------------------------------------------------------
+
+    def answered(self, status: int, headers: dict[bytes, bytes]) -> None:
+        self.status = status
+        self.content_type = headers.get(b"content-type", self.content_type)
+        self._busy = status == 503 and BUSY_HEADER in headers
+        if 200 <= status < 300 and self.content_type.startswith(b"text/event-stream"):
+            self.scan = StreamScan(self._route, withhold_usage=self._withhold)
+
+    def received(self, data: bytes) -> None:
+        if self.scan is not None:
+            data = self.scan.feed(data)
+            if self._push is not None:
+                self._emit(data)
+                return
+        if data:
+            self._held.append(data)
+            self._size += len(data)
+        if self._size > MAX_ANSWER_BYTES:
+            self._fault = Broken("too_long", f"an answer over {MAX_ANSWER_BYTES} bytes", killed=True)
+        if self.scan is not None or self._fault is not None:
+            self._wake()
+
+    def ended(self, error: str | None) -> None:
+        self._ended, self.error = True, error
+        self._wake()
+
+    def _emit(self, data: bytes) -> None:
+        assert self._push is not None and self.scan is not None
+        if data:
+            try:
+                self._slow = self._push(data)
+            except Exception as e:  # raised by whoever awaits, not in the socket's callback
+                self._fault = e
+            if self._slow is not None:
+                self._connection.pause()
+        if self._slow is not None or self._fault is not None or self.scan.died:
+            self._wake()
+
+    def _taken(self) -> bytes:
+        held, self._held, self._size = self._held, [], 0
+        return held[0] if len(held) == 1 else b"".join(held)
+
+    def _wake(self) -> None:
+        if not self._news.done():
+            self._news.set_result(None)
+
+    async def _wait(self) -> None:
+        await self._news
+        self._news = asyncio.get_running_loop().create_future()
 
 
 class Engines:
-    """Keep-alive connections to all engines of the fleet, one pool per gateway."""
+    """The way to all engines of the fleet: one pool of connections per gateway."""
 
     def __init__(self, secret: str) -> None:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S, ttl_dns_cache=300),
-            headers={"x-steelyard-secret": secret, "content-type": "application/json"},
-            skip_auto_headers=("accept-encoding", "user-agent"),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
-            auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            read_bufsize=256 * 1024,
-        )
+        self._pool = Pool()
+        self._common = f"x-steelyard-secret: {secret}\r\ncontent-type: application/json\r\nx-request-id: ".encode()
 
     async def open(
         self, upstream: Upstream, route: Route, body: bytes, request_id: str, *, withhold_usage: bool
@@ -173,63 +278,60 @@ class Engines:
         Raises Busy, or Broken for whatever another replica might do better. The engine's own refusals (4xx) are
         answers: they come back as a Reply.
         """
+        address, host = _address(upstream.endpoint.url)
         try:
-            response = await self._session.post(
-                upstream.endpoint.url + route.path,
-                data=body,
-                headers={"x-request-id": request_id},
-                allow_redirects=False,
-            )
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as e:
-            raise Broken("connect_error", f"{upstream.endpoint.id}: {e}", killed=False, gone=True) from None
-        except aiohttp.ClientError as e:
-            raise Broken("died", f"{upstream.endpoint.id}: {type(e).__name__}: {e}", killed=True, gone=True) from None
+            connection = self._pool.take(address) or await self._pool.connect(address)
+        except OSError as e:  # a TimeoutError is one
+            raise Broken(
+                "connect_error", f"{upstream.endpoint.id}: {e or 'timeout'}", killed=False, gone=True
+            ) from None
+        reply = Reply(connection, route, withhold_usage=withhold_usage)
+        head = b"POST %b HTTP/1.1\r\nhost: %b\r\n%b%b\r\ncontent-length: %d\r\n\r\n" % (
+            *(route.path.encode(), host, self._common),
+            *(request_id.encode(), len(body)),
+        )
+        connection.send(head, body, reply)
         try:
-            return await self._first_bytes(upstream, route, response, withhold_usage)
+            await reply.begun()
+            return _good(upstream.endpoint.id, reply)
         except BaseException:
-            response.close()
+            reply.close()
             raise
 
-    async def _first_bytes(
-        self, upstream: Upstream, route: Route, response: aiohttp.ClientResponse, withhold_usage: bool
-    ) -> Reply:
-        who = upstream.endpoint.id
-        try:
-            if response.status == 503 and BUSY_HEADER in response.headers:
-                await response.read()
-                raise Busy
-            if not _is_answer(response.status):
-                outcome = "http_5xx" if response.status >= 500 else "refused"
-                text = (await response.content.read(2000)).decode(errors="replace")
-                raise Broken(outcome, f"{who}: {response.status} {text}", killed=False)
-            if response.content_type != "text/event-stream":
-                body = await _whole(response.content)
-                if _ABORTED in body:
-                    raise Broken("died", f"{who}: the engine was stopped under the request", killed=False, gone=True)
-                return Reply(response, body=body)
-            scan = StreamScan(route, withhold_usage=withhold_usage)
-            first = b""
-            while not first and not scan.died:
-                data = await response.content.readany()
-                if not data:
-                    break
-                first = scan.feed(data)
-        except aiohttp.ClientError as e:
-            raise Broken("died", f"{who}: {type(e).__name__}: {e}", killed=True) from None
+    def close(self) -> None:
+        self._pool.close()
+
+
+@lru_cache(maxsize=4096)
+def _address(url: str) -> tuple[Address, bytes]:
+    """Where an endpoint's URL leads, and its Host header."""
+    parts = urlsplit(url)
+    return (parts.hostname or "", parts.port or 80), parts.netloc.encode()
+
+
+def _good(who: str, reply: Reply) -> Reply:
+    """The reply, if it is one that the client may have; raises Busy or Broken otherwise."""
+    if reply.status == 0:
+        raise Broken("died", f"{who}: {reply.error}", killed=True, gone=True)
+    scan = reply.scan
+    if scan is not None:
         if scan.died:
-            return _failed_at_once(who, response, scan, first)
-        if not first:
-            raise Broken("died", f"{who}: the stream ended before its first event", killed=True)
-        return Reply(response, first=first, scan=scan)
-
-    async def get(self, url: str, timeout_s: float = 5.0) -> str:
-        """A text of an engine or a sibling gateway (metrics)."""
-        async with self._session.get(url, timeout=aiohttp.ClientTimeout(total=timeout_s)) as r:
-            r.raise_for_status()
-            return await r.text()
-
-    async def close(self) -> None:
-        await self._session.close()
+            return _failed_at_once(who, reply, scan)
+        if not scan.events:
+            raise Broken("died", f"{who}: {reply.error or 'the stream ended before its first event'}", killed=True)
+        return reply
+    body = reply.body or b""
+    if reply.busy:
+        raise Busy
+    if not _is_answer(reply.status):
+        text = body[:2000].decode(errors="replace")
+        outcome = "http_5xx" if reply.status >= 500 else "refused"
+        raise Broken(outcome, f"{who}: {reply.status} {text}", killed=False)
+    if reply.error is not None:
+        raise Broken("died", f"{who}: {reply.error}", killed=True)
+    if _ABORTED in body:
+        raise Broken("died", f"{who}: the engine was stopped under the request", killed=False, gone=True)
+    return reply
 
 
 class _Error(msgspec.Struct):
@@ -243,7 +345,7 @@ class _ErrorFrame(msgspec.Struct):
 _decode_error = msgspec.json.Decoder(_ErrorFrame).decode
 
 
-def _failed_at_once(who: str, response: aiohttp.ClientResponse, scan: StreamScan, first: bytes) -> Reply:
+def _failed_at_once(who: str, reply: Reply, scan: StreamScan) -> Reply:
     """A stream whose first bytes hold its error, so that nothing has left yet: the client's fault is the answer, with
     the status that vLLM had no way to send any more; anything else may go better elsewhere."""
     data = scan.error.partition(b"data: ")[2]
@@ -251,8 +353,10 @@ def _failed_at_once(who: str, response: aiohttp.ClientResponse, scan: StreamScan
         code = _decode_error(data).error.code
     except msgspec.MsgspecError:
         code = None
-    if code is not None and 400 <= code < 500 and not first:
-        return Reply(response, status=code, content_type=b"application/json", body=data)
+    if code is not None and 400 <= code < 500 and not scan.events:
+        reply.close()
+        reply.status, reply.content_type, reply.body, reply.scan = code, b"application/json", data, None
+        return reply
     aborted = _ABORTED in scan.error
     detail = f"{who}: {scan.error[:300].decode(errors='replace')}"
     raise Broken("died", detail, killed=not aborted, gone=aborted or code is not None)
@@ -261,16 +365,6 @@ def _failed_at_once(who: str, response: aiohttp.ClientResponse, scan: StreamScan
 def _is_answer(status: int) -> bool:
     """Whether the client may see it: not a failure of the engine's, nor its door's refusal of us, nor a way elsewhere."""
     return 200 <= status < 300 or (400 <= status < 500 and status != 401) or status == 501
-
-
-async def _whole(content: aiohttp.StreamReader) -> bytes:
-    parts, size = [], 0
-    while data := await content.readany():
-        parts.append(data)
-        size += len(data)
-        if size > MAX_ANSWER_BYTES:
-            raise Broken("too_long", f"an answer over {MAX_ANSWER_BYTES} bytes", killed=True)
-    return b"".join(parts)
 
 
 def error_event(path: str, dialect: Dialect, error: RequestError, request_id: str) -> bytes:

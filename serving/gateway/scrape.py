@@ -8,26 +8,38 @@ import time
 from typing import Any
 from urllib.parse import parse_qs
 
+import aiohttp
+
 from serving.errors import EngineBroken, UnknownRoute
 from serving.fleet.endpoint import State
-from serving.gateway.relay import Engines
 from serving.gateway.state import Fleet
 from serving.telemetry.metrics import GatewayMetrics, merge
 
+TIMEOUT_S = 5.0  # of one source
 FRESH_S = 1.0  # a merged view this young is given again: a scrape costs an engine ~10 ms of its event loop
 
 
 class Scraper:
     """Used from one event loop only."""
 
-    def __init__(self, gateway_id: str, fleet: Fleet, metrics: GatewayMetrics, engines: Engines) -> None:
+    def __init__(self, gateway_id: str, fleet: Fleet, metrics: GatewayMetrics, secret: str) -> None:
         self._id = gateway_id
         self._fleet = fleet
         self._metrics = metrics
-        self._engines = engines
+        self._secret = secret
+        self._http: aiohttp.ClientSession | None = None
         self._lock = asyncio.Lock()
         self._merged = ""
         self._merged_at = float("-inf")
+
+    async def start(self) -> None:
+        self._http = aiohttp.ClientSession(
+            headers={"x-steelyard-secret": self._secret}, timeout=aiohttp.ClientTimeout(total=TIMEOUT_S)
+        )
+
+    async def stop(self) -> None:
+        if self._http is not None:
+            await self._http.close()
 
     async def one_or_all(self, query: bytes) -> str:
         """The exposition of the source named in the query, or of all."""
@@ -75,7 +87,10 @@ class Scraper:
         if source == self._id:
             self._metrics.set_replicas(self._fleet.replica_counts())
             return self._metrics.text()
+        assert self._http is not None
         try:
-            return await self._engines.get(url)
+            async with self._http.get(url) as answer:
+                answer.raise_for_status()
+                return await answer.text()
         except Exception:  # gone since the table was made, or too slow: the others' scrape is worth more
             return None

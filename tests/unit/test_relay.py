@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from serving.engine.simulator.__main__ import _KEEP_ALIVE_S
 from serving.errors import EngineBroken
-from serving.gateway.relay import IDLE_S, MAX_EVENT_BYTES, StreamScan, error_event
+from serving.gateway.connection import IDLE_S
+from serving.gateway.relay import MAX_EVENT_BYTES, StreamScan, error_event
 from serving.gateway.routes import SERVED
 
 CHAT = SERVED["/v1/chat/completions"]

@@ -1,0 +1,200 @@
+"""Keep-alive HTTP/1.1 connections to engines: what a general client library costs per request and per event is more than
+everything else the gateway does, so this one does only what the relay needs. httptools parses, uvloop carries; body
+bytes go to the receiver inside the socket's own callback, without a task in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from typing import Protocol, cast
+
+import httptools
+
+CONNECT_TIMEOUT_S = 2.0
+IDLE_S = 4.0  # vLLM closes connections idle for 5 s: one used at that moment would look like an engine that died
+_ONE_WRITE_BYTES = 64 * 1024
+
+Address = tuple[str, int]
+
+
+class Receiver(Protocol):
+    """Takes one answer: `answered` once, `received` for every read that brought some of the body, `ended` exactly once."""
+
+    def answered(self, status: int, headers: dict[bytes, bytes]) -> None:
+        """The final status line and headers are here; names in lower case."""
+
+    def received(self, data: bytes) -> None:
+        """A piece of the body, without its framing."""
+
+    def ended(self, error: str | None) -> None:
+        """The answer is whole (None), or the connection broke under it."""
+
+
+class Connection(asyncio.Protocol):
+    """One connection, one request at a time. httptools calls the `on_*` methods from `feed_data`."""
+
+    def __init__(self, pool: Pool, address: Address) -> None:
+        self.idle_since = 0.0  # monotonic seconds
+        self._pool = pool
+        self.address = address
+        self._transport: asyncio.Transport | None = None
+        self._receiver: Receiver | None = None
+        self._parser = httptools.HttpResponseParser(self)
+        self._headers: dict[bytes, bytes] = {}
+        self._parts: list[bytes] = []
+        self._complete = False
+
+    @property
+    def open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    def send(self, head: bytes, body: bytes, receiver: Receiver) -> None:
+        """Writes one request. The connection must be open and without a receiver."""
+        assert self._receiver is None and self._transport is not None
+        self._receiver = receiver
+        if len(body) < _ONE_WRITE_BYTES:
+            self._transport.write(head + body)
+        else:
+            self._transport.write(head)
+            self._transport.write(body)
+
+    def abort(self) -> None:
+        """Drops the connection and what was under way on it, without a word to its receiver: the engine frees the slot."""
+        self._receiver = None
+        if self._transport is not None:
+            self._transport.abort()
+
+    def pause(self) -> None:
+        """No more is read until `resume`: whoever the bytes are for is slow."""
+        if self.open:
+            assert self._transport is not None
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        if self.open:
+            assert self._transport is not None
+            self._transport.resume_reading()
+
+    # -- asyncio's side ------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self._receiver is None:
+            self.abort()  # nobody asked: what comes here unasked must not become the next answer
+            return
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as e:
+            self._break(f"malformed HTTP: {e}")
+            return
+        parts = self._parts
+        if parts:
+            body = parts[0] if len(parts) == 1 else b"".join(parts)
+            parts.clear()
+            if self._receiver is not None:
+                self._receiver.received(body)
+        if self._complete:
+            self._complete = False
+            receiver, self._receiver = self._receiver, None
+            if receiver is not None:
+                if self._parser.should_keep_alive():
+                    self._pool.put(self)
+                else:
+                    self.abort()
+                receiver.ended(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._pool.forget(self)
+        self._break(f"the connection was cut: {exc}" if exc else "the connection was closed")
+
+    # -- httptools' side -----------------------------------------------------------------------------------------
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name.lower()] = value
+
+    def on_headers_complete(self) -> None:
+        headers, self._headers = self._headers, {}
+        status = self._parser.get_status_code()
+        if status >= 200 and self._receiver is not None:
+            self._receiver.answered(status, headers)
+
+    def on_body(self, body: bytes) -> None:
+        self._parts.append(body)
+
+    def on_message_complete(self) -> None:
+        self._complete = self._parser.get_status_code() >= 200
+
+    def _break(self, why: str) -> None:
+        receiver = self._receiver
+        self.abort()
+        if receiver is not None:
+            receiver.ended(why)
+
+
+class Pool:
+    """Idle connections by address, the one used last is used next. Used from one event loop only."""
+
+    def __init__(self) -> None:
+        self._idle: defaultdict[Address, list[Connection]] = defaultdict(list)
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    def take(self, address: Address) -> Connection | None:
+        """An idle connection, if there is one that the engine still keeps for sure."""
+        idle = self._idle.get(address)
+        oldest = time.monotonic() - IDLE_S
+        while idle:
+            connection = idle.pop()
+            if connection.open and connection.idle_since > oldest:
+                return connection
+            connection.abort()
+        return None
+
+    async def connect(self, address: Address) -> Connection:
+        """A new connection. Raises OSError or TimeoutError."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            _, connection = await loop.create_connection(lambda: Connection(self, address), *address)
+        return connection
+
+    def put(self, connection: Connection) -> None:
+        """Its answer is whole: the next request may have it."""
+        if self._closed or not connection.open:
+            connection.abort()
+            return
+        connection.idle_since = time.monotonic()
+        self._idle[connection.address].append(connection)
+        if self._sweeper is None:
+            self._sweeper = asyncio.get_running_loop().call_later(IDLE_S, self._sweep)
+
+    def forget(self, connection: Connection) -> None:
+        """The other side closed it."""
+        idle = self._idle.get(connection.address)
+        if idle and connection in idle:
+            idle.remove(connection)
+
+    def close(self) -> None:
+        """Drops every idle connection; those in use are dropped when they come back."""
+        self._closed = True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for idle in self._idle.values():
+            for connection in idle:
+                connection.abort()
+        self._idle.clear()
+
+    def _sweep(self) -> None:
+        self._sweeper = None
+        oldest = time.monotonic() - IDLE_S
+        for address, idle in list(self._idle.items()):
+            for connection in [c for c in idle if c.idle_since <= oldest]:
+                idle.remove(connection)
+                connection.abort()
+            if not idle:
+                del self._idle[address]
+        if self._idle:
+            self._sweeper = asyncio.get_running_loop().call_later(IDLE_S / 4, self._sweep)

@@ -64,6 +64,9 @@ def _environment(settings: Settings, *, one_node: bool) -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
         "RAY_enable_metrics_collection": "0",  # Ray's exporters would answer without a key
+        "RAY_event_stats": "0",  # statistics of Ray's own loops
+        "RAY_task_events_report_interval_ms": "0",  # for a dashboard that does not run
+        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "60000",  # Serve's own metrics are not collected either
         "AUTOSCALER_METRIC_PORT": "0",  # a fixed port would clash with a second stack on the host
         "DASHBOARD_METRIC_PORT": "0",
         "RAY_raylet_start_wait_time_s": "180",  # 30 s are not enough on a busy box

@@ -28,11 +28,16 @@ LOAD_NEWS_EVERY_S = 0.25  # load alone wakes pollers at most this often; a state
 
 
 class Table:
-    """The directory's state without Ray: entries with leases, and a change number. Times are monotonic seconds."""
+    """The directory's state without Ray: entries with leases, and a change number. Times are monotonic seconds.
+
+    The number changes by `publish` alone, so that pollers hear of loads at a pace of the directory's choosing, however
+    many replicas there are.
+    """
 
     def __init__(self, now: float) -> None:
         self.epoch = uuid.uuid4().hex
         self.number = 0
+        self.unpublished = False  # something changed since the last `publish`
         self._born = now
         self._endpoints: dict[str, tuple[Endpoint, float]] = {}
         self._gateways: dict[str, tuple[GatewayInfo, float]] = {}
@@ -45,18 +50,18 @@ class Table:
         else:
             lease = FAILED_KEPT_S if endpoint.state is State.FAILED else LEASE_S
             self._endpoints[endpoint.id] = (endpoint, now + lease)
-        self.number += 1
+        self.unpublished |= known is None or known[0] != endpoint
         return known is None or known[0].state is not endpoint.state or known[0].url != endpoint.url
 
     def announce_gateway(self, gateway: GatewayInfo, now: float) -> bool:
         new = gateway.id not in self._gateways
         self._gateways[gateway.id] = (gateway, now + LEASE_S)
-        self.number += new  # a poller between two polls must not miss it
+        self.unpublished |= new
         return new
 
     def withdraw_gateway(self, gateway_id: str) -> bool:
         known = self._gateways.pop(gateway_id, None) is not None
-        self.number += known
+        self.unpublished |= known
         return known
 
     def expire(self, now: float) -> bool:
@@ -67,9 +72,13 @@ class Table:
             del self._endpoints[i]
         for i in gone:
             del self._gateways[i]
-        if dead or gone:
-            self.number += 1
+        self.unpublished |= bool(dead or gone)
         return bool(dead or gone)
+
+    def publish(self) -> None:
+        """Makes what changed a new number."""
+        self.number += self.unpublished
+        self.unpublished = False
 
     def snapshot(self, now: float) -> Snapshot:
         return Snapshot(
@@ -94,7 +103,7 @@ class Directory:
         self._ensure_janitor()
         if self._table.announce(endpoint, time.monotonic()):
             self._wake()
-        elif self._load_news is None:
+        elif self._table.unpublished and self._load_news is None:
             self._load_news = asyncio.get_running_loop().call_later(LOAD_NEWS_EVERY_S, self._wake)
 
     async def announce_gateway(self, gateway: GatewayInfo) -> None:
@@ -120,6 +129,7 @@ class Directory:
         if self._load_news is not None:
             self._load_news.cancel()
             self._load_news = None
+        self._table.publish()
         self._news.set()
         self._news = asyncio.Event()
 

@@ -91,7 +91,7 @@ def _gateway_app(catalog: Catalog, gateways: int, nodes: int) -> dict[str, Any]:
                 "user_config": config,
                 "graceful_shutdown_timeout_s": config["drain_s"] + STOP_GRACE_S,
                 "graceful_shutdown_wait_loop_s": 0.1,
-                "health_check_period_s": 1.0,
+                "health_check_period_s": 5.0,  # Ray itself sees at once when the process dies
                 "health_check_timeout_s": 10.0,
                 "max_ongoing_requests": 100,
                 "ray_actor_options": {"num_cpus": 0},

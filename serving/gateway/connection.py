@@ -44,7 +44,7 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._headers: dict[bytes, bytes] = {}
         self._parts: list[bytes] = []
-        self._complete = False
+        self._complete = self._keep_alive = False
 
     @property
     def open(self) -> bool:
@@ -101,7 +101,7 @@ class Connection(asyncio.Protocol):
             self._complete = False
             receiver, self._receiver = self._receiver, None
             if receiver is not None:
-                if self._parser.should_keep_alive():
+                if self._keep_alive:
                     self._pool.put(self)
                 else:
                     self.abort()
@@ -127,6 +127,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._complete = self._parser.get_status_code() >= 200
+        self._keep_alive = self._parser.should_keep_alive()  # the parser forgets it with the message
 
     def _break(self, why: str) -> None:
         receiver = self._receiver

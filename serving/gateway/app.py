@@ -28,7 +28,7 @@ from serving.errors import (
     WaitTooLong,
 )
 from serving.gateway import routes
-from serving.gateway.exchange import ClientGone, Exchange, Receive, Scope, Send
+from serving.gateway.exchange import ClientGone, Exchange, Receive, Scope, Send, rest
 from serving.gateway.keys import Key, KeyRing
 from serving.gateway.own import OwnRoutes, visible
 from serving.gateway.queue import VersionLine, bound_wait
@@ -283,9 +283,14 @@ class Gateway:
 
     async def _body(self, x: Exchange) -> bytes:
         limit = max((m.limits.max_body_bytes for m in self.fleet.models.values()), default=1 << 20)
+        reading = x.body(limit)
+        try:
+            waits_for = reading.send(None)
+        except StopIteration as end:  # it came with the headers
+            return bytes(end.value)
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
-                return await x.body(limit)
+                return await rest(reading, waits_for)
         except TimeoutError:
             raise DeadlinePassed(f"the request body did not arrive within {BODY_TIMEOUT_S:g} s") from None
 

@@ -8,7 +8,7 @@ import time
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator, MutableMapping
 from random import getrandbits
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -16,6 +16,7 @@ from serving.errors import BadRequest, BodyTooLarge, Dialect, RequestError
 from serving.gateway.routes import dialect_of
 from serving.telemetry.logs import RequestLine
 
+T = TypeVar("T")
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -116,7 +117,7 @@ class Exchange:
             waits_for = sending.send(None)
         except StopIteration:
             return None
-        return _rest(sending, waits_for)
+        return rest(sending, waits_for)
 
     async def end(self, data: bytes = b"") -> None:
         await self.send({"type": "http.response.body", "body": data, "more_body": False})
@@ -138,8 +139,9 @@ class Exchange:
 
 
 @types.coroutine
-def _rest(begun: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
-    """What is left of a coroutine whose first step, outside any task, ended in waiting for something."""
+def rest(begun: Coroutine[Any, Any, T], waits_for: Any) -> Generator[Any, Any, T]:
+    """Await what is left of a coroutine whose first step, taken by `begun.send(None)`, ended in waiting for something.
+    Most are done in that step, and then need no task, timer or callback."""
     while True:
         try:
             given = yield waits_for
@@ -149,8 +151,9 @@ def _rest(begun: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, An
             step = functools.partial(begun.send, given)
         try:
             waits_for = step()
-        except StopIteration:
-            return
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
 
 def _request_id(given: bytes) -> str:

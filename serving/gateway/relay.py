@@ -27,7 +27,10 @@ MAX_EVENT_BYTES = 8 * 1024 * 1024  # of one SSE event
 # Inside a JSON string quotes and line feeds are escaped, so none of these can come from generated text.
 _ABORTED = b'"finish_reason":"abort"'  # what vLLM says of requests it drops when it is stopped, under a status 200
 _ERROR_FRAMES = (b'data: {"error"', b"event: error\n", _ABORTED)
+_MAYBE_ERROR = b"error"  # in all frames but the last: one search for most events
 _USAGE_EVENT = b'"choices":[]'
+_USAGE_MARK = b'_tokens":'
+_TOKEN, _UNFINISHED = b'data: {"id"', b'"finish_reason":null'
 _COUNTS = re.compile(rb'"(prompt_tokens|input_tokens|completion_tokens|output_tokens|cached_tokens)":\s*(\d+)')
 
 
@@ -71,13 +74,16 @@ class Usage(msgspec.Struct):
 class StreamScan:
     """Looks at a stream's bytes event by event, without parsing them."""
 
-    __slots__ = ("_ends", "_tail", "_usage_by_option", "_withhold", "complete", "died", "error", "events", "usage")
+    __slots__ = (
+        *("complete", "died", "error", "events", "usage"),
+        *("_ends", "_mark", "_tail", "_usage_by_option", "_withhold"),
+    )
 
     def __init__(self, route: Route, *, withhold_usage: bool) -> None:
         self._tail = b""
-        # At the start of a line only: elsewhere the same words may be generated text.
-        self._ends = tuple((end, b"\n" + end) for end in route.ends)
+        self._ends = route.ends
         self._usage_by_option = route.usage_by_option
+        self._mark = _USAGE_EVENT if route.usage_by_option else _USAGE_MARK
         self._withhold = withhold_usage
         self.usage = Usage()
         self.events = 0  # delivered
@@ -87,6 +93,17 @@ class StreamScan:
 
     def feed(self, data: bytes) -> bytes:
         """The whole events in what came so far that the client may have; the rest is kept for the next call."""
+        if (
+            # One token of one choice, alone, as nearly everything is: no end, no error, no usage. Cheap to tell.
+            data.startswith(_TOKEN)
+            and data.endswith(b"\n\n")
+            and data.count(b"\n") == 2
+            and data.rfind(_UNFINISHED) > 0
+            and self._usage_by_option
+            and not self._tail
+        ):
+            self.events += 1
+            return data
         if self._tail:
             data = self._tail + data
             self._tail = b""
@@ -99,6 +116,20 @@ class StreamScan:
                 self.died = True
             if not data:
                 return b""
+        if _MAYBE_ERROR in data or _ABORTED in data:
+            data = self._until_error(data)
+        if self._mark in data:
+            if self._usage_by_option:
+                data = self._usage_event(data)
+            else:
+                self.usage.read(data)
+        if not self.complete:
+            # At the start of a line only: elsewhere the same words may be generated text.
+            self.complete = any(data.startswith(end) or b"\n" + end in data for end in self._ends)
+        self.events += data.count(b"\n\n")
+        return data
+
+    def _until_error(self, data: bytes) -> bytes:
         for frame in _ERROR_FRAMES:
             at = data.find(frame)
             if at >= 0:
@@ -107,16 +138,6 @@ class StreamScan:
                 begin = before + 2 if before >= 0 else 0
                 data, self.error = data[:begin], data[begin : data.index(b"\n\n", at)]
                 break
-        if self._usage_by_option:
-            if _USAGE_EVENT in data:
-                data = self._usage_event(data)
-        elif b'_tokens":' in data:
-            self.usage.read(data)
-        if not self.complete:
-            for first, later in self._ends:
-                if data.startswith(first) or later in data:
-                    self.complete = True
-        self.events += data.count(b"\n\n")
         return data
 
     def _usage_event(self, data: bytes) -> bytes:
@@ -221,10 +242,12 @@ class Reply:
             self.scan = StreamScan(self._route, withhold_usage=self._withhold)
 
     def received(self, data: bytes) -> None:
-        if self.scan is not None:
-            data = self.scan.feed(data)
+        scan = self.scan
+        if scan is not None:
+            data = scan.feed(data)
             if self._push is not None:
-                self._emit(data)
+                if data or scan.died:
+                    self._emit(data)
                 return
         if data:
             self._held.append(data)
@@ -240,14 +263,16 @@ class Reply:
 
     def _emit(self, data: bytes) -> None:
         assert self._push is not None and self.scan is not None
-        if data:
-            try:
-                self._slow = self._push(data)
-            except Exception as e:  # raised by whoever awaits, not in the socket's callback
-                self._fault = e
-            if self._slow is not None:
-                self._connection.pause()
-        if self._slow is not None or self._fault is not None or self.scan.died:
+        try:
+            slow = self._push(data) if data else None
+        except Exception as e:  # raised by whoever awaits, not in the socket's callback
+            self._fault, slow = e, None
+            self._wake()
+        if slow is not None:
+            self._slow = slow
+            self._connection.pause()
+            self._wake()
+        elif self.scan.died:
             self._wake()
 
     def _taken(self) -> bytes:

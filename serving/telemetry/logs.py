@@ -63,6 +63,10 @@ class RequestLine(msgspec.Struct, kw_only=True, gc=False):
     client_gone: bool = False
 
 
+# What goes through the queue: a `LogRecord` costs more than all else that is done for a request's line.
+_Line = RequestLine | logging.LogRecord
+
+
 class RequestLog:
     """The request log of one gateway. `write` costs a queue put."""
 
@@ -72,7 +76,7 @@ class RequestLog:
 
     def write(self, line: RequestLine) -> None:
         """Hand the line over; it is dropped and counted when the queue is full."""
-        self._pipe.handle(logging.makeLogRecord({"msg": line, "created": line.ts}))
+        self._pipe.enqueue(line)
 
     @property
     def dropped(self) -> int:
@@ -126,11 +130,10 @@ class _Pipe(QueueHandler):
     """Queue, listener thread and file of one log."""
 
     def __init__(self, directory: Path, name: str, lines: int) -> None:
-        lines_queue: queue.Queue[logging.LogRecord | None] = queue.Queue(maxsize=lines)
+        lines_queue: queue.Queue[_Line | None] = queue.Queue(maxsize=lines)
         super().__init__(lines_queue)
         self.path, self._claim = _claim(directory, name)
-        self._file = _File(self.path)
-        self._file.setFormatter(_Lines(name))
+        self._file = _File(self.path, _Lines(name))
         self._listener = _Listener(lines_queue, self._file)
         self._full = self._reported = 0
         self._closed = False
@@ -150,7 +153,7 @@ class _Pipe(QueueHandler):
             record.exc_info = None
         return record
 
-    def enqueue(self, record: logging.LogRecord) -> None:
+    def enqueue(self, record: _Line) -> None:
         try:
             self.queue.put_nowait(record)
             if self._full > self._reported:
@@ -175,7 +178,7 @@ class _Listener(QueueListener):
     """Writes what came within `BATCH_S` at once: a thread that wakes for every line takes the interpreter from the event
     loop each time."""
 
-    def __init__(self, lines: queue.Queue[logging.LogRecord | None], file: _File) -> None:
+    def __init__(self, lines: queue.Queue[_Line | None], file: _File) -> None:
         super().__init__(lines, file)
         self._file = file
         self._lines = lines
@@ -203,20 +206,21 @@ class _File(RotatingFileHandler):
 
     failed = 0
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lines: _Lines) -> None:
         super().__init__(path, maxBytes=MAX_BYTES, backupCount=BACKUPS, encoding="utf-8")
+        self._lines = lines
 
     def _open(self) -> TextIOWrapper:
         return open(self.baseFilename, "a", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o640))
 
-    def write_all(self, records: list[logging.LogRecord]) -> None:
+    def write_all(self, records: list[_Line]) -> None:
         """All of them, with one look at the size."""
         if not records:
             return
         lines = []
         for record in records:
             try:
-                lines.append(self.format(record) + "\n")
+                lines.append(self._lines.line(record) + "\n")
             except Exception:  # a line that cannot be written must not cost the others
                 self.failed += 1
         try:
@@ -239,19 +243,19 @@ class _File(RotatingFileHandler):
         self.stream.flush()
 
 
-class _Lines(logging.Formatter):
+class _Lines:
     """Request lines by their fields; ordinary records as ts, level, event, process, pid, logger, msg, exc."""
 
     def __init__(self, process: str) -> None:
-        super().__init__()
         self._encode = msgspec.json.Encoder().encode
         self._process, self._pid = process, os.getpid()
 
-    def format(self, record: logging.LogRecord) -> str:
+    def line(self, record: _Line) -> str:
+        if isinstance(record, RequestLine):
+            fields = msgspec.structs.asdict(record)
+            ts = datetime.fromtimestamp(record.ts, UTC)
+            return self._encode({**fields, "ts": ts, "request_id": _clean(record.request_id)}).decode()
         ts = datetime.fromtimestamp(record.created, UTC)
-        if isinstance(record.msg, RequestLine):
-            request_id = _clean(record.msg.request_id)
-            return self._encode({**msgspec.structs.asdict(record.msg), "ts": ts, "request_id": request_id}).decode()
         line: dict[str, Any] = {
             "ts": ts,
             "level": record.levelname.lower(),

@@ -101,21 +101,22 @@ class Host:
         """Where the machine sees the host's own `path`, while the host is up."""
         return Path(f"/proc/{self.init}/root") / Path(path).relative_to("/")
 
-    def argv(self, command: Sequence[str]) -> list[str]:
-        """`command` as the machine must run it so that it runs in this host."""
-        return ["nsenter", "--target", str(self.init), "--net", "--mount", "--pid", "--uts", "--ipc", "--", *command]
+    def argv(self, command: Sequence[str], cwd: Path | str = "/") -> list[str]:
+        """`command` as the machine must run it so that it runs in this host, in its folder `cwd`."""
+        spaces = ["--net", "--mount", "--pid", "--uts", "--ipc", f"--wdns={cwd}"]
+        return ["nsenter", "--target", str(self.init), *spaces, "--", *command]
 
     def run(
         self,
         *command: str,
         env: Mapping[str, str] | None = None,
-        cwd: Path | str | None = None,
+        cwd: Path | str = "/",
         check: bool = True,
         timeout_s: float = 120,
     ) -> subprocess.CompletedProcess[str]:
         """Runs a command to its end."""
         done = subprocess.run(
-            self.argv(command), env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False
+            self.argv(command, cwd), env=env, capture_output=True, text=True, timeout=timeout_s, check=False
         )
         if check:
             assert done.returncode == 0, f"{self.name}: {' '.join(command)}\n{done.stdout}{done.stderr}"
@@ -126,15 +127,14 @@ class Host:
         command: Sequence[str],
         *,
         env: Mapping[str, str] | None = None,
-        cwd: Path | str | None = None,
+        cwd: Path | str = "/",
         log: Path | None = None,
     ) -> Process:
         """Starts a command in a process group of its own; it ends with the host at the latest."""
         with open(log or os.devnull, "ab") as out:
             entry = subprocess.Popen(
-                self.argv(command),
+                self.argv(command, cwd),
                 env=env,
-                cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -251,12 +251,14 @@ class Network:
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             start_new_session=True,
         )
         self._inits.append(init)
         assert init.stdout is not None
         if init.stdout.readline().strip() != b"up":
-            raise AssertionError(f"{name} did not come up")
+            init.kill()
+            raise AssertionError(f"{name} did not come up: {init.communicate()[1].decode()}")
         children = Path(f"/proc/{init.pid}/task/{init.pid}/children").read_text().split()
         host = Host(name, address, int(children[0]))
         self.hosts.append(host)
@@ -282,8 +284,8 @@ class Network:
                 init.wait(10)
             init.kill()
             init.wait()
-            if init.stdout is not None:
-                init.stdout.close()
+            for pipe in filter(None, (init.stdout, init.stderr)):
+                pipe.close()
         for name in self._names:
             _ip("link", "del", _cable(name), check=False)  # both its ends, at once
             _ip("netns", "del", name, check=False)

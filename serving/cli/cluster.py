@@ -154,6 +154,7 @@ def apply(config: dict[str, Any]) -> None:
     from ray.serve.schema import ServeDeploySchema
 
     schema = ServeDeploySchema.model_validate(config)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(proxy_location="Disabled")
         _get_global_client().deploy_apps(schema)
@@ -183,11 +184,11 @@ def app_statuses() -> dict[str, tuple[str, str]]:
 
 
 def nodes() -> list[dict[str, Any]]:
-    """Every node that is alive: name (its address), whether it is the head, GPUs."""
+    """Every node that is alive, the head first: its address, role, and GPUs."""
     import ray
     from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 
-    return [
+    found = [
         {
             "node": n["NodeManagerAddress"],
             "role": "head" if HEAD_NODE_RESOURCE_NAME in n["Resources"] else "worker",
@@ -196,6 +197,7 @@ def nodes() -> list[dict[str, Any]]:
         for n in ray.nodes()
         if n["Alive"]
     ]
+    return sorted(found, key=lambda n: (n["role"], n["node"]))
 
 
 def stop(settings: Settings, found: ClusterFile, drain_s: float) -> None:

@@ -186,7 +186,6 @@ def _start_head(settings: Settings, temp: str, profile: Profile, say: Say) -> An
         num_cpus=cluster.LOGICAL_CPUS if runs_engines else 0,
         num_gpus=gpus,
         gcs_server_port=settings.ray_port,
-        include_dashboard=False,
         no_monitor=True,  # Ray's autoscaler: machines do not come by themselves here
         **more,
     )
@@ -210,16 +209,21 @@ def _ray_node(settings: Settings, temp: str, *, head: bool, **more: Any) -> Any:
     from ray._private.node import Node
     from ray._private.parameter import RayParams
 
+    class Processes(Node):  # type: ignore[misc]
+        def start_api_server(self, **_: object) -> None:
+            """Not started: even without the dashboard it would listen on every interface, and nothing here asks it."""
+
     params = RayParams(
         node_ip_address=settings.node_address,
         node_name=settings.node_address,
         object_store_memory=cluster.OBJECT_STORE_BYTES,
         temp_dir=temp,
+        dashboard_agent_listen_port=0,  # any: a fixed one could be taken
         include_log_monitor=False,  # nobody reads logs through Ray
         **more,
     )
     try:
-        return Node(params, head=head, shutdown_at_exit=False, spawn_reaper=True)
+        return Processes(params, head=head, shutdown_at_exit=False, spawn_reaper=True)
     except Exception as e:
         raise ClusterError(f"Ray did not start on {settings.node_address}: {_why(e, temp)}") from None
 

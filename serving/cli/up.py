@@ -344,6 +344,9 @@ def _url(settings: Settings) -> str:
 
 
 def _short(path: Path) -> str:
+    """Relative to the working folder, unless that is the root, as it is for units."""
+    if Path.cwd() == Path("/"):
+        return str(path)
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:

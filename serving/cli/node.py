@@ -155,6 +155,7 @@ def _ray_settings(settings: Settings) -> dict[str, str]:
     """What makes a cluster outlive its head. Ray reads them in every process of every node."""
     found = {
         "RAY_gcs_rpc_server_reconnect_timeout_s": str(HEAD_AWAY_S),
+        "RAY_health_check_period_ms": "1000",  # a node whose raylet died is noticed in five of them
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # the drain is ours
         "RAY_gcs_server_port_wait_time_s": str(_STARTED_WITHIN_S),
     }

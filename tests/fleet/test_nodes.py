@@ -41,10 +41,18 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             until(worker.up, "a worker is up", 60)
         models = made.head.host.inside(CATALOG)
         models.parent.mkdir()
-        model_file(models, "one", {"a": {"max-num-seqs": 8}})
-        model_file(models, "two", {"a": {"max-num-seqs": 8, "sim-itl-ms": ITL_MS}})
+        for name, args in ("one", {}), ("two", {"sim-itl-ms": ITL_MS}):
+            model_file(models, name, {"a": {"max-num-seqs": 8, **args}})
+            change(models / f"{name}.yaml", drain_s=8)
         made.head.cli("up")
         yield made
+
+
+def change(file: Path, **fields: object) -> None:
+    """Of the first version in a model's file."""
+    spec = yaml.safe_load(file.read_text())
+    spec["versions"][0] |= fields
+    file.write_text(yaml.safe_dump(spec))
 
 
 def engines(nodes: Cluster) -> dict[str, tuple[str, int]]:
@@ -225,9 +233,7 @@ def test_a_killed_head_stops_nothing_and_finds_its_cluster_again(nodes: Cluster)
 
     # Control is back: what a person changes takes effect, and what did not change is not touched.
     models = nodes.head.host.inside(CATALOG)
-    spec = yaml.safe_load((models / "one.yaml").read_text())
-    spec["versions"][0]["scaling"] = {"min": 2, "max": 2}
-    (models / "one.yaml").write_text(yaml.safe_dump(spec))
+    change(models / "one.yaml", scaling={"min": 2, "max": 2})
     nodes.head.cli("up")
     after = engines(nodes)
     assert before.items() <= after.items() and len(after) == len(before) + 1

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import re
 import signal
 import socket
 import threading
@@ -34,6 +35,7 @@ Say = Callable[[str], None]
 # How long a worker's processes keep trying to reach a head that is away, serving on meanwhile. Ray's own limit is a minute,
 # after which they end themselves; a head may have to be repaired.
 HEAD_AWAY_S = 24 * 3600
+_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?")
 _TRY_EVERY_S = 1.0
 _SAY_EVERY_S = 10.0
 _STARTED_WITHIN_S = 300  # opening a large control store after a crash takes longest
@@ -48,6 +50,7 @@ def run_head(settings: Settings, say: Say) -> None:
     settings = _as_node(settings, "head")
     if settings.head is not None:
         raise OperatorError("STEELYARD_HEAD is set on the head", "unset it: it tells a worker where the head is")
+    settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     with up.only_one(settings):
         up.prepare_secrets(settings, say)
         up.preflight(settings)
@@ -126,6 +129,7 @@ def _as_node(settings: Settings, role: Role) -> Settings:
             raise OperatorError(
                 f"STEELYARD_NODE_ADDRESS={address} is no address of this machine", "`ip -br address` shows them"
             ) from None
+    _labels(settings.node_labels)
     update: dict[str, object] = {"node_role": role}
     if "host" not in settings.model_fields_set:
         update["host"] = address
@@ -140,6 +144,19 @@ def _head_of(settings: Settings) -> tuple[str, int]:
             f"STEELYARD_HEAD={text!r} is not HOST:PORT", "write the head's address, e.g. 10.0.0.10:6379"
         )
     return host.strip("[]"), int(port)
+
+
+def _labels(text: str) -> dict[str, str]:
+    """Of `key=value,key=value`. Ray allows what Kubernetes allows."""
+    found = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        key, equals, value = part.partition("=")
+        if not (equals and _LABEL.fullmatch(key) and _LABEL.fullmatch(value)):
+            raise OperatorError(f"STEELYARD_NODE_LABELS={text!r}: {part!r} is no label", "write region=eu,rack=7")
+        if key.startswith("ray.io/"):
+            raise OperatorError(f"STEELYARD_NODE_LABELS: {key} is one of Ray's own labels", "use another prefix")
+        found[key] = value
+    return found
 
 
 def _require_free(address: str | None, port: int, fix: str) -> None:
@@ -217,6 +234,7 @@ def _ray_node(settings: Settings, temp: str, *, head: bool, **more: Any) -> Any:
     params = RayParams(
         node_ip_address=settings.node_address,
         node_name=settings.node_address,
+        labels=_labels(settings.node_labels),
         object_store_memory=cluster.OBJECT_STORE_BYTES,
         temp_dir=temp,
         dashboard_agent_listen_port=0,  # any: a fixed one could be taken

@@ -19,6 +19,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def run_worker(settings: Settings, say: Say) -> None:
             read_private(path, f"the cluster's {name}", f"copy it from the head ({host}), mode 0600")
     with up.only_one(settings):
         up.preflight(settings)
-        _run(settings, say, lambda s, temp, profile, say: _start_worker(s, temp, profile, say, f"{host}:{port}"))
+        _run(settings, say, partial(_start_worker, head=(host, port)))
 
 
 def _run(settings: Settings, say: Say, start: Callable[[Settings, str, Profile, Say], Any]) -> None:
@@ -209,16 +210,16 @@ def _start_head(settings: Settings, temp: str, profile: Profile, say: Say) -> An
     )
 
 
-def _start_worker(settings: Settings, temp: str, profile: Profile, say: Say, head: str) -> Any:
-    _await_head(head, settings, say)
-    say(f"joining {head} as {settings.node_address}")
+def _start_worker(settings: Settings, temp: str, profile: Profile, say: Say, head: tuple[str, int]) -> Any:
+    address = _await_head(head, settings, say)
+    say(f"joining {address} as {settings.node_address}")
     return _ray_node(
         settings,
         temp,
         head=False,
         num_cpus=cluster.LOGICAL_CPUS,
         num_gpus=None if profile == "gpu" else 0,
-        gcs_address=head,
+        gcs_address=address,
     )
 
 
@@ -247,42 +248,47 @@ def _ray_node(settings: Settings, temp: str, *, head: bool, **more: Any) -> Any:
         raise ClusterError(f"Ray did not start on {settings.node_address}: {_why(e, temp)}") from None
 
 
-def _await_head(head: str, settings: Settings, say: Say) -> None:
-    """Until the head answers; says so while it does not. A wrong token or another version is an error at once."""
+def _await_head(head: tuple[str, int], settings: Settings, say: Say) -> str:
+    """Until the head answers; says so while it does not. Returns its IP address and port. A wrong token or another
+    version is an error at once."""
+    from ray._common.usage import usage_lib
     from ray._private.utils import compute_version_info
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError
 
-    from ray._common.usage import usage_lib  # isort: skip
-
+    where = f"{head[0]}:{head[1]}"
+    refused = ClusterError(
+        f"the head at {where} refuses this node's token",
+        f"copy {settings.state_dir / 'ray-token'} from the head, mode 0600",
+    )
     deadline, next_line = time.monotonic() + settings.head_wait_s, 0.0
     while True:
         try:
-            socket.create_connection(up.split_address(head), 3).close()
-            client = GcsClient(address=head)
-            told = usage_lib.get_cluster_metadata(client)
+            with socket.create_connection(head, 3) as s:
+                host, port = s.getpeername()[:2]
+            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            told = usage_lib.get_cluster_metadata(GcsClient(address=address))
             if told:
                 break
             why = "it is still starting"
         except AuthenticationError:
-            raise ClusterError(
-                f"the head at {head} refuses this node's token",
-                f"copy {settings.state_dir / 'ray-token'} from the head, mode 0600",
-            ) from None
-        except Exception as e:
+            raise refused from None
+        except Exception as e:  # refused, unreachable, no such name, no answer: it may come
             why = one_line(e)
-            if "uthentication" in why or "token" in why:
-                raise ClusterError(
-                    f"the head at {head} refuses this node's token",
-                    f"copy {settings.state_dir / 'ray-token'} from the head, mode 0600",
-                ) from None
+            if "authentication token" in why.lower():
+                raise refused from None
         if time.monotonic() > deadline:
-            raise ClusterError(f"no head at {head} within {settings.head_wait_s:g} s: {why}", "start it first")
+            raise ClusterError(f"no head at {where} within {settings.head_wait_s:g} s: {why}", "start it first")
         if time.monotonic() > next_line:
-            say(f"waiting for the head at {head}: {why}")
+            say(f"waiting for the head at {where}: {why}")
             next_line = time.monotonic() + _SAY_EVERY_S
         time.sleep(_TRY_EVERY_S)
-    mine, theirs = compute_version_info()[:2], (told["ray_version"], told["python_version"])
+    _same_release(compute_version_info()[:2], (told["ray_version"], told["python_version"]))
+    return address
+
+
+def _same_release(mine: tuple[str, str], theirs: tuple[str, str]) -> None:
+    """Ray and Python must be the same on every node: Ray would fail later, and say less."""
     if mine != theirs:
         raise ClusterError(
             f"the head runs Ray {theirs[0]} on Python {theirs[1]}, this node Ray {mine[0]} on Python {mine[1]}",

@@ -57,6 +57,14 @@ def test_a_head_that_is_no_address_and_port_is_refused(head: str | None) -> None
         node._head_of(settings(head=head))
 
 
+def test_another_release_than_the_heads_is_named() -> None:
+    node._same_release(("2.60.0", "3.11.7"), ("2.60.0", "3.11.7"))
+    with pytest.raises(
+        OperatorError, match=r"Ray 2\.60\.0 on Python 3\.11\.9, this node Ray 2\.61\.0 on Python 3\.11\.9"
+    ):
+        node._same_release(("2.61.0", "3.11.9"), ("2.60.0", "3.11.9"))
+
+
 def test_labels_are_pairs() -> None:
     assert node._labels("region=eu, rack=7,") == {"region": "eu", "rack": "7"}
     for wrong in ("region", "=eu", "region=", "a b=c", "ray.io/node-id=x"):

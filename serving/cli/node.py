@@ -191,6 +191,7 @@ def _start_head(settings: Settings, temp: str, profile: Profile, say: Say) -> An
         runs_engines = profile == "gpu" and up.detect_profile() == "gpu"
     more: dict[str, Any] = {}
     if settings.redis is not None:
+        _check_redis(settings.redis, settings.redis_username, settings.redis_password())
         more = {
             "external_addresses": [settings.redis, settings.redis],
             "num_redis_shards": 1,
@@ -208,6 +209,41 @@ def _start_head(settings: Settings, temp: str, profile: Profile, say: Say) -> An
         no_monitor=True,  # Ray's autoscaler: machines do not come by themselves here
         **more,
     )
+
+
+def _check_redis(address: str, username: str, password: str) -> None:
+    """Asks it once before Ray does: Ray aborts the whole process, with a stack trace, when it may not enter. One with TLS
+    (`rediss://`) is left to Ray, which alone knows its certificates."""
+    if address.startswith("rediss://"):
+        return
+    host, _, port = address.removeprefix("redis://").rpartition(":")
+    if not host or not port.isdigit():
+        raise OperatorError(
+            f"STEELYARD_REDIS={address!r} is not HOST:PORT", "write 10.0.0.9:6379 or rediss://HOST:PORT"
+        )
+    auth = ["AUTH", *([username] if username else []), password] if password else []
+    asked = b""
+    for words in filter(None, (auth, ["PING"])):
+        asked += f"*{len(words)}\r\n".encode()
+        asked += b"".join(f"${len(w.encode())}\r\n{w}\r\n".encode() for w in words)
+    told = b""
+    try:
+        with socket.create_connection((host, int(port)), 5) as s, s.makefile("rb") as answer:
+            s.sendall(asked)
+            for _ in range(1 + bool(auth)):
+                told = answer.readline().strip()
+                if told.startswith(b"-"):
+                    break
+    except OSError as e:
+        raise ClusterError(
+            f"no Redis at {address}: {e.strerror or e}", "start it, or correct STEELYARD_REDIS"
+        ) from None
+    if told != b"+PONG":
+        said = told[1:].decode(errors="replace") or "it says nothing"
+        raise ClusterError(
+            f"the Redis at {address} refuses: {said}",
+            "correct STEELYARD_REDIS_USERNAME and STEELYARD_REDIS_PASSWORD_FILE",
+        )
 
 
 def _start_worker(settings: Settings, temp: str, profile: Profile, say: Say, head: tuple[str, int]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,54 @@ def test_another_release_than_the_heads_is_named() -> None:
         OperatorError, match=r"Ray 2\.60\.0 on Python 3\.11\.9, this node Ray 2\.61\.0 on Python 3\.11\.9"
     ):
         node._same_release(("2.61.0", "3.11.9"), ("2.60.0", "3.11.9"))
+
+
+class Redis:
+    """As much of one as the check asks for: a password, and PING."""
+
+    def __init__(self, password: str) -> None:
+        self._password = password
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client, _ = self._server.accept()
+            except OSError:
+                return
+            with client, client.makefile("rwb") as wire:
+                entered = not self._password
+                while line := wire.readline():
+                    words = [wire.read(int(wire.readline()[1:]) + 2)[:-2].decode() for _ in range(int(line[1:]))]
+                    if words[0] == "AUTH":
+                        entered = words[-1] == self._password
+                        wire.write(b"+OK\r\n" if entered else b"-WRONGPASS invalid password\r\n")
+                    else:
+                        wire.write(b"+PONG\r\n" if entered else b"-NOAUTH Authentication required.\r\n")
+                    wire.flush()
+
+    def close(self) -> None:
+        self._server.close()
+
+
+def test_a_redis_that_refuses_is_named_before_ray_starts() -> None:
+    """Ray aborts the process otherwise."""
+    redis = Redis("right")
+    try:
+        node._check_redis(redis.address, "", "right")
+        node._check_redis(f"redis://{redis.address}", "steelyard", "right")
+        for password in ("wrong", ""):
+            with pytest.raises(OperatorError, match=r"refuses: (WRONGPASS|NOAUTH)") as told:
+                node._check_redis(redis.address, "", password)
+            assert "wrong" not in str(told.value)
+    finally:
+        redis.close()
+    with pytest.raises(OperatorError, match="no Redis at"):
+        node._check_redis("127.0.0.1:1", "", "")
+    with pytest.raises(OperatorError, match="is not HOST:PORT"):
+        node._check_redis("redis.example", "", "")
 
 
 def test_labels_are_pairs() -> None:

@@ -59,9 +59,9 @@ def load_catalog(settings: Settings) -> Catalog:
     return store.load(settings.models, profile_of(settings))
 
 
-def locator(settings: Settings) -> manifest.Locate:
-    """Where weights lie on this node, without building or fetching anything."""
-    return lambda source, base: weights.locate(source, base=base, cache=settings.cache_dir)
+def locator(settings: Settings, *, here: bool = True) -> manifest.Locate:
+    """Where weights lie, without building or fetching anything; unless `here`, other nodes may hold them."""
+    return lambda source, base: weights.locate(source, base=base, cache=settings.cache_dir, here=here)
 
 
 def run(settings: Settings, say: Say) -> None:

@@ -31,15 +31,16 @@
 {{- $kind := default "" $version.resources.accelerator -}}
 {{- if and $kind (not (hasKey $offered $kind)) -}}{{- fail (printf "models: %s wants the accelerator %s and no worker group has it" $id $kind) -}}{{- end -}}
 {{- if gt $gpus (float64 (default 0 (get $largest $kind))) -}}
-{{- fail (printf "models: %s wants %v GPUs in one pod and the largest %s worker has %d" $id $gpus (default "" $kind) (int (default 0 (get $largest $kind)))) -}}
+{{- fail (printf "models: %s wants %v GPUs in one pod and the largest %sworker has %d" $id $gpus (ternary (printf "%s " $kind) "" (ne $kind "")) (int (default 0 (get $largest $kind)))) -}}
 {{- end -}}
 {{- $need := mulf $gpus $version.replicas -}}
 {{- range $key := uniq (list $kind "") -}}{{- $_ := set $wanted $key (addf (default 0 (get $wanted $key)) $need) -}}{{- end -}}
 {{- end -}}
 {{- end -}}
-{{- range $kind, $need := $wanted -}}
+{{- range $kind := append (without (keys $wanted | sortAlpha) "") "" -}}
+{{- $need := default 0 (get $wanted $kind) -}}
 {{- if gt (float64 $need) (float64 (default 0 (get $offered $kind))) -}}
-{{- fail (printf "models want %v %s GPUs and the workers have %d: raise replicas of a group, or lower scaling" $need (default "" $kind) (int (default 0 (get $offered $kind)))) -}}
+{{- fail (printf "models want %v %sGPUs and the workers have %d: raise replicas of a group, or lower scaling" $need (ternary (printf "%s " $kind) "" (ne $kind "")) (int (default 0 (get $offered $kind)))) -}}
 {{- end -}}
 {{- end -}}
 {{- $store := .Values.weights.objectStore -}}

@@ -101,7 +101,7 @@ spec:
   {{- if and (not $head) $root.Values.topologySpread }}
   topologySpreadConstraints:
     {{- range $root.Values.topologySpread }}
-    - {{- omit . "labelSelector" | toYaml | nindent 6 }}
+    - {{ omit . "labelSelector" | toYaml | nindent 6 | trim }}
       labelSelector:
         matchLabels:
           {{- include "steelyard.selector" $root | nindent 10 }}

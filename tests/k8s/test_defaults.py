@@ -83,7 +83,9 @@ def test_named_clients_leave_the_helm_test_a_way_in() -> None:
     _, worker = chart.kind(chart.of("h200-tp8"), "NetworkPolicy")
     gateways = worker["spec"]["ingress"][1]
     assert gateways["ports"] == [{"port": 8000, "protocol": "TCP"}]
-    assert {"test"} == {p["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for p in gateways["from"] if "podSelector" in p}
+    assert {"test"} == {
+        p["podSelector"]["matchLabels"]["app.kubernetes.io/component"] for p in gateways["from"] if "podSelector" in p
+    }
 
 
 def test_the_copying_container_alone_holds_the_store_s_credentials() -> None:

@@ -89,7 +89,10 @@ BAD_MODELS: list[tuple[dict[str, Any], str]] = [
     ({"models.1": {"name": "llama-8b", "versions": [SECOND]}}, "is there twice"),
     (
         {
-            "models.1": {"name": "b", "versions": [{**SECOND, "adapters": [{"name": "c", "source": "/srv/weights/c"}]}]},
+            "models.1": {
+                "name": "b",
+                "versions": [{**SECOND, "adapters": [{"name": "c", "source": "/srv/weights/c"}]}],
+            },
             "models.2": {"name": "c", "versions": [SECOND]},
         },
         "is there twice",

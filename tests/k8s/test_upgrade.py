@@ -63,7 +63,9 @@ def test_an_upgrade_keeps_every_key_that_was_made_since(installed: Cluster) -> N
 
 def test_a_broken_secret_stops_the_upgrade() -> None:
     with cluster() as there:
-        there.put({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "steelyard"}, "data": {"api-key": "eA=="}})
+        there.put(
+            {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "steelyard"}, "data": {"api-key": "eA=="}}
+        )
         with pytest.raises(helm.HelmError, match="is there without cluster-secret and keys.json"):
             there.helm(BASE)
 
@@ -98,7 +100,9 @@ def test_changes_in_place_need_no_word(installed: Cluster, what: str) -> None:
 def test_a_second_cluster_must_be_acknowledged(installed: Cluster, what: str) -> None:
     """The refusal names the GPUs it takes and the shape to accept; with that shape the same upgrade goes through."""
     given = chart.changed("one-h100", NEW_CLUSTER[what])
-    with pytest.raises(helm.HelmError, match=r"second cluster .* needs \d+ more GPUs .*acknowledgedShape=[0-9a-f]{12}") as e:
+    with pytest.raises(
+        helm.HelmError, match=r"second cluster .* needs \d+ more GPUs .*acknowledgedShape=[0-9a-f]{12}"
+    ) as e:
         installed.helm(given)
     shape = str(e.value).split("acknowledgedShape=")[1][:12]
     service = chart.rayservice(installed.helm({**given, "upgrade": {"acknowledgedShape": shape}}))

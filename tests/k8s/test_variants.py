@@ -93,7 +93,9 @@ def test_no_secret_stands_in_a_pod(variant: str) -> None:
     for where, pod in chart.pods(chart.of(variant)):
         for container in [*pod["spec"]["containers"], *pod["spec"].get("initContainers", [])]:
             for entry in container.get("env", []):
-                secret = re.search(r"SECRET|TOKEN|PASSWORD|(^|_)KEY$", entry["name"]) and not entry["name"].endswith("_FILE")
+                secret = re.search(r"SECRET|TOKEN|PASSWORD|(^|_)KEY$", entry["name"]) and not entry["name"].endswith(
+                    "_FILE"
+                )
                 assert not (secret and "value" in entry), f"{where}: {entry['name']}"
 
 
@@ -137,7 +139,12 @@ def _steelyard(*args: str) -> str:
     env = {k: v for k, v in os.environ.items() if not k.startswith("STEELYARD_")}
     env |= {"PYTHONPATH": str(ROOT), "STEELYARD_CACHE_DIR": CACHE_DIR}
     done = subprocess.run(
-        [sys.executable, "-m", "serving.cli.main", *args], env=env, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "serving.cli.main", *args],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -92,6 +92,7 @@ def _keys_file(given: Path | None, *, write: bool = False) -> Path:
     if given is not None:
         return given
     # Here, so that `--help` and `--file` do not need valid settings.
+    from serving.cli.cluster import read_cluster_file
     from serving.settings import load_settings
 
     settings = load_settings()
@@ -100,6 +101,9 @@ def _keys_file(given: Path | None, *, write: bool = False) -> Path:
             f"the keys of this pod come from a Secret ({settings.keys_file})",
             "Change a copy with --file and put it into the Secret; gateways notice within minutes",
         )
+    running = read_cluster_file(settings)
+    if running is not None and running.role == "worker":
+        raise OperatorError("this node is a worker", f"Make and revoke keys on the head ({running.address})")
     return settings.keys_file
 
 

@@ -33,6 +33,7 @@ from serving.settings import Profile, Settings
 Say = Callable[[str], None]
 
 STOP_DRAIN_S = 8.0  # Ctrl-C and SIGTERM: how long streams in progress may take to finish
+_UNHEALTHY_S = 60.0  # longest wait for an application that Serve calls unhealthy to recover
 _FREE_DISK_BYTES = 512 * 1024 * 1024  # logs and sockets
 
 
@@ -69,20 +70,39 @@ def run(settings: Settings, say: Say) -> None:
     applies the catalog to it and returns."""
     began = time.monotonic()
     catalog = load_catalog(settings)
-    config = manifest.serve_config(catalog, gateways=settings.gateways, locate=locator(settings))
+    running = cluster.read_cluster_file(settings)
     check_engine_arguments(catalog, settings)
-    if settings.ray_address or cluster.read_cluster_file(settings):
-        prepare_weights(catalog, settings, say)
-        with cluster.joined(settings):
-            cluster.apply(config)
-            _wait(config, settings, say)
-        _print_ready(catalog, settings, say, time.monotonic() - began, stays=False)
+    if settings.ray_address or running:
+        _apply(catalog, running, settings, say)
+        _print_ready(catalog, _as_running(settings, running), say, time.monotonic() - began, stays=False)
         return
-    with _only_one(settings):
+    config = manifest.serve_config(catalog, gateways=settings.gateways, locate=locator(settings))
+    with only_one(settings):
         preflight(settings)
         prepare_weights(catalog, settings, say)
         prepare_secrets(settings, say)
         _serve(catalog, config, settings, say, began)
+
+
+def _apply(catalog: Catalog, running: cluster.ClusterFile | None, settings: Settings, say: Say) -> None:
+    """Applies the catalog to a cluster that runs and waits until it is ready."""
+    alone = running is not None and running.role == "one"
+    if alone:
+        prepare_weights(catalog, settings, say)
+    # Of several nodes, this one may run no engine: each replica checks the weights on its own.
+    locate = locator(settings, here=alone)
+    with cluster.joined(settings):
+        nodes = len(cluster.nodes())
+        config = manifest.serve_config(catalog, gateways=settings.gateways, nodes=nodes, locate=locate)
+        cluster.apply(config)
+        _wait(config, _as_running(settings, running), say)
+
+
+def _as_running(settings: Settings, running: cluster.ClusterFile | None) -> Settings:
+    """Settings with the address on which this node's gateways listen in fact."""
+    if running is None or running.host is None:
+        return settings
+    return settings.model_copy(update={"host": running.host, "port": running.port})
 
 
 def _serve(catalog: Catalog, config: dict[str, Any], settings: Settings, say: Say, began: float) -> None:
@@ -137,6 +157,8 @@ def detach(settings: Settings, argv: list[str], say: Say) -> None:
 def down(settings: Settings, say: Say, timeout_s: float = 60.0) -> None:
     """Stops the stack of this state folder and waits until its processes are gone."""
     found = cluster.read_cluster_file(settings)
+    if found is not None and found.role != "one":
+        raise OperatorError(f"this is the {found.role} of a cluster", f"stop its unit, steelyard-{found.role}")
     pid = found.pid if found else _pid(settings)
     if pid is None:
         cluster.clear(settings)
@@ -173,7 +195,7 @@ def preflight(settings: Settings) -> None:
         except OSError as e:
             if e.errno == errno.EADDRINUSE:
                 raise PortTaken(
-                    f"port {settings.port} on {settings.host} is taken{_by_whom(settings.port)}",
+                    f"port {settings.port} on {settings.host} is taken{by_whom(settings.port)}",
                     "set PORT to a free one",
                 ) from None
             raise OperatorError(f"cannot listen on {settings.host}:{settings.port}: {e.strerror}", "set HOST") from None
@@ -210,7 +232,7 @@ def prepare_secrets(settings: Settings, say: Say) -> None:
         say(f"made the first key: {_short(settings.api_key_file)}")
 
 
-def _only_one(settings: Settings) -> FileLock:
+def only_one(settings: Settings) -> FileLock:
     settings.state_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(settings.state_dir / "up.lock", timeout=0)
     try:
@@ -221,7 +243,12 @@ def _only_one(settings: Settings) -> FileLock:
     return lock
 
 
-def _by_whom(port: int) -> str:
+def split_address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def by_whom(port: int) -> str:
     try:
         for c in psutil.net_connections("tcp"):
             if c.status == psutil.CONN_LISTEN and c.laddr and c.laddr.port == port and c.pid:
@@ -239,6 +266,7 @@ def _wait(config: dict[str, Any], settings: Settings, say: Say, stop: threading.
     wanted = {a["name"] for a in config["applications"]}
     began, told, deadline = time.time(), "", time.monotonic() + settings.ready_timeout_s
     next_line = 0.0
+    unhealthy: dict[str, float] = {}  # since when
     while stop is None or not stop.is_set():
         table = cluster.snapshot()
         for e in table.endpoints:
@@ -246,7 +274,12 @@ def _wait(config: dict[str, Any], settings: Settings, say: Say, stop: threading.
                 raise EngineError(e.reason)
         statuses = cluster.app_statuses()
         for name, (status, message) in statuses.items():
-            if status in ("DEPLOY_FAILED", "UNHEALTHY") and name in wanted:
+            now = time.monotonic()
+            since = unhealthy.setdefault(name, now) if status == "UNHEALTHY" else now
+            if status != "UNHEALTHY":
+                unhealthy.pop(name, None)
+            # A replica of a node that has just died is unhealthy until Serve has started another.
+            if name in wanted and (status == "DEPLOY_FAILED" or now - since > _UNHEALTHY_S):
                 raise EngineError(f"{name}: {_sentence(message)}", f"see {settings.log_dir}")
         running = {n for n, (status, _) in statuses.items() if status == "RUNNING"}
         if wanted <= running and set(statuses) <= wanted and _readyz(settings):
@@ -318,6 +351,9 @@ def _url(settings: Settings) -> str:
 
 
 def _short(path: Path) -> str:
+    """Relative to the working folder, unless that is the root, as it is for units."""
+    if Path.cwd() == Path("/"):
+        return str(path)
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:

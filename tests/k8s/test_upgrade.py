@@ -66,7 +66,7 @@ def test_a_broken_secret_stops_the_upgrade() -> None:
         there.put(
             {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "steelyard"}, "data": {"api-key": "eA=="}}
         )
-        with pytest.raises(helm.HelmError, match="is there without cluster-secret and keys.json"):
+        with pytest.raises(helm.HelmError, match=r"is there without cluster-secret and keys\.json"):
             there.helm(BASE)
 
 
@@ -111,7 +111,7 @@ def test_a_second_cluster_must_be_acknowledged(installed: Cluster, what: str) ->
 
 def test_without_a_second_cluster_the_change_waits_and_says_so(installed: Cluster) -> None:
     given = chart.changed("one-h100", {"image.tag": "0.2.0-cuda", "upgrade.strategy": "None"})
-    with pytest.raises(helm.HelmError, match="does not reach the running cluster .* then delete the RayCluster"):
+    with pytest.raises(helm.HelmError, match=r"does not reach the running cluster .* then delete the RayCluster"):
         installed.helm(given)
 
 

@@ -5,6 +5,7 @@ by the request the operator sends. What it takes from the cluster is only what K
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -243,3 +244,33 @@ def test_everything_runs_as_the_pod_s_user(release: Release) -> None:
                 continue
             assert set(lines["Uid"].split()) == {"10001"}, lines["Name"]
             assert int(lines["CapEff"], 16) == 0 and lines["NoNewPrivs"].strip() == "1", lines["Name"]
+
+
+def test_every_listening_port_stands_in_the_page(release: Release) -> None:
+    text = (ROOT / "docs" / "kubernetes.md").read_text().partition("### Every listening port")[2]
+    found = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|", text, re.M)
+    rows = [(who.replace(r"\|", "|"), where.replace(r"\|", "|")) for who, where in found]
+    assert rows
+    unknown = []
+    for role, pod in (("head", release.head), ("worker", release.worker)):
+        for line in pod.host.run("ss", "-lntpxH").stdout.splitlines():
+            name = re.findall(r'\("([^"]+)",pid=', line)[0]
+            address = line.split()[4].replace(pod.host.address, "POD")
+            if not any(re.fullmatch(who, name) and re.fullmatch(where, address) for who, where in rows):
+                unknown.append(f"{role}: {name} {address}")
+    assert not unknown, "\n".join(unknown)
+
+
+def test_what_answers_http_asks_for_a_key_or_a_token(release: Release) -> None:
+    """Every HTTP server that other pods can reach, but for the health paths."""
+    for role, pod in (("head", release.head), ("worker", release.worker)):
+        for line in pod.host.run("ss", "-lntH").stdout.splitlines():
+            address, _, port = line.split()[3].rpartition(":")
+            if address.startswith("127."):
+                continue
+            for path in ("/metrics", "/v1/models", "/api/version", "/api/serve/applications/", "/logs", "/docs"):
+                try:
+                    answer = httpx.get(f"http://{pod.host.address}:{port}{path}", timeout=5)
+                except httpx.HTTPError:
+                    continue
+                assert answer.status_code in (401, 403, 404, 405), (role, port, path, answer.text[:200])

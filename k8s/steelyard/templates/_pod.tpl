@@ -167,10 +167,12 @@ spec:
         periodSeconds: 5
         failureThreshold: 2
         timeoutSeconds: 5
+      {{- if or (not $head) $root.Values.head.servesTraffic }}
       lifecycle:
         preStop:
           # The Service stops sending at once; the streams this pod has may end.
           exec: {command: [sleep, {{ $root.Values.drainSeconds | int | quote }}]}
+      {{- end }}
       volumeMounts:
         - {name: tmp, mountPath: /tmp}
         - {name: home, mountPath: /home/steelyard}

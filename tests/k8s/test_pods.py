@@ -107,7 +107,7 @@ def ray_start(role: str, group: dict[str, Any], address: str) -> str:
     """KubeRay's generateRayStartCommand for the group."""
     params = {"dashboard-agent-listen-port": "52365", "metrics-export-port": "8080", **group["rayStartParams"]}
     params |= {"dashboard-host": "0.0.0.0"} if role == "head" else {"address": f"{address}:6379"}
-    flags = " ".join(f"--{name}={value}" for name, value in sorted(params.items()))
+    flags = " ".join(f"--{name}" if value == "true" else f"--{name}={value}" for name, value in sorted(params.items()))
     return f"ulimit -n 65536; ray start {'--head ' if role == 'head' else ''}{flags} --block"
 
 

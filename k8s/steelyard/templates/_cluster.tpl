@@ -32,6 +32,8 @@ headGroupSpec:
     # The head decides; it carries no engine.
     num-cpus: "0"
     num-gpus: "0"
+    # Nothing here scales the cluster, and the monitor's metrics would answer without a key.
+    no-monitor: "true"
     object-store-memory: "{{ mul 128 1024 1024 }}"
   template:
     {{- include "steelyard.rayPod" (dict "root" $root "role" "head"

@@ -47,8 +47,9 @@ imagePullSecrets:
 # Weights come from a folder; nothing is looked up on a hub.
 - {name: HF_HUB_OFFLINE, value: "1"}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
-# Ray's exporters would answer without a key.
+# Ray's exporters would answer without a key. The dashboard's has no switch: a port that cannot be opened is one.
 - {name: RAY_enable_metrics_collection, value: "0"}
+- {name: DASHBOARD_METRIC_PORT, value: "65536"}
 - {name: RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO, value: "0"}
 {{- end -}}
 

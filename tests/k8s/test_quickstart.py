@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -47,7 +48,7 @@ def test_the_helm_lines_render(folder: Path, verb: str) -> None:
     (line,) = [x for b in blocks("sh") for x in b.splitlines() if x.startswith(f"helm {verb}") and "k8s/steelyard" in x]
     words = shlex.split(line)
     given: dict[str, Any] = {}
-    for flag, file in zip(words, words[1:], strict=False):
+    for flag, file in itertools.pairwise(words):
         if flag == "-f":
             given |= values(folder / file)
     assert ROOT / words[words.index("k8s/steelyard")] == CHART and ("-n" not in words or NAMESPACE in words)

@@ -243,11 +243,6 @@ def only_one(settings: Settings) -> FileLock:
     return lock
 
 
-def split_address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    return host.strip("[]"), int(port)
-
-
 def by_whom(port: int) -> str:
     try:
         for c in psutil.net_connections("tcp"):

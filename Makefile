@@ -11,8 +11,9 @@ export STEELYARD_PROFILE := $(or $(PROFILE),$(STEELYARD_PROFILE))
 PY := .venv/bin/python
 INSTALL := $(PYTHON) tools/install.py $(PROFILE)
 PYTEST := $(PY) -m pytest
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
-.PHONY: help install serve up down status test test-fast lint format soak bench-overhead gpu-check lock clean
+.PHONY: help install serve up down status test test-fast lint format soak bench-overhead gpu-check chart chart-docs images lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +58,16 @@ bench-overhead: install ## the stack against the raw engine: table, .steelyard/b
 
 gpu-check: ## the same on a GPU with an 8B-shaped model; runs where there is one
 	$(if $(wildcard .venv/bin/python),$(PY),$(PYTHON)) -m bench.gpu_check $(ARGS)
+
+chart: install ## every ci/ variant of the Helm chart: lint, render, validate, one line each
+	$(PYTEST) -q tests/k8s
+
+chart-docs: install ## the chart's README, schema and facts from values.yaml and the code
+	$(PY) -m tools.chart
+
+images: ## both images: BASE_DIGEST=sha256:... of python:3.11-slim-bookworm, IMAGE=name (default steelyard); needs Docker
+	@[ -n "$(BASE_DIGEST)" ] || { echo "error: BASE_DIGEST is empty; look it up: docker buildx imagetools inspect python:3.11-slim-bookworm" >&2; exit 2; }
+	for t in cpu cuda; do docker build -f deploy/docker/Dockerfile --target $$t --build-arg BASE_DIGEST=$(BASE_DIGEST) --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) -t $(or $(IMAGE),steelyard):$(VERSION)-$$t . || exit 1; done
 
 lock: ## resolve pyproject.toml again into requirements/*.lock (needs uv)
 	uv pip compile -q pyproject.toml --extra cpu --extra dev --python-version 3.11 --override requirements/overrides.txt --generate-hashes --no-annotate --no-header -o requirements/cpu.lock

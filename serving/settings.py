@@ -34,6 +34,8 @@ class Settings(BaseSettings):
     gateways: int = Field(1, ge=1, le=64, description="gateway replicas on each node, all on the same port")
     cluster_secret: SecretStr | None = Field(None, description="secret between gateways and engines")
     cluster_secret_file: Path | None = Field(None, description="file holding it; default STATE_DIR/cluster-secret")
+    api_keys_file: Path | None = Field(None, description="file of the API keys; default STATE_DIR/keys.json")
+    managed_by: Literal["rayservice"] | None = Field(None, description="who alone may change what is served here")
     runtime_dir: Path | None = Field(None, description="private folder for engines' sockets; short, on a local disk")
     ray_address: str | None = Field(None, description="join this Ray cluster instead of starting one")
     ready_timeout_s: float = Field(1800, gt=0, description="longest wait of `up` for every model to be ready")
@@ -63,7 +65,8 @@ class Settings(BaseSettings):
     @property
     def keys_file(self) -> Path:
         """The keys that this node's gateways read. On a worker it is a copy: keys are made and revoked on the head."""
-        return self.state_dir / ("keys-of-head.json" if self.node_role == "worker" else "keys.json")
+        own = "keys-of-head.json" if self.node_role == "worker" else "keys.json"
+        return self.api_keys_file or self.state_dir / own
 
     @property
     def api_key_file(self) -> Path:
@@ -97,15 +100,23 @@ class Settings(BaseSettings):
 def read_private(path: Path, what: str, fix: str) -> str:
     """A secret's file; refused when it is missing, empty or open to others."""
     try:
-        mode = path.stat().st_mode
+        found = path.stat()
         text = path.read_text().strip()
     except OSError as e:
         raise OperatorError(f"cannot read {what} {path}: {e.strerror}", fix) from None
-    if stat.S_IMODE(mode) & 0o077:
+    if readable_by_others(found):
         raise OperatorError(f"{path} can be read by others", f"run `chmod 600 {path}`")
     if not text:
         raise OperatorError(f"{path} is empty", f"remove it and {fix}")
     return text
+
+
+def readable_by_others(found: os.stat_result) -> bool:
+    """Whether a file of secrets is open to more than its owner. A read-only file of root's that is ours by its group alone is
+    not: so Kubernetes and systemd hand a secret to a process that is not root."""
+    if found.st_uid == 0 != os.geteuid():
+        return bool(stat.S_IMODE(found.st_mode) & 0o037)
+    return bool(stat.S_IMODE(found.st_mode) & 0o077)
 
 
 def load_settings(**overrides: object) -> Settings:
@@ -130,6 +141,8 @@ def worker_environment(settings: Settings) -> dict[str, str]:
     }
     if settings.cluster_secret_file is not None:
         env["STEELYARD_CLUSTER_SECRET_FILE"] = str(settings.cluster_secret_file)
+    if settings.api_keys_file is not None:
+        env["STEELYARD_API_KEYS_FILE"] = str(settings.api_keys_file)
     return env
 
 

@@ -25,8 +25,10 @@ ArgValue = Scalar | list[Scalar]
 
 MAX_REPLICAS = 256
 
-_ENV_NAME = re.compile(r"(VLLM|OMP|CUDA|NCCL)_[A-Z0-9_]+")
-_ARGS_REFUSED = frozenset(
+# No underscores before a dot: vLLM takes both spellings, and a second one would slip past every check.
+OPTION_NAME = r"[A-Za-z0-9][A-Za-z0-9-]*(\.[A-Za-z0-9._-]+)?"
+ENV_NAME = r"(VLLM|OMP|CUDA|NCCL)_[A-Z0-9_]+"
+ARGS_REFUSED = frozenset(
     [
         "model",
         "served-model-name",
@@ -40,7 +42,7 @@ _ARGS_REFUSED = frozenset(
         "root-path",
     ]
 )
-_ENV_REFUSED = {
+ENV_REFUSED = {
     "CUDA_VISIBLE_DEVICES": "Ray assigns the GPUs",
     "VLLM_HOST_IP": "the replica sets it",
     "VLLM_API_KEY": "the engine's door has its own secret",
@@ -103,10 +105,9 @@ class Engine(Spec):
     @classmethod
     def _option_names(cls, args: dict[str, ArgValue]) -> dict[str, ArgValue]:
         for name in args:
-            if name in _ARGS_REFUSED:
+            if name in ARGS_REFUSED:
                 raise impossible(name, "not settable here: it is set from the model file and the placement")
-            # No underscores before a dot: vLLM takes both spellings, and a second one would slip past every check.
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*(\.[A-Za-z0-9._-]+)?", name):
+            if not re.fullmatch(OPTION_NAME, name):
                 raise impossible(name, "write the option's long name with dashes, none leading, e.g. max-model-len")
         return args
 
@@ -114,9 +115,9 @@ class Engine(Spec):
     @classmethod
     def _env_names(cls, env: dict[str, str]) -> dict[str, str]:
         for name in env:
-            if name in _ENV_REFUSED:
-                raise impossible(name, f"not settable here: {_ENV_REFUSED[name]}")
-            if not _ENV_NAME.fullmatch(name):
+            if name in ENV_REFUSED:
+                raise impossible(name, f"not settable here: {ENV_REFUSED[name]}")
+            if not re.fullmatch(ENV_NAME, name):
                 raise impossible(name, "only VLLM_*, OMP_*, CUDA_* and NCCL_* variables reach an engine")
         return env
 

@@ -21,7 +21,7 @@ from serving.errors import CatalogError
 Profile = Literal["cpu", "gpu", "sim"]
 Key = tuple[str | int, ...]
 
-_SIMULATED_ARGS = ("max-num-seqs", "max-model-len")
+SIMULATED_ARGS = ("max-num-seqs", "max-model-len")
 _ABSENT = object()
 MAX_FILE_BYTES = 1024 * 1024
 
@@ -31,10 +31,10 @@ def load(path: Path | str, profile: Profile) -> Catalog:
 
     Raises CatalogError for the first bad file: its first error, and how many others it has.
     """
-    files = [file for part in str(path).split(",") for file in _files(Path(part.strip()))]
-    documents = [_Document(file) for file in files]
+    found = files(path)
+    documents = [_Document(file) for file in found]
     specs = tuple(document.spec for document in documents)
-    folders = {spec.name: file.resolve().parent for spec, file in zip(specs, files, strict=True)}
+    folders = {spec.name: file.resolve().parent for spec, file in zip(specs, found, strict=True)}
     try:
         catalog = Catalog(specs, folders)
     except NameClash as clash:
@@ -42,6 +42,16 @@ def load(path: Path | str, profile: Profile) -> Catalog:
         owner = documents[clash.owner].file
         raise where.error(clash.path, f"the name is taken by {owner}: model and adapter names are unique") from None
     return apply_profile(catalog, profile)
+
+
+def files(path: Path | str) -> list[Path]:
+    """The model files that `load` would read, in its order."""
+    return [file for part in str(path).split(",") for file in _files(Path(part.strip()))]
+
+
+def document(file: Path) -> Any:
+    """The data of one model file as it is written, after the same checks."""
+    return _Document(file).data
 
 
 def apply_profile(catalog: Catalog, profile: Profile) -> Catalog:
@@ -77,7 +87,7 @@ def _simulated(version: Version) -> Version:
     engine = version.engine
     if engine.kind == "vllm":
         # Of vLLM's options, the simulator knows those that bound a request; its own are in a simulator's file.
-        engine = Engine(kind="simulator", args={k: v for k, v in engine.args.items() if k in _SIMULATED_ARGS})
+        engine = Engine(kind="simulator", args={k: v for k, v in engine.args.items() if k in SIMULATED_ARGS})
     return version.model_copy(update={"engine": engine, "weights": None, "resources": _no_gpu(version)})
 
 

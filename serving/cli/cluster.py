@@ -60,11 +60,12 @@ def environment(settings: Settings, *, one_node: bool) -> None:
         # Ray's own switch for laptops: the node's address is 127.0.0.1, and no server of Ray's listens beyond it.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     token = settings.state_dir / "ray-token"
-    if not token.exists():
-        write_private(token, secrets.token_hex(32))
+    if "RAY_AUTH_TOKEN" not in os.environ:  # KubeRay gives it so
+        if not token.exists():
+            write_private(token, secrets.token_hex(32))
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     os.environ |= {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
         "RAY_enable_metrics_collection": "0",  # Ray's exporters would answer without a key

@@ -49,7 +49,7 @@ def create(
     with _one_line_errors():
         now = time.time()
         expires_at = None if expires is None else now + parse_duration(expires)
-        key, token = create_key(_keys_file(file), name=name, scopes=scope, now=now, expires_at=expires_at)
+        key, token = create_key(_keys_file(file, write=True), name=name, scopes=scope, now=now, expires_at=expires_at)
         if as_json:
             print(json.dumps({**as_record(key), "token": token}))
             return
@@ -84,11 +84,11 @@ def revoke(
 ) -> None:
     """Refuse a key from now on. Gateways notice within seconds."""
     with _one_line_errors():
-        key = revoke_key(_keys_file(file), key_id, time.time())
+        key = revoke_key(_keys_file(file, write=True), key_id, time.time())
         Console(highlight=False).print(f"revoked {key.id} ({key.name})", markup=False)
 
 
-def _keys_file(given: Path | None) -> Path:
+def _keys_file(given: Path | None, *, write: bool = False) -> Path:
     if given is not None:
         return given
     # Here, so that `--help` and `--file` do not need valid settings.
@@ -96,6 +96,11 @@ def _keys_file(given: Path | None) -> Path:
     from serving.settings import load_settings
 
     settings = load_settings()
+    if write and settings.managed_by:
+        raise OperatorError(
+            f"the keys of this pod come from a Secret ({settings.keys_file})",
+            "Change a copy with --file and put it into the Secret; gateways notice within minutes",
+        )
     running = read_cluster_file(settings)
     if running is not None and running.role == "worker":
         raise OperatorError("this node is a worker", f"Make and revoke keys on the head ({running.address})")

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from serving import __version__
+from serving.catalog import store
 from serving.cli import cluster, keys, node, up
 from serving.errors import OperatorError
 from serving.fleet import manifest
@@ -60,6 +61,7 @@ def up_(
         settings = load_settings(
             models=models, profile=profile, host=host, port=port, gateways=gateways, state_dir=state_dir
         )
+        _refuse_if_managed(settings, "up")
         if detach:
             for name in ("models", "profile", "host", "port", "gateways", "state_dir"):
                 value = getattr(settings, name)
@@ -74,7 +76,9 @@ def up_(
 def down(state_dir: State = None) -> None:
     """Stop the stack; streams in progress get a few seconds."""
     with _one_line_errors():
-        up.down(load_settings(state_dir=state_dir), _say)
+        settings = load_settings(state_dir=state_dir)
+        _refuse_if_managed(settings, "down")
+        up.down(settings, _say)
 
 
 @app.command()
@@ -128,11 +132,21 @@ def models(models: Models = None, profile: ProfileOption = None, as_json: Json =
 
 
 @app.command()
-def render(models: Models = None, profile: ProfileOption = None, as_json: Json = False) -> None:
-    """Print the Serve config that `up` applies."""
+def render(
+    models: Models = None,
+    profile: ProfileOption = None,
+    gateways: Annotated[int | None, typer.Option(help="Gateway replicas on each node.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the cluster.")] = 1,
+    elsewhere: Annotated[
+        bool, typer.Option("--elsewhere", help="Weights lie on other machines; none is looked for here.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Print the Serve config that `up` applies, and that the Helm chart carries."""
     with _one_line_errors():
-        settings = load_settings(models=models, profile=profile)
-        config = _rendered(settings)
+        settings = load_settings(models=models, profile=profile, gateways=gateways)
+        catalog, locate = up.load_catalog(settings), up.locator(settings, here=not elsewhere)
+        config = manifest.serve_config(catalog, gateways=settings.gateways, nodes=nodes, locate=locate)
         if as_json:
             print(json.dumps(config))
         else:
@@ -141,9 +155,26 @@ def render(models: Models = None, profile: ProfileOption = None, as_json: Json =
             print(yaml.safe_dump(config, sort_keys=False, width=120), end="")
 
 
-def _rendered(settings: Settings) -> dict[str, Any]:
-    catalog = up.load_catalog(settings)
-    return manifest.serve_config(catalog, gateways=settings.gateways, locate=up.locator(settings))
+@app.command("chart-values")
+def chart_values(models: Models = None) -> None:
+    """Print the catalog as values of the Helm chart: `models:`, each entry one model file, unchanged."""
+    with _one_line_errors():
+        import yaml
+
+        settings = load_settings(models=models)
+        specs = store.load(settings.models, "gpu").models  # refuses what the chart could not serve either
+        entries = [store.document(file) for file in store.files(settings.models)]
+        print(f"# {len(specs)} model(s) of {settings.models}, by `steelyard chart-values`")
+        print(yaml.safe_dump({"models": entries}, sort_keys=False, width=120, allow_unicode=True), end="")
+
+
+def _refuse_if_managed(settings: Settings, verb: str) -> None:
+    """On Kubernetes the RayService writes the Serve config; a second writer would be undone, or undo it."""
+    if settings.managed_by:
+        raise OperatorError(
+            f"`steelyard {verb}` is refused here: what this cluster serves is written by its RayService alone",
+            "change the chart's values and run `helm upgrade` (`helm uninstall` to stop)",
+        )
 
 
 def _say(line: str) -> None:

@@ -16,7 +16,6 @@ import json
 import os
 import re
 import secrets
-import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -27,6 +26,7 @@ from filelock import FileLock
 
 from serving.catalog.spec import NAME, VERSION
 from serving.errors import InvalidKey, OperatorError
+from serving.settings import readable_by_others
 
 _TOKEN = re.compile(r"sk-steelyard-([0-9a-f]{8})-[A-Za-z0-9_-]{43}", re.ASCII)
 _SCOPE = re.compile(rf"metrics|admin|infer:(\*|{NAME}(@{VERSION})?)", re.ASCII)
@@ -197,7 +197,7 @@ def _read(path: Path) -> tuple[dict[str, Key], Signature]:
     try:
         with path.open("rb") as file:
             found = os.fstat(file.fileno())
-            if stat.S_IMODE(found.st_mode) & 0o077:
+            if readable_by_others(found):
                 raise OperatorError(f"{path} can be read by others", f"Run `chmod 600 {path}`")
             raw = file.read(_MAX_FILE_BYTES + 1)
     except FileNotFoundError:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from serving import __version__
-from serving.cli import cluster, keys, up
+from serving.cli import cluster, doctor, keys, up
 from serving.errors import OperatorError
 from serving.fleet import manifest
 from serving.settings import Settings, load_settings
@@ -133,6 +133,20 @@ def render(models: Models = None, profile: ProfileOption = None, as_json: Json =
             import yaml
 
             print(yaml.safe_dump(config, sort_keys=False, width=120), end="")
+
+
+@app.command(
+    "doctor",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    help="May this machine run a node? `steelyard doctor --help` lists the options.",
+)
+def doctor_(context: typer.Context) -> None:
+    # The file also runs alone on bare hosts, so its options are its own; this node's settings are their defaults.
+    with _one_line_errors():
+        settings = load_settings()
+        folders = ["--state-dir", str(settings.state_dir), "--cache-dir", str(settings.cache_dir)]
+        raise typer.Exit(doctor.main([*folders, "--port", str(settings.port), *context.args]))
 
 
 def _rendered(settings: Settings) -> dict[str, Any]:

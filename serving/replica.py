@@ -18,6 +18,7 @@ import os
 import re
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -25,11 +26,12 @@ import msgspec
 import ray
 from ray import serve
 
+from serving.catalog import weights
 from serving.engine import command
 from serving.engine.command import EngineSpec
 from serving.engine.door import SECRET_HEADER, STATUS_PATH
 from serving.engine.process import EngineProcess
-from serving.errors import EngineError
+from serving.errors import EngineError, WeightsError
 from serving.fleet import directory
 from serving.fleet.endpoint import Endpoint, State, advance
 from serving.settings import inherited_environment, load_settings
@@ -40,11 +42,19 @@ START_ATTEMPTS = 2  # a port lost to a race or a moment without memory is transi
 SCRAPE_EVERY_S = 2.0  # of the engine's /metrics while it is busy: a scrape costs ~10 ms of its event loop
 
 
+class Build(msgspec.Struct, frozen=True):
+    """Weights that a node without them builds: `build:RECIPE/ARTEFACT`, and the folder of recipes."""
+
+    source: str
+    base: str
+
+
 class Knobs(msgspec.Struct, frozen=True):
     """What may change while an engine runs, without rolling it. Seconds."""
 
     start_timeout_s: float = 600.0
     drain_s: float = 30.0
+    builds: tuple[Build, ...] = ()
 
 
 class EngineReplica:
@@ -62,7 +72,7 @@ class EngineReplica:
         self._http: aiohttp.ClientSession | None = None
         self._reporter: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
-        self._directory: Any = None
+        self._directory = directory.Client()
         self._endpoint = Endpoint(
             id=self._id,
             model=self.spec.model,
@@ -114,6 +124,7 @@ class EngineReplica:
             headers={SECRET_HEADER.decode(): self._secret}, timeout=aiohttp.ClientTimeout(total=30)
         )
         self._reporter = asyncio.create_task(self._report_for_ever())
+        await self._have_weights()
         for attempt in range(1, START_ATTEMPTS + 1):
             try:
                 await self._start_once(attempt)
@@ -125,6 +136,29 @@ class EngineReplica:
                     await self._announce()
                     raise
                 log.warning("%s: start attempt %d failed, trying again: %s", self._id, attempt, e)
+
+    async def _have_weights(self) -> None:
+        """Weights and adapters are whole on this node; what can be built is built. `up` looked at the node it ran on, if
+        at any. Without hashing: `up` did that where it could, and here it would take minutes."""
+        if self.spec.kind != "vllm":
+            return
+        try:
+            for build in self._knobs.builds:
+                await asyncio.to_thread(
+                    weights.resolve,
+                    build.source,
+                    base=Path(build.base),
+                    cache=self._settings.cache_dir,
+                    on_progress=lambda line: log.info("%s: %s", self._id, line),
+                )
+            await asyncio.to_thread(weights.verify, Path(self.spec.weights), "model")
+            for adapter in self.spec.adapters:
+                await asyncio.to_thread(weights.verify, Path(adapter.path), "adapter")
+        except WeightsError as e:
+            reason = f"{self.spec.id}: node {self._host}: {e}"
+            self._set(state=State.FAILED, reason=reason)
+            await self._announce()
+            raise EngineError(reason) from None
 
     async def _start_once(self, attempt: int) -> None:
         port = _free_port(self._host)
@@ -233,11 +267,9 @@ class EngineReplica:
 
     async def _announce(self) -> None:
         try:
-            self._directory = self._directory or directory.handle()
-            await asyncio.wait_for(self._directory.announce.remote(self._endpoint), 5.0)
+            await self._directory.call("announce", self._endpoint)
         except Exception as e:  # any Ray error: the next round tells the restarted directory everything
             log.warning("%s: the directory did not take the report: %s", self._id, type(e).__name__)
-            self._directory = None
 
     def _set(self, *, state: State, **fields: Any) -> None:
         """Moves to `state` (guarded) and sets other fields with it."""

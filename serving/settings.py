@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from serving.errors import OperatorError
 
 Profile = Literal["cpu", "gpu", "sim"]
+Role = Literal["one", "head", "worker"]
 
 
 class Settings(BaseSettings):
@@ -36,6 +37,23 @@ class Settings(BaseSettings):
     runtime_dir: Path | None = Field(None, description="private folder for engines' sockets; short, on a local disk")
     ray_address: str | None = Field(None, description="join this Ray cluster instead of starting one")
     ready_timeout_s: float = Field(1800, gt=0, description="longest wait of `up` for every model to be ready")
+    node_role: Role = Field("one", description="what this node is; `steelyard node` sets it for its own processes")
+    node_address: str | None = Field(None, description="this node's IP address in the cluster")
+    ray_port: int = Field(6379, ge=1, le=65535, description="port of the head's control store")
+    node_labels: str = Field(
+        "",
+        pattern=r"^([A-Za-z0-9][\w./-]*=[\w./-]+(,[A-Za-z0-9][\w./-]*=[\w./-]+)*)?$",
+        description="this node's labels: K=V,K=V",
+    )
+    head: str | None = Field(None, description="HOST:PORT of the head's control store, on workers")
+    head_wait_s: float = Field(600, gt=0, description="longest wait of a worker for its head before it exits")
+    head_runs_engines: bool | None = Field(None, description="by default when the profile is gpu and the head has GPUs")
+    node_drain_s: float = Field(45, ge=0, description="longest wait of a stopping node for its requests in progress")
+    redis: str | None = Field(
+        None, description="keep the control store in this Redis (HOST:PORT), not in STATE_DIR/gcs"
+    )
+    redis_username: str = Field("", description="of that Redis")
+    redis_password_file: Path | None = Field(None, description="file holding the password of that Redis (mode 0600)")
 
     def resolved(self) -> Settings:
         """The same settings with absolute paths, so that processes with another working directory agree."""
@@ -48,7 +66,8 @@ class Settings(BaseSettings):
 
     @property
     def keys_file(self) -> Path:
-        return self.state_dir / "keys.json"
+        """The keys that this node's gateways read. On a worker it is a copy: keys are made and revoked on the head."""
+        return self.state_dir / ("keys-of-head.json" if self.node_role == "worker" else "keys.json")
 
     @property
     def api_key_file(self) -> Path:
@@ -70,17 +89,27 @@ class Settings(BaseSettings):
         """The cluster secret, from the environment or its file (mode 0600, else refused)."""
         if self.cluster_secret is not None:
             return self.cluster_secret.get_secret_value()
-        path = self.secret_file
-        try:
-            mode = path.stat().st_mode
-            text = path.read_text().strip()
-        except OSError as e:
-            raise OperatorError(f"cannot read the cluster secret {path}: {e.strerror}", "run `steelyard up`") from None
-        if stat.S_IMODE(mode) & 0o077:
-            raise OperatorError(f"{path} can be read by others", f"run `chmod 600 {path}`")
-        if not text:
-            raise OperatorError(f"{path} is empty", "remove it and run `steelyard up`")
-        return text
+        return read_private(self.secret_file, "the cluster secret", "run `steelyard up`")
+
+    def redis_password(self) -> str:
+        """The password of the external Redis; empty without a file."""
+        if self.redis_password_file is None:
+            return ""
+        return read_private(self.redis_password_file, "the Redis password", "correct STEELYARD_REDIS_PASSWORD_FILE")
+
+
+def read_private(path: Path, what: str, fix: str) -> str:
+    """A secret's file; refused when it is missing, empty or open to others."""
+    try:
+        mode = path.stat().st_mode
+        text = path.read_text().strip()
+    except OSError as e:
+        raise OperatorError(f"cannot read {what} {path}: {e.strerror}", fix) from None
+    if stat.S_IMODE(mode) & 0o077:
+        raise OperatorError(f"{path} can be read by others", f"run `chmod 600 {path}`")
+    if not text:
+        raise OperatorError(f"{path} is empty", f"remove it and {fix}")
+    return text
 
 
 def load_settings(**overrides: object) -> Settings:
@@ -101,6 +130,7 @@ def worker_environment(settings: Settings) -> dict[str, str]:
         "STEELYARD_CACHE_DIR": str(settings.cache_dir),
         "STEELYARD_HOST": settings.host,
         "STEELYARD_PORT": str(settings.port),
+        "STEELYARD_NODE_ROLE": settings.node_role,
     }
     if settings.cluster_secret_file is not None:
         env["STEELYARD_CLUSTER_SECRET_FILE"] = str(settings.cluster_secret_file)

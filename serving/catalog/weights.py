@@ -69,11 +69,14 @@ def resolve(source: str, *, base: Path, cache: Path, on_progress: Progress = lam
     return path.resolve()
 
 
-def locate(source: str, *, base: Path, cache: Path) -> Path:
-    """Where `resolve` would find or put it, without building anything."""
+def locate(source: str, *, base: Path, cache: Path, here: bool = True) -> Path:
+    """Where `resolve` would find or put it, without building anything. Unless `here`, the folder may be missing on this
+    machine: other nodes run the engine, and each checks what it needs."""
     found = _BUILD.fullmatch(source)
     if found and (base / found[1] / "build.py").is_file():
         return cache.resolve() / f"{found[1]}-{_recipe_hash(base / found[1])}" / found[2]
+    if not here and not source.startswith("build:") and not _SCHEME.match(source):
+        return (base / Path(source).expanduser()).resolve()
     return resolve(source, base=base, cache=cache)
 
 

@@ -20,11 +20,11 @@ from serving.engine.command import GUARD
 from serving.engine.process import STACK_MARK, sweep
 from serving.errors import ClusterError
 from serving.fleet.endpoint import Snapshot
-from serving.settings import Profile, Settings, worker_environment
+from serving.settings import Profile, Role, Settings, worker_environment
 
 # Ray's CPUs are bookkeeping here: engines on one box share the cores, GPUs are what is scarce.
-_LOGICAL_CPUS = 1024
-_OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's smallest; nothing of ours goes through it
+LOGICAL_CPUS = 1024
+OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's smallest; nothing of ours goes through it
 
 
 class ClusterFile(msgspec.Struct):
@@ -34,6 +34,10 @@ class ClusterFile(msgspec.Struct):
     pid: int
     temp_dir: str
     profile: Profile
+    role: Role = "one"
+    node_address: str | None = None  # None: 127.0.0.1, a cluster of one node
+    host: str | None = None  # where this node's gateways listen, when its main process says so
+    port: int | None = None
 
 
 def _path(settings: Settings) -> Path:
@@ -50,7 +54,7 @@ def read_cluster_file(settings: Settings) -> ClusterFile | None:
     return found
 
 
-def _environment(settings: Settings, *, one_node: bool) -> None:
+def environment(settings: Settings, *, one_node: bool) -> None:
     """Ray reads these when it is imported and when it starts processes. Every process of the cluster needs the token."""
     if one_node:
         # Ray's own switch for laptops: the node's address is 127.0.0.1, and no server of Ray's listens beyond it.
@@ -72,13 +76,10 @@ def _environment(settings: Settings, *, one_node: bool) -> None:
     }
 
 
-def start(settings: Settings, profile: Profile) -> ClusterFile:
-    """A one-node Ray cluster whose processes die with this one. Listens on 127.0.0.1 only, without the dashboard."""
-    _environment(settings, one_node=True)
-    import ray
-
+def runtime_folder(settings: Settings) -> str:
+    """Makes the folder of Ray's sockets and logs; Ray's processes are tied to their parents and marked as engines are:
+    see `engine/guard`."""
     temp = tempfile.mkdtemp(prefix="steelyard-")  # sockets live there: their paths must stay under 107 bytes
-    # Ray's processes are tied to their parents and marked as engines are: see `engine/guard`.
     os.environ |= {
         "STEELYARD_RUNTIME_DIR": temp,
         "PYTHONPATH": ":".join([str(GUARD), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -86,32 +87,45 @@ def start(settings: Settings, profile: Profile) -> ClusterFile:
         "SPT_NOENV": "1",  # a process that sets its title would wipe the mark
         STACK_MARK: f"{settings.state_dir}:ray",
     }
+    return temp
+
+
+def start(settings: Settings, profile: Profile) -> ClusterFile:
+    """A one-node Ray cluster whose processes die with this one. Listens on 127.0.0.1 only, without the dashboard."""
+    environment(settings, one_node=True)
+    import ray
+
+    temp = runtime_folder(settings)
     try:
         ray.init(
             address="local",
-            num_cpus=_LOGICAL_CPUS,
+            num_cpus=LOGICAL_CPUS,
             num_gpus=None if profile == "gpu" else 0,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
             namespace="steelyard",
-            object_store_memory=_OBJECT_STORE_BYTES,
+            object_store_memory=OBJECT_STORE_BYTES,
             _temp_dir=temp,
         )
     except Exception as e:
         shutil.rmtree(temp, ignore_errors=True)
-        raise ClusterError(f"Ray did not start: {_one_line(e)}", f"see {temp}") from None
+        raise ClusterError(f"Ray did not start: {one_line(e)}", f"see {temp}") from None
     address = ray.get_runtime_context().gcs_address
     found = ClusterFile(address=address, pid=os.getpid(), temp_dir=temp, profile=profile)
-    write_private(_path(settings), msgspec.json.encode(found).decode())
+    write_cluster_file(settings, found)
     return found
+
+
+def write_cluster_file(settings: Settings, found: ClusterFile) -> None:
+    write_private(_path(settings), msgspec.json.encode(found).decode())
 
 
 @contextmanager
 def joined(settings: Settings) -> Iterator[None]:
     """Connected to the running cluster, for one command."""
     found = read_cluster_file(settings)
-    _environment(settings, one_node=found is not None)
+    environment(settings, one_node=found is not None and found.role == "one")
     address = settings.ray_address or (found.address if found else None)
     if address is None:
         raise ClusterError(f"no cluster runs for {settings.state_dir}", "start one with `steelyard up`")
@@ -123,9 +137,10 @@ def joined(settings: Settings) -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.ERROR,
             namespace="steelyard",
+            _node_ip_address=settings.node_address or (found.node_address if found else None),
         )
     except Exception as e:
-        raise ClusterError(f"cannot join the cluster at {address}: {_one_line(e)}") from None
+        raise ClusterError(f"cannot join the cluster at {address}: {one_line(e)}") from None
     try:
         yield
     finally:
@@ -139,11 +154,12 @@ def apply(config: dict[str, Any]) -> None:
     from ray.serve.schema import ServeDeploySchema
 
     schema = ServeDeploySchema.model_validate(config)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(proxy_location="Disabled")
         _get_global_client().deploy_apps(schema)
     except Exception as e:
-        raise ClusterError(f"Serve did not take the config: {_one_line(e)}") from None
+        raise ClusterError(f"Serve did not take the config: {one_line(e)}") from None
 
 
 def snapshot() -> Snapshot:
@@ -167,6 +183,23 @@ def app_statuses() -> dict[str, tuple[str, str]]:
     return told
 
 
+def nodes() -> list[dict[str, Any]]:
+    """Every node that is alive, the head first: its address, role, and GPUs."""
+    import ray
+    from ray._common.constants import HEAD_NODE_RESOURCE_NAME
+
+    found = [
+        {
+            "node": n["NodeManagerAddress"],
+            "role": "head" if HEAD_NODE_RESOURCE_NAME in n["Resources"] else "worker",
+            "gpus": n["Resources"].get("GPU", 0.0),
+        }
+        for n in ray.nodes()
+        if n["Alive"]
+    ]
+    return sorted(found, key=lambda n: (n["role"], n["node"]))
+
+
 def stop(settings: Settings, found: ClusterFile, drain_s: float) -> None:
     """Ends the cluster this process started: Serve drains within its bounds, then everything goes."""
     import ray
@@ -175,8 +208,7 @@ def stop(settings: Settings, found: ClusterFile, drain_s: float) -> None:
         _shut_serve(drain_s)
     ray.shutdown()
     sweep(f"{settings.state_dir}:", prefix=True)
-    _path(settings).unlink(missing_ok=True)
-    shutil.rmtree(found.temp_dir, ignore_errors=True)
+    remove(settings, found.temp_dir)
 
 
 def _shut_serve(drain_s: float) -> None:
@@ -187,7 +219,7 @@ def _shut_serve(drain_s: float) -> None:
     try:
         _get_global_client().shutdown(timeout_s=drain_s)
     except Exception as e:  # it ends anyway when Ray does
-        logging.getLogger(__name__).warning("Serve did not shut down in time: %s", _one_line(e))
+        logging.getLogger(__name__).warning("Serve did not shut down in time: %s", one_line(e))
     serve.context._set_global_client(None)
 
 
@@ -198,10 +230,15 @@ def clear(settings: Settings) -> int:
         old = json.loads(_path(settings).read_text())["temp_dir"]
     except (OSError, ValueError, KeyError):
         return left
-    if Path(old).name.startswith("steelyard-"):
-        shutil.rmtree(old, ignore_errors=True)
-    _path(settings).unlink(missing_ok=True)
+    remove(settings, old)
     return left
+
+
+def remove(settings: Settings, temp_dir: str) -> None:
+    """The traces of a cluster that ended."""
+    _path(settings).unlink(missing_ok=True)
+    if Path(temp_dir).name.startswith("steelyard-"):
+        shutil.rmtree(temp_dir, ignore_errors=True)
 
 
 def write_private(path: Path, text: str) -> None:
@@ -213,6 +250,6 @@ def write_private(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _one_line(e: BaseException) -> str:
+def one_line(e: BaseException) -> str:
     lines = [line for line in str(e).splitlines() if line.strip()]
     return (lines[-1] if lines else type(e).__name__)[:400]

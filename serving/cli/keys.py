@@ -92,9 +92,14 @@ def _keys_file(given: Path | None) -> Path:
     if given is not None:
         return given
     # Here, so that `--help` and `--file` do not need valid settings.
+    from serving.cli.cluster import read_cluster_file
     from serving.settings import load_settings
 
-    return load_settings().keys_file
+    settings = load_settings()
+    running = read_cluster_file(settings)
+    if running is not None and running.role == "worker":
+        raise OperatorError("this node is a worker", f"Make and revoke keys on the head ({running.address})")
+    return settings.keys_file
 
 
 @contextmanager

@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from serving import __version__
-from serving.cli import cluster, doctor, keys, up
+from serving.cli import cluster, doctor, keys, node, up
 from serving.errors import OperatorError
 from serving.fleet import manifest
+from serving.fleet.endpoint import GATEWAY_APP
 from serving.settings import Settings, load_settings
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(keys.app, name="keys")
+app.add_typer(node.app, name="node")
 
 Models = Annotated[str | None, typer.Option(help="Folder of model files, one file, or a comma list.")]
 ProfileOption = Annotated[str | None, typer.Option(help="cpu, gpu or sim; by default what this machine has.")]
@@ -81,15 +83,18 @@ def status(state_dir: State = None, as_json: Json = False) -> None:
     with _one_line_errors():
         settings = load_settings(state_dir=state_dir)
         with cluster.joined(settings):
-            apps, table = cluster.app_statuses(), cluster.snapshot()
+            apps, table, nodes = cluster.app_statuses(), cluster.snapshot(), cluster.nodes()
         if as_json:
             import msgspec
 
             replicas = [msgspec.to_builtins(e) for e in table.endpoints]
             gateways = [msgspec.to_builtins(g) for g in table.gateways]
             told = {n: {"status": s, "message": m} for n, (s, m) in apps.items()}
-            print(json.dumps({"applications": told, "replicas": replicas, "gateways": gateways}))
+            print(json.dumps({"applications": told, "replicas": replicas, "gateways": gateways, "nodes": nodes}))
             return
+        for n in nodes:
+            gpus = f", {n['gpus']:g} GPUs" if n["gpus"] else ""
+            print(f"{n['role']} {n['node']}{gpus}")
         view = Table("application", "status", "replica", "state", "in flight", "slots", "url", box=None, pad_edge=False)
         for name, (state, _) in sorted(apps.items()):
             rows: list[tuple[str, ...]] = [
@@ -97,7 +102,7 @@ def status(state_dir: State = None, as_json: Json = False) -> None:
                 for e in table.endpoints
                 if e.version_id == name
             ]
-            if name == manifest.GATEWAY_APP:
+            if name == GATEWAY_APP:
                 rows = [(g.id, "", "", "", g.url) for g in table.gateways]
             for row in rows or [("",) * 5]:
                 view.add_row(name, state, *row)

@@ -59,9 +59,9 @@ def load_catalog(settings: Settings) -> Catalog:
     return store.load(settings.models, profile_of(settings))
 
 
-def locator(settings: Settings) -> manifest.Locate:
-    """Where weights lie on this node, without building or fetching anything."""
-    return lambda source, base: weights.locate(source, base=base, cache=settings.cache_dir)
+def locator(settings: Settings, *, here: bool = True) -> manifest.Locate:
+    """Where weights lie, without building or fetching anything; unless `here`, other nodes may hold them."""
+    return lambda source, base: weights.locate(source, base=base, cache=settings.cache_dir, here=here)
 
 
 def run(settings: Settings, say: Say) -> None:
@@ -69,20 +69,39 @@ def run(settings: Settings, say: Say) -> None:
     applies the catalog to it and returns."""
     began = time.monotonic()
     catalog = load_catalog(settings)
-    config = manifest.serve_config(catalog, gateways=settings.gateways, locate=locator(settings))
+    running = cluster.read_cluster_file(settings)
     check_engine_arguments(catalog, settings)
-    if settings.ray_address or cluster.read_cluster_file(settings):
-        prepare_weights(catalog, settings, say)
-        with cluster.joined(settings):
-            cluster.apply(config)
-            _wait(config, settings, say)
-        _print_ready(catalog, settings, say, time.monotonic() - began, stays=False)
+    if settings.ray_address or running:
+        _apply(catalog, running, settings, say)
+        _print_ready(catalog, _as_running(settings, running), say, time.monotonic() - began, stays=False)
         return
-    with _only_one(settings):
+    config = manifest.serve_config(catalog, gateways=settings.gateways, locate=locator(settings))
+    with only_one(settings):
         preflight(settings)
         prepare_weights(catalog, settings, say)
         prepare_secrets(settings, say)
         _serve(catalog, config, settings, say, began)
+
+
+def _apply(catalog: Catalog, running: cluster.ClusterFile | None, settings: Settings, say: Say) -> None:
+    """Applies the catalog to a cluster that runs and waits until it is ready."""
+    alone = running is not None and running.role == "one"
+    if alone:
+        prepare_weights(catalog, settings, say)
+    # Of several nodes, this one may run no engine: each replica checks the weights on its own.
+    locate = locator(settings, here=alone)
+    with cluster.joined(settings):
+        nodes = len(cluster.nodes())
+        config = manifest.serve_config(catalog, gateways=settings.gateways, nodes=nodes, locate=locate)
+        cluster.apply(config)
+        _wait(config, _as_running(settings, running), say)
+
+
+def _as_running(settings: Settings, running: cluster.ClusterFile | None) -> Settings:
+    """Settings with the address on which this node's gateways listen in fact."""
+    if running is None or running.host is None:
+        return settings
+    return settings.model_copy(update={"host": running.host, "port": running.port})
 
 
 def _serve(catalog: Catalog, config: dict[str, Any], settings: Settings, say: Say, began: float) -> None:
@@ -137,6 +156,8 @@ def detach(settings: Settings, argv: list[str], say: Say) -> None:
 def down(settings: Settings, say: Say, timeout_s: float = 60.0) -> None:
     """Stops the stack of this state folder and waits until its processes are gone."""
     found = cluster.read_cluster_file(settings)
+    if found is not None and found.role != "one":
+        raise OperatorError(f"this is the {found.role} of a cluster", f"stop its unit, steelyard-{found.role}")
     pid = found.pid if found else _pid(settings)
     if pid is None:
         cluster.clear(settings)
@@ -173,7 +194,7 @@ def preflight(settings: Settings) -> None:
         except OSError as e:
             if e.errno == errno.EADDRINUSE:
                 raise PortTaken(
-                    f"port {settings.port} on {settings.host} is taken{_by_whom(settings.port)}",
+                    f"port {settings.port} on {settings.host} is taken{by_whom(settings.port)}",
                     "set PORT to a free one",
                 ) from None
             raise OperatorError(f"cannot listen on {settings.host}:{settings.port}: {e.strerror}", "set HOST") from None
@@ -210,7 +231,7 @@ def prepare_secrets(settings: Settings, say: Say) -> None:
         say(f"made the first key: {_short(settings.api_key_file)}")
 
 
-def _only_one(settings: Settings) -> FileLock:
+def only_one(settings: Settings) -> FileLock:
     settings.state_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(settings.state_dir / "up.lock", timeout=0)
     try:
@@ -221,7 +242,12 @@ def _only_one(settings: Settings) -> FileLock:
     return lock
 
 
-def _by_whom(port: int) -> str:
+def split_address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def by_whom(port: int) -> str:
     try:
         for c in psutil.net_connections("tcp"):
             if c.status == psutil.CONN_LISTEN and c.laddr and c.laddr.port == port and c.pid:
@@ -318,6 +344,9 @@ def _url(settings: Settings) -> str:
 
 
 def _short(path: Path) -> str:
+    """Relative to the working folder, unless that is the root, as it is for units."""
+    if Path.cwd() == Path("/"):
+        return str(path)
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:

@@ -2,19 +2,26 @@
 
 Never on the data path: gateways long-poll it and keep the last table while it is away; replicas announce themselves
 whole twice a second, so a restarted directory is complete within `SETTLE_S`.
+
+It sits on the head, as Serve's controller does: all control is away together and comes back together. There it also hands the
+head's keys file (hashes, never a key) to the gateways of the other nodes, and keeps the number of gateways.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
+from serving.fleet import keeper
 from serving.fleet.endpoint import Endpoint, GatewayInfo, Snapshot, State
+from serving.settings import load_settings
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +30,11 @@ NAMESPACE = "steelyard"
 REPORT_EVERY_S = 0.5
 LEASE_S = 5.0  # an entry not renewed for this long is gone: its process or node died without a word
 FAILED_KEPT_S = 60.0  # how long a FAILED entry stays to tell why
-SETTLE_S = 3.0
+# A restarted directory's table may lack some for this long: a report that waits for it gives up after `CALL_S`, and Ray
+# needs a moment to reconnect. Until then gateways forget nobody.
+SETTLE_S = 15.0
+CALL_S = 5.0
+JANITOR_EVERY_S = 0.5
 LOAD_NEWS_EVERY_S = 0.25  # load alone wakes pollers at most this often; a state change wakes them at once
 
 
@@ -33,6 +44,7 @@ class Table:
     def __init__(self, now: float) -> None:
         self.epoch = uuid.uuid4().hex
         self.number = 0
+        self.keys = ""
         self._born = now
         self._endpoints: dict[str, tuple[Endpoint, float]] = {}
         self._gateways: dict[str, tuple[GatewayInfo, float]] = {}
@@ -59,6 +71,13 @@ class Table:
         self.number += known
         return known
 
+    def set_keys(self, digest: str) -> bool:
+        """The keys file is another one; True when it is."""
+        new = digest != self.keys
+        self.keys = digest
+        self.number += new
+        return new
+
     def expire(self, now: float) -> bool:
         """Drops entries whose lease ran out; True when there were any."""
         dead = [i for i, (_, until) in self._endpoints.items() if until < now]
@@ -78,6 +97,7 @@ class Table:
             complete=now - self._born >= SETTLE_S,
             endpoints=tuple(e for e, _ in self._endpoints.values()),
             gateways=tuple(g for g, _ in self._gateways.values()),
+            keys=self.keys,
         )
 
 
@@ -89,6 +109,10 @@ class Directory:
         self._news = asyncio.Event()
         self._load_news: asyncio.TimerHandle | None = None
         self._janitor: asyncio.Task[None] | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        settings = load_settings()
+        self._on_head = settings.node_role == "head"
+        self._keys_file = KeysFile(settings.keys_file) if self._on_head else None
 
     async def announce(self, endpoint: Endpoint) -> None:
         self._ensure_janitor()
@@ -116,6 +140,10 @@ class Directory:
     async def snapshot(self) -> Snapshot:
         return self._table.snapshot(time.monotonic())
 
+    async def keys(self) -> bytes:
+        """The head's keys file, for the gateways of other nodes."""
+        return self._keys_file.content if self._keys_file is not None else b""
+
     def _wake(self) -> None:
         if self._load_news is not None:
             self._load_news.cancel()
@@ -125,18 +153,50 @@ class Directory:
 
     def _ensure_janitor(self) -> None:
         if self._janitor is None:
-            self._janitor = asyncio.get_running_loop().create_task(self._expire_for_ever())
+            self._janitor = asyncio.get_running_loop().create_task(self._tidy_for_ever())
+            if self._on_head:
+                self._keeper = asyncio.get_running_loop().create_task(keeper.keep_for_ever())
 
-    async def _expire_for_ever(self) -> None:
+    async def _tidy_for_ever(self) -> None:
         while True:
-            await asyncio.sleep(0.5)
-            if self._table.expire(time.monotonic()):
+            news = self._table.expire(time.monotonic())
+            if self._keys_file is not None and await asyncio.to_thread(self._keys_file.changed):
+                news |= self._table.set_keys(self._keys_file.digest)
+            if news:
                 self._wake()
+            await asyncio.sleep(JANITOR_EVERY_S)
+
+
+class KeysFile:
+    """The head's keys file as bytes; who reads them knows what they mean. A file that is away keeps the last content: keys
+    are taken back by a revocation inside the file, not by its absence."""
+
+    def __init__(self, path: Path) -> None:
+        self.content = b""
+        self.digest = ""
+        self._path = path
+        self._seen: tuple[int, int, int] | None = None
+
+    def changed(self) -> bool:
+        """Reads the file again if it was replaced; True when its content is another."""
+        try:
+            found = self._path.stat()
+            seen = (found.st_mtime_ns, found.st_size, found.st_ino)
+            if seen == self._seen:
+                return False
+            self.content = self._path.read_bytes()
+        except OSError:
+            return False
+        self._seen = seen
+        before, self.digest = self.digest, hashlib.sha256(self.content).hexdigest()
+        return self.digest != before
 
 
 def handle() -> Any:
-    """The directory's actor handle, created on first use. Detached, so that it outlives whoever came first."""
+    """The directory's actor handle, created on first use. Detached, so that it outlives whoever came first. Blocks, for as
+    long as the control store is away: an event loop takes a `Client`."""
     import ray
+    from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 
     return (
         ray.remote(Directory)
@@ -147,19 +207,43 @@ def handle() -> Any:
             get_if_exists=True,
             max_restarts=-1,
             num_cpus=0,
+            resources={HEAD_NODE_RESOURCE_NAME: 0.001},
             max_concurrency=10_000,
         )
         .remote()
     )
 
 
-async def follow(on_snapshot: Callable[[Snapshot], Awaitable[None] | None]) -> None:
+class Client:
+    """The directory for an event loop that must never stop: looked up in a thread, and the handle is kept, since one of an
+    actor that restarts stays good."""
+
+    def __init__(self) -> None:
+        self._lookup: asyncio.Task[Any] | None = None
+
+    async def call(self, method: str, *args: Any, timeout_s: float = CALL_S) -> Any:
+        """Raises TimeoutError or any Ray error while the directory is away."""
+        import ray
+
+        if self._lookup is None or (self._lookup.done() and self._lookup.exception() is not None):
+            self._lookup = asyncio.create_task(asyncio.to_thread(handle))
+        try:
+            async with asyncio.timeout(timeout_s):
+                # Shielded: a thread that waits for the control store cannot be cancelled, so one is enough.
+                actor = await asyncio.shield(self._lookup)
+                return await getattr(actor, method).remote(*args)
+        except ray.exceptions.ActorDiedError:  # gone for good, not restarting: another is made
+            self._lookup = None
+            raise
+
+
+async def follow(on_snapshot: Callable[[Snapshot], Awaitable[None] | None], client: Client | None = None) -> None:
     """Long-polls for ever and calls back with each snapshot; a directory that is away is waited for, quietly."""
-    actor, epoch, number, away = None, "", -1, False
+    client = client or Client()
+    epoch, number, away = "", -1, False
     while True:
         try:
-            actor = actor or handle()
-            snapshot = await asyncio.wait_for(actor.wait.remote(epoch, number, 10.0), 20.0)
+            snapshot = await client.call("wait", epoch, number, 10.0, timeout_s=20.0)
             epoch, number = snapshot.epoch, snapshot.number
             result = on_snapshot(snapshot)
             if result is not None:
@@ -172,5 +256,5 @@ async def follow(on_snapshot: Callable[[Snapshot], Awaitable[None] | None]) -> N
         except Exception as e:  # any Ray error: the last table stays good
             if not away:
                 log.warning("the directory is away, keeping the last table: %s", type(e).__name__)
-            away, actor = True, None
+            away = True
             await asyncio.sleep(0.5)

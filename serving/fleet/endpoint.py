@@ -6,6 +6,9 @@ from enum import StrEnum
 
 import msgspec
 
+GATEWAY_APP = "gateway"  # the gateways' Serve application; every other one is `<model>@<version>`
+GATEWAY_DEPLOYMENT = "gateway"
+
 
 class State(StrEnum):
     """A replica's life: STARTING -> READY -> DRAINING -> STOPPED, FAILED from any but STOPPED."""
@@ -74,3 +77,4 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     complete: bool
     endpoints: tuple[Endpoint, ...] = ()
     gateways: tuple[GatewayInfo, ...] = ()
+    keys: str = ""  # digest of the head's keys file; empty where every node has its own

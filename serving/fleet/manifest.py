@@ -16,8 +16,8 @@ import msgspec
 from serving.catalog.spec import Catalog, ModelSpec, Version
 from serving.engine.command import AdapterSpec, EngineSpec
 from serving.errors import CatalogError
+from serving.fleet.endpoint import GATEWAY_APP, GATEWAY_DEPLOYMENT
 
-GATEWAY_APP = "gateway"
 STOP_GRACE_S = 10.0  # beyond the drain bound: stopping the engine itself
 
 # (source, folder of the model's file) -> path of the weights as the node that runs the engine sees it
@@ -83,9 +83,10 @@ def _gateway_app(catalog: Catalog, gateways: int, nodes: int) -> dict[str, Any]:
         "name": GATEWAY_APP,
         "route_prefix": None,
         "import_path": "serving.gateway.deployment:build",
+        "external_scaler_enabled": True,  # bare metal: `fleet/keeper` follows the nodes that come and go
         "deployments": [
             {
-                "name": "gateway",
+                "name": GATEWAY_DEPLOYMENT,
                 "num_replicas": gateways * nodes,
                 "max_replicas_per_node": gateways,  # any node answers for every model
                 "user_config": config,
@@ -124,7 +125,11 @@ def _engine_app(catalog: Catalog, model: ModelSpec, version: Version, locate: Lo
             {
                 "name": "engine",
                 "num_replicas": version.scaling.min,
-                "user_config": {"start_timeout_s": version.start_timeout_s, "drain_s": version.drain_s},
+                "user_config": {
+                    "start_timeout_s": version.start_timeout_s,
+                    "drain_s": version.drain_s,
+                    "builds": _builds(catalog, model, version),
+                },
                 "graceful_shutdown_timeout_s": version.drain_s + STOP_GRACE_S,
                 "graceful_shutdown_wait_loop_s": 0.1,
                 "health_check_period_s": 1.0,
@@ -134,3 +139,11 @@ def _engine_app(catalog: Catalog, model: ModelSpec, version: Version, locate: Lo
             }
         ],
     }
+
+
+def _builds(catalog: Catalog, model: ModelSpec, version: Version) -> list[dict[str, str]]:
+    """What a node must build itself when it lacks it. Not among the `args`: where the recipe lies identifies nothing."""
+    sources = [version.weights.source] if version.weights else []
+    sources += [a.source for a in version.adapters]
+    base = str(catalog.folders[model.name])
+    return [{"source": s, "base": base} for s in sources if s.startswith("build:")]

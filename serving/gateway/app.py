@@ -350,9 +350,13 @@ class Gateway:
     async def _reload_keys(self) -> None:
         while True:
             await asyncio.sleep(KEYS_CHECK_EVERY_S)
-            error = self._keys.reload_if_changed()
-            if error is not None:
-                log.error("the keys file cannot be used, the last good keys stay: %s", error)
+            self.reload_keys()
+
+    def reload_keys(self) -> None:
+        """Takes the keys file if it was replaced."""
+        error = self._keys.reload_if_changed()
+        if error is not None:
+            log.error("the keys file cannot be used, the last good keys stay: %s", error)
 
     # -- own routes ----------------------------------------------------------------------------------------------
 

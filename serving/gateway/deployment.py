@@ -17,8 +17,10 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 from ray import serve
 
+from serving.errors import OperatorError
 from serving.fleet import directory
-from serving.fleet.endpoint import GatewayInfo
+from serving.fleet.endpoint import GatewayInfo, Snapshot
+from serving.gateway import keys
 from serving.gateway.app import Gateway
 from serving.gateway.keys import KeyRing
 from serving.settings import load_settings
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 4096
 KEEP_ALIVE_S = 75  # of idle client connections
+FIRST_KEYS_S = 30.0  # longest wait of a new worker's gateway for the head's keys, before it opens its port
 
 
 class _Server(uvicorn.Server):
@@ -49,6 +52,10 @@ class GatewayReplica:
         self._process_log = logs.setup("gateway", settings.log_dir)
         self._node = ray.util.get_node_ip_address()
         self._settings = settings
+        self._directory = directory.Client()
+        self._keys_of_head = ""  # digest of what was taken last
+        if settings.node_role == "worker" and not settings.keys_file.exists():
+            keys.adopt(settings.keys_file, b'{"keys": []}')  # nobody enters until the head told who may
         self.gateway = Gateway(
             gateway_id=self._id,
             keys=KeyRing(settings.keys_file),
@@ -66,8 +73,8 @@ class GatewayReplica:
             await self._listen()
 
     async def check_health(self) -> None:
-        """Raises when the listener ended."""
-        if self._server is not None and self._tasks[0].done():
+        """Raises when the listener ended unasked."""
+        if self._server is not None and self._tasks[0].done() and not self.gateway.draining:
             raise RuntimeError(f"{self._id}: its listener ended")
 
     async def __del__(self) -> None:
@@ -82,11 +89,15 @@ class GatewayReplica:
         for task in self._tasks[1:]:
             task.cancel()
         with contextlib.suppress(Exception):  # best effort: the lease ends the entry otherwise
-            await asyncio.wait_for(directory.handle().withdraw_gateway.remote(self._id), 2.0)
+            await asyncio.wait_for(self._directory.call("withdraw_gateway", self._id), 2.0)
         await self.gateway.stop()
         await asyncio.to_thread(self._process_log.close)
 
     async def _listen(self) -> None:
+        with contextlib.suppress(
+            Exception
+        ):  # the copy on disk is good, or refuses all until the first poll that succeeds
+            await asyncio.wait_for(self._first_snapshot(), FIRST_KEYS_S)
         await self.gateway.start()
         # What was imported lives for ever: out of the collector's sight, and full collections, which stop every stream,
         # become rare. Requests leave few cycles behind.
@@ -113,7 +124,7 @@ class GatewayReplica:
         self._server = _Server(config)
         self._tasks = [
             asyncio.create_task(self._server.serve(sockets=[public, private])),
-            asyncio.create_task(directory.follow(self.gateway.fleet.set_snapshot)),
+            asyncio.create_task(directory.follow(self._take, self._directory)),
             asyncio.create_task(self._announce_for_ever()),
         ]
         while not self._server.started:
@@ -122,18 +133,35 @@ class GatewayReplica:
             await asyncio.sleep(0.01)
         log.info("%s listens on %s:%d", self._id, self._settings.host, self._settings.port)
 
+    async def _first_snapshot(self) -> None:
+        """On a worker, what a new gateway must know before it answers: the keys. Elsewhere they lie on this node."""
+        while self._settings.node_role == "worker":
+            await self._take(await self._directory.call("snapshot"))
+            if self._keys_of_head:
+                return
+            await asyncio.sleep(0.2)  # the directory itself has just started
+
+    async def _take(self, snapshot: Snapshot) -> None:
+        """The directory's news: the table, and on a worker the head's keys, kept on disk for when the head is away."""
+        self.gateway.fleet.set_snapshot(snapshot)
+        if self._settings.node_role == "worker" and snapshot.keys and snapshot.keys != self._keys_of_head:
+            content = await self._directory.call("keys")
+            try:
+                await asyncio.to_thread(keys.adopt, self._settings.keys_file, content)
+            except OperatorError as e:
+                log.error("the last good keys stay: %s", e)
+            self._keys_of_head = snapshot.keys
+            self.gateway.reload_keys()
+
     async def _announce_for_ever(self) -> None:
         url = f"http://{self._node}:{self.gateway.private_port}"
-        actor: Any = None
         while True:
             held = {m: self.gateway.fleet.waiting(c) for m, c in self.gateway.fleet.models.items()}
             try:
-                actor = actor or directory.handle()
                 info = GatewayInfo(id=self._id, url=url, node=self._node, held=held)
-                await asyncio.wait_for(actor.announce_gateway.remote(info), 5.0)
+                await self._directory.call("announce_gateway", info)
             except Exception as e:  # any Ray error: told again in a moment
                 log.warning("the directory did not take the gateway's entry: %s", type(e).__name__)
-                actor = None
             await asyncio.sleep(1.0)
 
 

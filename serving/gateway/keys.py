@@ -9,6 +9,7 @@ None implies another. Times are epoch seconds in memory, UTC ISO 8601 in the fil
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -109,6 +110,17 @@ class KeyRing:
         return len(self._keys)
 
 
+def adopt(path: Path, content: bytes) -> bool:
+    """Make `path` hold the keys file of another node; True when it was another one before. Gateways see it at their next
+    reload. Raises OperatorError, and leaves the old file, when `content` is no keys file."""
+    _keys_of(content, "the head's keys file")
+    with contextlib.suppress(OSError):
+        if path.read_bytes() == content:
+            return False
+    _replace(path, content)
+    return True
+
+
 def create_key(
     path: Path, *, name: str, scopes: Iterable[str], now: float, expires_at: float | None = None
 ) -> tuple[Key, str]:
@@ -194,15 +206,18 @@ def _read(path: Path) -> tuple[dict[str, Key], Signature]:
         ) from None
     except OSError as cause:
         raise OperatorError(f"cannot read the keys file {path}: {cause.strerror}") from None
+    return _keys_of(raw, f"the keys file {path}"), (found.st_mtime_ns, found.st_size, found.st_ino)
+
+
+def _keys_of(raw: bytes, where: str) -> dict[str, Key]:
     try:
         if len(raw) > _MAX_FILE_BYTES:
             raise ValueError("too large")
-        records = json.loads(raw)["keys"]
-        keys = [_parse(record) for record in records]
+        keys = [_parse(record) for record in json.loads(raw)["keys"]]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as cause:
         why = f"{type(cause).__name__}: {cause}"[:120]
-        raise OperatorError(f"the keys file {path} is damaged ({why})", "Restore it from a backup") from None
-    return {key.id: key for key in keys}, (found.st_mtime_ns, found.st_size, found.st_ino)
+        raise OperatorError(f"{where} is damaged ({why})", "Restore it from a backup") from None
+    return {key.id: key for key in keys}
 
 
 def _parse(record: dict[str, Any]) -> Key:
@@ -233,17 +248,21 @@ def _change(path: Path, change: Callable[[dict[str, Key]], None]) -> dict[str, K
         keys = _read(path)[0] if path.exists() else {}
         change(keys)
         records = [{**as_record(key), "sha256": key.sha256} for key in keys.values()]
-        text = json.dumps({"keys": records}, indent=1) + "\n"
-        draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-        try:
-            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        _replace(path, (json.dumps({"keys": records}, indent=1) + "\n").encode())
     return keys
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Readers see the old file or the new one, also after a power failure."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _iso(at: float | None) -> str | None:

@@ -1,0 +1,415 @@
+"""`steelyard node head` and `steelyard node worker`: this machine's part of a cluster, in the foreground, for a unit.
+
+The main process starts Ray's processes as its children and watches them; it is no part of Ray itself, so the control store
+may go away and come back without it. `_run` is the summary. Ends:
+  * SIGTERM: requests in progress on this node finish within `STEELYARD_NODE_DRAIN_S`, others go elsewhere; exit code 0;
+  * one of Ray's processes dies: one sentence, everything of this node ends, exit code 1, and the unit starts it again;
+  * `kill -9`: every process of Ray and of engines on this node ends with it (`engine/guard`, and the kernel for Ray's own).
+Engines and gateways of the other nodes serve on in each case, also while the head is away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from serving.cli import cluster, up
+from serving.cli.cluster import ClusterFile, one_line
+from serving.engine.process import sweep
+from serving.errors import ClusterError, OperatorError
+from serving.settings import Profile, Role, Settings, read_private
+
+Say = Callable[[str], None]
+
+# How long a worker's processes keep trying to reach a head that is away, serving on meanwhile. Ray's own limit is a minute,
+# after which they end themselves; a head may have to be repaired.
+HEAD_AWAY_S = 24 * 3600
+_TRY_EVERY_S = 1.0
+_SAY_EVERY_S = 10.0
+_STARTED_WITHIN_S = 300  # opening a large control store after a crash takes longest
+
+
+class _Stop(BaseException):
+    """SIGTERM before Ray is up: nothing to drain."""
+
+
+def run_head(settings: Settings, say: Say) -> None:
+    """Stays until told to stop. Raises OperatorError when this node cannot start or Ray dies."""
+    settings = _as_node(settings, "head")
+    if settings.head is not None:
+        raise OperatorError("STEELYARD_HEAD is set on the head", "unset it: it tells a worker where the head is")
+    with up.only_one(settings):
+        up.prepare_secrets(settings, say)
+        up.preflight(settings)
+        _require_free(settings.node_address, settings.ray_port, "set STEELYARD_RAY_PORT to a free one")
+        _run(settings, say, _start_head)
+
+
+def run_worker(settings: Settings, say: Say) -> None:
+    """Waits for the head, joins, and stays until told to stop. Raises OperatorError when it cannot join or Ray dies."""
+    settings = _as_node(settings, "worker")
+    host, port = _head_of(settings)
+    for name in ("cluster-secret", "ray-token"):
+        path = settings.secret_file if name == "cluster-secret" else settings.state_dir / name
+        if name != "cluster-secret" or settings.cluster_secret is None:
+            read_private(path, f"the cluster's {name}", f"copy it from the head ({host}), mode 0600")
+    with up.only_one(settings):
+        up.preflight(settings)
+        _run(settings, say, lambda s, temp, profile, say: _start_worker(s, temp, profile, say, f"{host}:{port}"))
+
+
+def _run(settings: Settings, say: Say, start: Callable[[Settings, str, Profile, Say], Any]) -> None:
+    """Clear, start, stay, drain, stop."""
+    told_to_stop = threading.Event()
+    for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(sig, _interrupt)
+    left = cluster.clear(settings)
+    if left:
+        say(f"removed {left} processes that an earlier run left behind")
+    cluster.environment(settings, one_node=False)
+    os.environ |= _ray_settings(settings)
+    temp = cluster.runtime_folder(settings)
+    profile = up.profile_of(settings)
+    try:
+        node = start(settings, temp, profile, say)
+        for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(sig, lambda *_: told_to_stop.set())
+        _write_cluster_file(settings, node, temp, profile)
+        say(f"{settings.node_role} {settings.node_address} is up; control store {node.gcs_address}")
+        _notify("READY=1")
+        _watch(node, told_to_stop)
+        _notify("STOPPING=1")
+        say(f"stopping; requests in progress get up to {settings.node_drain_s:g} s")
+        for sig in (signal.SIGTERM, signal.SIGINT):  # a second one does not wait for them
+            signal.signal(sig, lambda *_: os._exit(1))
+        _drain(node, settings, say)
+    except _Stop:
+        say("stopped before it was up")
+    finally:
+        sweep(f"{settings.state_dir}:", prefix=True)
+        cluster.remove(settings, temp)
+        settings.pid_file.unlink(missing_ok=True)
+    say("stopped")
+
+
+# -- start ---------------------------------------------------------------------------------------------------------
+
+
+def _as_node(settings: Settings, role: Role) -> Settings:
+    """Settings of a node of several: its own address, which its gateways listen on unless told otherwise."""
+    address = settings.node_address
+    if address is None:
+        raise OperatorError("STEELYARD_NODE_ADDRESS is not set", "set it to this node's IP address in the cluster")
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        raise OperatorError(f"STEELYARD_NODE_ADDRESS={address!r} is no IP address", "write it as 10.0.0.11") from None
+    if parsed.is_unspecified or parsed.is_loopback:
+        raise OperatorError(
+            f"STEELYARD_NODE_ADDRESS={address} cannot be reached by other nodes",
+            "set it to this node's IP address in the cluster; one node alone is `steelyard up`",
+        )
+    with socket.socket(socket.AF_INET6 if parsed.version == 6 else socket.AF_INET) as s:
+        try:
+            s.bind((address, 0))
+        except OSError:
+            raise OperatorError(
+                f"STEELYARD_NODE_ADDRESS={address} is no address of this machine", "`ip -br address` shows them"
+            ) from None
+    update: dict[str, object] = {"node_role": role}
+    if "host" not in settings.model_fields_set:
+        update["host"] = address
+    return settings.model_copy(update=update)
+
+
+def _head_of(settings: Settings) -> tuple[str, int]:
+    text = settings.head or ""
+    host, colon, port = text.rpartition(":")
+    if not (colon and host and port.isdigit() and 0 < int(port) < 65536):
+        raise OperatorError(
+            f"STEELYARD_HEAD={text!r} is not HOST:PORT", "write the head's address, e.g. 10.0.0.10:6379"
+        )
+    return host.strip("[]"), int(port)
+
+
+def _require_free(address: str | None, port: int, fix: str) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in str(address) else socket.AF_INET) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind((address, port))
+        except OSError as e:
+            raise OperatorError(f"cannot listen on {address}:{port}: {e.strerror}{up.by_whom(port)}", fix) from None
+
+
+def _ray_settings(settings: Settings) -> dict[str, str]:
+    """What makes a cluster outlive its head. Ray reads them in every process of every node."""
+    found = {
+        "RAY_gcs_rpc_server_reconnect_timeout_s": str(HEAD_AWAY_S),
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # the drain is ours
+        "RAY_gcs_server_port_wait_time_s": str(_STARTED_WITHIN_S),
+    }
+    if settings.node_role == "head" and settings.redis is None:
+        store = settings.state_dir / "gcs"
+        store.mkdir(mode=0o700, exist_ok=True)
+        found |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(store)}
+    return found
+
+
+def _start_head(settings: Settings, temp: str, profile: Profile, say: Say) -> Any:
+    say(f"starting the head on {settings.node_address}:{settings.ray_port}")
+    runs_engines = settings.head_runs_engines
+    if runs_engines is None:
+        runs_engines = profile == "gpu" and up.detect_profile() == "gpu"
+    more: dict[str, Any] = {}
+    if settings.redis is not None:
+        more = {
+            "external_addresses": [settings.redis, settings.redis],
+            "num_redis_shards": 1,
+            "redis_username": settings.redis_username,
+            "redis_password": settings.redis_password(),
+        }
+    gpus = None if runs_engines and profile == "gpu" else 0
+    return _ray_node(
+        settings,
+        temp,
+        head=True,
+        num_cpus=cluster.LOGICAL_CPUS if runs_engines else 0,
+        num_gpus=gpus,
+        gcs_server_port=settings.ray_port,
+        no_monitor=True,  # Ray's autoscaler: machines do not come by themselves here
+        **more,
+    )
+
+
+def _start_worker(settings: Settings, temp: str, profile: Profile, say: Say, head: str) -> Any:
+    _await_head(head, settings, say)
+    say(f"joining {head} as {settings.node_address}")
+    return _ray_node(
+        settings,
+        temp,
+        head=False,
+        num_cpus=cluster.LOGICAL_CPUS,
+        num_gpus=None if profile == "gpu" else 0,
+        gcs_address=head,
+    )
+
+
+def _ray_node(settings: Settings, temp: str, *, head: bool, **more: Any) -> Any:
+    """Ray's processes of this node, as children that the kernel ends with this process."""
+    from ray._private.node import Node
+    from ray._private.parameter import RayParams
+
+    class Processes(Node):  # type: ignore[misc]
+        def start_api_server(self, **_: object) -> None:
+            """Not started: even without the dashboard it would listen on every interface, and nothing here asks it."""
+
+    params = RayParams(
+        node_ip_address=settings.node_address,
+        node_name=settings.node_address,
+        object_store_memory=cluster.OBJECT_STORE_BYTES,
+        temp_dir=temp,
+        dashboard_agent_listen_port=0,  # any: a fixed one could be taken
+        labels=dict(pair.split("=", 1) for pair in settings.node_labels.split(",") if pair),
+        include_log_monitor=False,  # nobody reads logs through Ray
+        **more,
+    )
+    try:
+        return Processes(params, head=head, shutdown_at_exit=False, spawn_reaper=True)
+    except Exception as e:
+        raise ClusterError(f"Ray did not start on {settings.node_address}: {_why(e, temp)}") from None
+
+
+def _await_head(head: str, settings: Settings, say: Say) -> None:
+    """Until the head answers; says so while it does not. A wrong token or another version is an error at once."""
+    from ray._private.utils import compute_version_info
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.exceptions import AuthenticationError
+
+    from ray._common.usage import usage_lib  # isort: skip
+
+    deadline, next_line = time.monotonic() + settings.head_wait_s, 0.0
+    while True:
+        try:
+            socket.create_connection(up.split_address(head), 3).close()
+            client = GcsClient(address=head)
+            told = usage_lib.get_cluster_metadata(client)
+            if told:
+                break
+            why = "it is still starting"
+        except AuthenticationError:
+            raise ClusterError(
+                f"the head at {head} refuses this node's token",
+                f"copy {settings.state_dir / 'ray-token'} from the head, mode 0600",
+            ) from None
+        except Exception as e:
+            why = one_line(e)
+            if "uthentication" in why or "token" in why:
+                raise ClusterError(
+                    f"the head at {head} refuses this node's token",
+                    f"copy {settings.state_dir / 'ray-token'} from the head, mode 0600",
+                ) from None
+        if time.monotonic() > deadline:
+            raise ClusterError(f"no head at {head} within {settings.head_wait_s:g} s: {why}", "start it first")
+        if time.monotonic() > next_line:
+            say(f"waiting for the head at {head}: {why}")
+            next_line = time.monotonic() + _SAY_EVERY_S
+        time.sleep(_TRY_EVERY_S)
+    mine, theirs = compute_version_info()[:2], (told["ray_version"], told["python_version"])
+    if mine != theirs:
+        raise ClusterError(
+            f"the head runs Ray {theirs[0]} on Python {theirs[1]}, this node Ray {mine[0]} on Python {mine[1]}",
+            "install the same release on every node",
+        )
+
+
+def _write_cluster_file(settings: Settings, node: Any, temp: str, profile: Profile) -> None:
+    assert settings.node_address is not None
+    found = ClusterFile(
+        address=node.gcs_address,
+        pid=os.getpid(),
+        temp_dir=temp,
+        profile=profile,
+        role=settings.node_role,
+        node_address=settings.node_address,
+        host=settings.host,
+        port=settings.port,
+    )
+    cluster.write_cluster_file(settings, found)
+
+
+# -- stay and stop ---------------------------------------------------------------------------------------------------
+
+
+def _watch(node: Any, stop: threading.Event) -> None:
+    while not stop.wait(0.5):
+        dead = node.dead_processes()
+        if dead:
+            kind, process = dead[0]
+            raise ClusterError(
+                f"Ray's {kind} on this node ended (exit code {process.returncode})", f"see {node.get_logs_dir_path()}"
+            )
+
+
+def _drain(node: Any, settings: Settings, say: Say) -> None:
+    """Requests in progress finish, new ones go elsewhere. Bounded, and best effort: without a head nobody can be told."""
+    if settings.node_drain_s <= 0:
+        return
+    try:
+        if settings.node_role == "head":
+            _drain_own_replicas(node, settings)
+        else:
+            _leave(node, settings.node_drain_s)
+    except Exception as e:
+        say(f"stopping without a drain: {one_line(e)}")
+
+
+def _leave(node: Any, bound_s: float) -> None:
+    """Tells the head that this node goes: Serve starts its replicas elsewhere where there is room, drains these, and Ray
+    ends the node when the last is gone."""
+    from ray.core.generated import autoscaler_pb2
+
+    deadline = time.time() + bound_s
+    accepted, why = node.get_gcs_client().drain_node(
+        node.node_id,
+        autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION,
+        "steelyard stops this node",
+        int(deadline * 1000),
+        timeout=5,
+    )
+    if not accepted:
+        raise ClusterError(f"Ray refuses to drain this node: {why}")
+    while time.time() < deadline and not node.dead_processes():
+        time.sleep(0.1)
+
+
+def _drain_own_replicas(node: Any, settings: Settings) -> None:
+    """The head's own gateways and engines: Serve cannot drain them, its controller goes with this node."""
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    with cluster.joined(settings):
+        try:
+            controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        except ValueError:
+            return
+        details = ray.get(controller.get_serve_instance_details.remote(), timeout=5)
+        calls = []
+        for app in details["applications"].values():
+            for deployment in app["deployments"].values():
+                for replica in deployment["replicas"]:
+                    if replica["node_id"] == node.node_id:
+                        with contextlib.suppress(ValueError):  # it has just ended
+                            actor = ray.get_actor(replica["actor_name"], namespace=SERVE_NAMESPACE)
+                            calls.append(actor.perform_graceful_shutdown.remote())
+        if calls:
+            ray.wait(calls, num_returns=len(calls), timeout=settings.node_drain_s)
+
+
+def _interrupt(*_: object) -> None:
+    raise _Stop
+
+
+def _notify(state: str) -> None:
+    """Tells systemd (`Type=notify`); nothing elsewhere. See sd_notify(3)."""
+    where = os.environ.get("NOTIFY_SOCKET")
+    if where:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
+            s.connect("\0" + where[1:] if where.startswith("@") else where)
+            s.sendall(state.encode())
+
+
+def _why(e: BaseException, temp: str) -> str:
+    """Ray's reason in one line; its control store's own words when it has any."""
+    said = one_line(e)
+    for log in sorted(Path(temp).glob("session_*/logs/gcs_server.*")):
+        with contextlib.suppress(OSError):
+            telling = [line for line in log.read_text(errors="replace").splitlines() if " C " in line or " E " in line]
+            if telling:
+                return f"{said} | {telling[-1][:300]}"
+    return said
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+app = typer.Typer(help="This machine as a node of a cluster; for units.", no_args_is_help=True)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except OperatorError as e:
+        typer.echo(f"error: {e}", err=True)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def head() -> None:
+    """Run this machine as the cluster's head, in the foreground."""
+    from serving.settings import load_settings
+
+    with _one_line_errors():
+        run_head(load_settings(), _say)
+
+
+@app.command()
+def worker() -> None:
+    """Run this machine as a worker of the cluster at STEELYARD_HEAD, in the foreground."""
+    from serving.settings import load_settings
+
+    with _one_line_errors():
+        run_worker(load_settings(), _say)

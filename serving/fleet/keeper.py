@@ -1,0 +1,83 @@
+"""Gateways on every node: their number follows the nodes that come and go, without a person.
+
+Runs beside the directory on the head of a bare-metal cluster, never on Kubernetes, where the RayService alone writes. It
+changes one number of one deployment through Serve's external-scaler call, so it cannot race with `steelyard up`: no other
+part of the config passes through here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from serving.fleet.endpoint import GATEWAY_APP, GATEWAY_DEPLOYMENT
+
+log = logging.getLogger(__name__)
+
+CHECK_EVERY_S = 1.0  # of the nodes: a call to the control store
+SERVE_CHECK_EVERY_S = 10.0  # of Serve's count when no node came or went: somebody may have applied another config
+
+
+def wanted(nodes: int, per_node: int) -> int:
+    """Gateways of a cluster. Never none: a cluster whose last node leaves keeps its config."""
+    return per_node * max(1, nodes)
+
+
+async def keep_for_ever() -> None:
+    """Keeps the number of gateways at so many per node that is alive and not leaving."""
+    seen, checked, troubled = -1, float("-inf"), False
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            nodes = await asyncio.to_thread(staying_nodes)
+            if nodes != seen or loop.time() - checked > SERVE_CHECK_EVERY_S:
+                await _set_gateways(nodes)
+                seen, checked = nodes, loop.time()
+            troubled = False
+        except asyncio.CancelledError:
+            raise
+        except Exception as e:  # Serve is not there yet, or comes back: asked again in a moment
+            if not troubled:
+                log.warning("the number of gateways cannot be kept now: %s", type(e).__name__)
+            troubled = True
+        await asyncio.sleep(CHECK_EVERY_S)
+
+
+def staying_nodes() -> int:
+    """Nodes that are alive and not being drained, as the control store knows them. Blocks."""
+    import ray
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    leaving = set(client.get_draining_nodes())
+    return sum(n["Alive"] and n["NodeID"] not in leaving for n in ray.nodes())
+
+
+async def _set_gateways(nodes: int) -> None:
+    from ray.serve._private.common import DeploymentID
+
+    controller = await asyncio.to_thread(_controller)
+    if controller is None:
+        return
+    details: dict[str, Any] = await controller.get_serve_instance_details.remote()
+    found = details["applications"].get(GATEWAY_APP, {}).get("deployments", {}).get(GATEWAY_DEPLOYMENT)
+    if found is None:
+        return
+    per_node = found["deployment_config"].get("max_replicas_per_node") or 1
+    count = wanted(nodes, per_node)
+    if found["target_num_replicas"] != count:
+        log.info("%d nodes: %d gateways, %d before", nodes, count, found["target_num_replicas"])
+        which = DeploymentID(name=GATEWAY_DEPLOYMENT, app_name=GATEWAY_APP)
+        await controller.update_deployment_replicas.remote(which, count)
+
+
+def _controller() -> Any | None:
+    """Serve's controller; None while nothing was ever applied."""
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    try:
+        return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return None

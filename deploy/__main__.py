@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument("--downtime", action="store_true", help="upgrade: stop all machines, then start all")
     parser.add_argument("--limit", default="", help="remove: only these machines, with commas between")
     parser.add_argument("--yes", action="store_true", help="remove: do not ask")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     set_echo(lambda message="", **_: print(message, flush=True))
     try:

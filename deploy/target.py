@@ -84,7 +84,7 @@ class Target:
 
     def do(self, what: str, op: Any, *args: Any, **kwargs: Any) -> bool:
         """Applies an operation; True when it changed (or, in a dry run, would change) something."""
-        with _listening() as said, ctx_state.use(self.state), ctx_host.use(self.host):
+        with _listening() as said, ctx_host.use(self.host):
             try:
                 meta: OperationMeta = op(*args, name=what, **kwargs)
             except PyinfraError as e:
@@ -122,6 +122,7 @@ class Fleet:
         config = Config(CONNECT_TIMEOUT=15, FAIL_PERCENT=100, SUDO=sudo)  # type: ignore[no-untyped-call]
         hosts = Hosts(([(m.host, _ssh_data(inventory, m)) for m in machines], {}))  # type: ignore[no-untyped-call]
         self._state = State(hosts, config, check_for_changes=dry_run)
+        ctx_state.set(self._state)  # one for the process; the host is each greenlet's own
         self.targets = []
         for machine in machines:
             role = "head" if machine is inventory.head else "worker"

@@ -34,6 +34,7 @@ DRIVER_WHY = "the locked torch is built with CUDA 13.0"
 OPEN_FILES = 1_048_576  # LimitNOFILE of the units
 GIB = 1024**3
 
+_STARTED = time.time()
 OK, WARN, FAIL = "ok", "warn", "fail"
 
 
@@ -171,7 +172,8 @@ class Machine:
             return None
 
     def time(self) -> float:
-        return time.time()
+        """When this machine began to be examined: the other clock was read just before."""
+        return _STARTED
 
 
 def existing(m: Machine, path: str) -> str:
@@ -257,7 +259,7 @@ def check_python(w: Wanted, m: Machine) -> list[Finding]:
     found = [Finding("python", OK, f"{w.python} is {dotted(have)}")]
     if is_gpu(w, m):
         # Triton and FlashInfer compile small C files on first use; without these an engine dies at its first token.
-        lacking = [] if any(m.which(c) for c in ("cc", "gcc", "clang")) else ["a C compiler"]
+        lacking = [] if any(m.which(c) for c in ("cc", "gcc", "clang")) else ["C compiler"]
         lacking += [] if facts["header"] else ["Python.h"]
         if lacking:
             fix = f"`apt-get install gcc libc6-dev python{want}-dev`"

@@ -10,7 +10,7 @@ set -a
 set +a
 export PYTHONPATH=/opt/steelyard/current PYTHONDONTWRITEBYTECODE=1 HOME=/var/lib/steelyard XDG_CACHE_HOME=/var/cache/steelyard
 set -- /opt/steelyard/venv/bin/python -m serving.cli.main "$@"
-cd /var/lib/steelyard 2>/dev/null || cd /
+cd /
 if [ "$(id -u)" -eq 0 ]; then
     exec runuser -u steelyard -- "$@"
 fi

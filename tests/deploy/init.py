@@ -153,7 +153,8 @@ class Unit:
         shutil.rmtree(run, ignore_errors=True)
         with self.changed:
             again = self.wanted and self.one("Restart") == "always"
-            self._set("activating" if again else "inactive")
+            never_up = self.state == "activating"  # the start job fails; the unit is tried again all the same
+            self._set("failed" if never_up else "activating" if again else "inactive")
         if again:
             time.sleep(float(self.one("RestartSec", "0.1")))
             if self.wanted:

@@ -84,12 +84,13 @@ class Rack:
         until(lambda: log.exists() and b"up" in log.read_bytes(), "the stand-in for systemd is up", 10)
 
     def _python(self, host: Host) -> None:
-        """This test run's interpreter and packages, where everybody may read them: an image's ready environment."""
+        """This test run's interpreter and packages, where everybody may read them: as an image's ready environment."""
         packages = next(p for p in map(Path, sys.path) if p.name == "site-packages" and p.is_relative_to(sys.prefix))
         inner = f"{VENV}/lib/{packages.parent.name}/site-packages"
         steps = [
             f"mkdir -p /usr/local/python {VENV}/bin {inner}",
             f"mount --bind {sys.base_prefix} /usr/local/python",
+            "chmod a+x /root",  # a shared libpython is found by its absolute path
             f"mount --bind {packages.resolve()} {inner}",
             f"ln -s /usr/local/python/bin/python3.11 {VENV}/bin/python",
             f"printf 'home = /usr/local/python/bin\\ninclude-system-site-packages = false\\n' > {VENV}/pyvenv.cfg",
@@ -124,12 +125,12 @@ serve = {{"profile": "cpu", "drain_s": 5, "ready_timeout_s": 240}}
         return f"/tmp/rack/{name}"
 
     def make(
-        self, target: str, *variables: str, check: bool = True, timeout_s: float = 280
+        self, target: str, *variables: str, check: bool = True, cwd: Path | str = ROOT, timeout_s: float = 280
     ) -> subprocess.CompletedProcess[str]:
-        env = {k: v for k, v in os.environ.items() if not k.startswith("STEELYARD_")} | {"PYTHONPATH": str(ROOT)}
-        return self.control.run(
-            "make", "--no-print-directory", target, *variables, env=env, cwd=ROOT, check=check, timeout_s=timeout_s
-        )
+        """Runs a target of the checkout `cwd` on the machine that deploys."""
+        env = {k: v for k, v in os.environ.items() if not k.startswith("STEELYARD_")} | {"PYTHONPATH": str(cwd)}
+        command = ["make", "--no-print-directory", target, *variables]
+        return self.control.run(*command, env=env, cwd=cwd, check=check, timeout_s=timeout_s)
 
 
 def changes(told: str) -> int:

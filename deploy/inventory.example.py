@@ -15,7 +15,8 @@ workers = [
 ]
 
 # user: root, or one with sudo without a password. host_keys: "accept-new" trusts a machine's key at first sight.
-ssh = {"user": "root", "port": 22, "key": "~/.ssh/id_ed25519", "host_keys": "strict"}
+# Without `key`, the agent's keys and those in ~/.ssh are tried.
+ssh = {"user": "root", "port": 22, "host_keys": "strict"}
 
 # By default each machine's own python3.11 makes the environment from the lock file and its configured package index.
 # wheelhouse: a folder here, made by `make wheelhouse`, for racks without an index.

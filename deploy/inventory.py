@@ -33,6 +33,14 @@ class Ssh(Spec):
     known_hosts: Path | None = None  # by default ~/.ssh/known_hosts
     host_keys: Literal["strict", "accept-new"] = "strict"  # secrets travel this way: unknown machines are refused
 
+    @model_validator(mode="after")
+    def _files(self) -> Self:
+        for name in ("key", "known_hosts"):
+            path = getattr(self, name)
+            if path is not None and not path.is_file():
+                raise ValueError(f"{name} {path}: no such file")
+        return self
+
 
 class Machine(Spec):
     host: str  # what ssh connects to; a name of ~/.ssh/config is fine
@@ -46,6 +54,13 @@ class Machine(Spec):
     @classmethod
     def _name_alone(cls, given: Any) -> Any:
         return {"host": given} if isinstance(given, str) else given
+
+    @field_validator("key")
+    @classmethod
+    def _key(cls, key: Path | None) -> Path | None:
+        if key is not None and not key.expanduser().is_file():
+            raise ValueError(f"{key}: no such file")
+        return key
 
     @model_validator(mode="after")
     def _address(self) -> Self:

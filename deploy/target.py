@@ -6,7 +6,6 @@ machine is worked on in a greenlet of its own; what one of them fails at is its 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 import gevent
 from pyinfra.api.command import StringCommand
 from pyinfra.api.config import Config
-from pyinfra.api.connect import connect_all, disconnect_all
+from pyinfra.api.connect import disconnect_all
 from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.host import Host
 from pyinfra.api.inventory import Inventory as Hosts
@@ -122,7 +121,7 @@ class Fleet:
         config = Config(CONNECT_TIMEOUT=15, FAIL_PERCENT=100, SUDO=sudo)  # type: ignore[no-untyped-call]
         hosts = Hosts(([(m.host, _ssh_data(inventory, m)) for m in machines], {}))  # type: ignore[no-untyped-call]
         self._state = State(hosts, config, check_for_changes=dry_run)
-        ctx_state.set(self._state)  # one for the process; the host is each greenlet's own
+        ctx_state.set(self._state)  # type: ignore[no-untyped-call]  # one for the process; the host is each greenlet's own
         self.targets = []
         for machine in machines:
             role = "head" if machine is inventory.head else "worker"
@@ -136,11 +135,20 @@ class Fleet:
 
     def connect(self) -> None:
         """Connects to all, or says which machines do not answer and why."""
-        with _listening() as said, contextlib.suppress(PyinfraError):  # none answered; each is told below
-            connect_all(self._state)
-        lost = [t.name for t in self.targets if not t.host.connected]
+        lost: dict[str, str] = {}
+
+        def one(target: Target) -> None:
+            try:
+                target.host.connect(show_errors=False, raise_exceptions=True)
+            except Exception as e:  # pyinfra's, paramiko's and the sockets' own
+                lost[target.name] = _hint(" ".join(str(e).split()) or type(e).__name__)
+            else:
+                self._state.activate_host(target.host)
+
+        with _listening():
+            gevent.joinall([gevent.spawn(one, t) for t in self.targets], raise_error=True)
         if lost:
-            lines = "\n".join(f"  {name}: {_connect_error(said, name)}" for name in lost)
+            lines = "\n".join(f"  {name}: {why}" for name, why in sorted(lost.items()))
             raise OperatorError(
                 f"no ssh to {len(lost)} of {len(self.targets)} machines\n{lines}", "nothing was changed"
             )
@@ -181,7 +189,7 @@ def _ssh_data(inventory: Inventory, machine: Machine) -> dict[str, Any]:
         "ssh_strict_host_key_checking": "yes" if ssh.host_keys == "strict" else "accept-new",
     }
     if key:
-        data["ssh_key"] = str(key)
+        data["ssh_key"] = str(key.expanduser())
     if ssh.known_hosts:
         data["ssh_known_hosts_file"] = str(ssh.known_hosts)
     return data
@@ -198,6 +206,7 @@ class _listening(logging.Handler):
         self.lines.append(record.getMessage())
 
     def __enter__(self) -> list[str]:
+        logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # its tracebacks; the error itself is told
         logger = logging.getLogger("pyinfra")
         logger.propagate = False
         logger.addHandler(self)
@@ -212,8 +221,7 @@ def _told(lines: list[str], name: str) -> str:
     return "\n".join([line.removeprefix("nested").strip() for line in mine if "Error: executed" not in line][-12:])
 
 
-def _connect_error(lines: list[str], name: str) -> str:
-    told = _told(lines, name).replace("\n", " ") or "no answer"
+def _hint(told: str) -> str:
     if "host key" in told.lower():
-        return f"{told}; connect once by hand with ssh and check its fingerprint, or set ssh.host_keys to accept-new"
+        return f"{told}; connect once by hand with ssh and compare its fingerprint, or set ssh.host_keys to accept-new"
     return told

@@ -36,6 +36,7 @@ def test_a_head_is_enough_and_its_defaults_are_safe(tmp_path: Path):
 
 
 def test_relative_paths_start_at_the_inventory(tmp_path: Path):
+    (tmp_path / "id").touch()
     found = inventory.load(written(tmp_path, 'head = "10.0.0.1"\nssh = {"key": "id"}\nserve = {"models": "catalog"}'))
     assert (found.ssh.key, found.serve.models) == (tmp_path / "id", tmp_path / "catalog")
     assert inventory.load(written(tmp_path, 'head = "10.0.0.1"')).serve.models == tmp_path / "models"
@@ -46,6 +47,7 @@ def test_relative_paths_start_at_the_inventory(tmp_path: Path):
     [
         ("", "no `head`"),
         ("head = ", "line 1"),
+        ('head = "10.0.0.1"\nssh = {"key": "nowhere"}', "no such file"),
         ("head = nowhere", "NameError"),
         ('head = "gpu-01"', "head: 'gpu-01' is a name: give the machine's IP address"),
         ('head = "127.0.0.1"', "not an address that other machines can reach"),

@@ -100,6 +100,18 @@ def made(rack: Rack, *words: str, cwd: Path | str = ROOT) -> str:
     return done.stdout
 
 
+def test_machines_that_are_unknown_or_away_are_named(rack: Rack):
+    (rack.folder / "nobody").touch()
+    head = rack.machines[0].address
+    away = str(rack.net.subnet[200])
+    text = f'head = "{head}"\nworkers = ["{away}"]\nssh = {{"key": "key", "known_hosts": "nobody"}}\nserve = {{"profile": "cpu"}}\n'
+    (rack.folder / "unknown.py").write_text(text)
+    done = rack.make("deploy", "INVENTORY=/tmp/rack/unknown.py", check=False)
+    assert done.returncode != 0 and "no ssh to 2 of 2 machines" in done.stderr and "nothing was changed" in done.stderr
+    assert f"{head}: " in done.stderr and "compare its fingerprint" in done.stderr and f"{away}: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_an_unfit_machine_stops_it_before_anything_changes(rack: Rack):
     inventory = rack.inventory("taken.py", workers=2)
     blocker = rack.machines[1].start(

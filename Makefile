@@ -59,7 +59,7 @@ gpu-check: ## the same on a GPU with an 8B-shaped model; runs where there is one
 	$(if $(wildcard .venv/bin/python),$(PY),$(PYTHON)) -m bench.gpu_check $(ARGS)
 
 # The machine that deploys needs no engine: a small environment, unless .venv can do it.
-DEPLOY_PY = $(shell .venv/bin/python -c 'import pyinfra' 2>/dev/null && echo .venv/bin/python || echo .venv-deploy/bin/python)
+DEPLOY_PY = $(shell .venv/bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("pyinfra") is None)' 2>/dev/null && echo .venv/bin/python || echo .venv-deploy/bin/python)
 DEPLOY = $(if $(filter .venv/%,$(DEPLOY_PY)),,$(PYTHON) tools/install.py deploy &&) $(DEPLOY_PY) -m deploy
 FLAGS = $(if $(filter 1 yes true,$(DRY_RUN)),--dry-run)
 

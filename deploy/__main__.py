@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--limit", default="", help="remove: only these machines, with commas between")
     parser.add_argument("--yes", action="store_true", help="remove: do not ask")
     given = parser.parse_intermixed_args()
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 220)
     set_echo(lambda message="", **_: print(message, flush=True))
     try:
         wanted = inventory.load(given.inventory)

@@ -104,8 +104,8 @@ def test_machines_that_are_unknown_or_away_are_named(rack: Rack):
     (rack.folder / "nobody").touch()
     head = rack.machines[0].address
     away = str(rack.net.subnet[200])
-    text = f'head = "{head}"\nworkers = ["{away}"]\nssh = {{"key": "key", "known_hosts": "nobody"}}\nserve = {{"profile": "cpu"}}\n'
-    (rack.folder / "unknown.py").write_text(text)
+    text = f'head = "{head}"\nworkers = ["{away}"]\nssh = {{"key": "key", "known_hosts": "nobody"}}\n'
+    (rack.folder / "unknown.py").write_text(text + 'serve = {"profile": "cpu"}\n')
     done = rack.make("deploy", "INVENTORY=/tmp/rack/unknown.py", check=False)
     assert done.returncode != 0 and "no ssh to 2 of 2 machines" in done.stderr and "nothing was changed" in done.stderr
     assert f"{head}: " in done.stderr and "compare its fingerprint" in done.stderr and f"{away}: " in done.stderr
@@ -123,7 +123,7 @@ def test_an_unfit_machine_stops_it_before_anything_changes(rack: Rack):
     finally:
         blocker.signal(signal.SIGKILL)
     assert done.returncode != 0
-    assert "8000 (gateway) is taken by pid" in " ".join(done.stdout.split()) and "machines are not fit" in done.stderr
+    assert "8000 (gateway) is taken by pid" in done.stdout and "machines are not fit" in done.stderr
     for host in rack.machines:
         assert host.run("sh", "-c", f"ls -d {OURS} 2>/dev/null; getent passwd steelyard", check=False).stdout == ""
 
@@ -183,9 +183,14 @@ def test_the_second_run_changes_nothing(rack: Rack):
     assert [engines(h) for h in rack.machines] == before
 
 
-def test_a_machine_added_later_joins_alone(rack: Rack):
+def test_a_machine_added_later_joins_alone_also_after_a_failure(rack: Rack):
     head, one, two, new = rack.machines
     before = [engines(h) for h in (head, one, two)]
+    new.run("touch", "/opt/steelyard")  # something is in the way
+    done = rack.make("deploy", f"INVENTORY={rack.inventory(workers=3)}", check=False)
+    assert done.returncode != 0 and f"error: {new.address}: folder /opt/steelyard: " in done.stderr, done.stderr
+    assert "it goes on from here" in done.stderr and ask(one, key_of(rack), "sim").status_code == 200
+    new.run("rm", "/opt/steelyard")
     told = made(rack, "deploy", f"INVENTORY={rack.inventory(workers=3)}")
     assert changes(told) > 10
     assert {line.split("]")[0].strip("[") for line in told.splitlines() if line.startswith("[")} == {new.address}

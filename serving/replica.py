@@ -73,6 +73,7 @@ class EngineReplica:
         self._reporter: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._directory = directory.Client()
+        self._untold = False  # the last report did not reach the directory; said once
         self._endpoint = Endpoint(
             id=self._id,
             model=self.spec.model,
@@ -268,8 +269,11 @@ class EngineReplica:
     async def _announce(self) -> None:
         try:
             await self._directory.call("announce", self._endpoint)
+            self._untold = False
         except Exception as e:  # any Ray error: the next round tells the restarted directory everything
-            log.warning("%s: the directory did not take the report: %s", self._id, type(e).__name__)
+            if not self._untold:
+                log.warning("%s: the directory does not take reports: %s", self._id, type(e).__name__)
+            self._untold = True
 
     def _set(self, *, state: State, **fields: Any) -> None:
         """Moves to `state` (guarded) and sets other fields with it."""

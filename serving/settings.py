@@ -40,14 +40,10 @@ class Settings(BaseSettings):
     node_role: Role = Field("one", description="what this node is; `steelyard node` sets it for its own processes")
     node_address: str | None = Field(None, description="this node's IP address in the cluster")
     ray_port: int = Field(6379, ge=1, le=65535, description="port of the head's control store")
-    node_labels: str = Field(
-        "",
-        pattern=r"^([A-Za-z0-9][\w./-]*=[\w./-]+(,[A-Za-z0-9][\w./-]*=[\w./-]+)*)?$",
-        description="this node's labels: K=V,K=V",
-    )
     head: str | None = Field(None, description="HOST:PORT of the head's control store, on workers")
     head_wait_s: float = Field(600, gt=0, description="longest wait of a worker for its head before it exits")
     head_runs_engines: bool | None = Field(None, description="by default when the profile is gpu and the head has GPUs")
+    node_labels: str = Field("", description="this node's labels for `placement.labels`: region=eu,rack=7")
     node_drain_s: float = Field(45, ge=0, description="longest wait of a stopping node for its requests in progress")
     redis: str | None = Field(
         None, description="keep the control store in this Redis (HOST:PORT), not in STATE_DIR/gcs"

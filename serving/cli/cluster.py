@@ -125,10 +125,10 @@ def write_cluster_file(settings: Settings, found: ClusterFile) -> None:
 def joined(settings: Settings) -> Iterator[None]:
     """Connected to the running cluster, for one command."""
     found = read_cluster_file(settings)
-    environment(settings, one_node=found is not None and found.role == "one")
     address = settings.ray_address or (found.address if found else None)
     if address is None:
         raise ClusterError(f"no cluster runs for {settings.state_dir}", "start one with `steelyard up`")
+    environment(settings, one_node=found is not None and found.role == "one")
     import ray
 
     try:

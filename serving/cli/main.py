@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,7 +82,8 @@ def status(state_dir: State = None, as_json: Json = False) -> None:
     """What runs: applications, replicas, load."""
     with _one_line_errors():
         settings = load_settings(state_dir=state_dir)
-        with cluster.joined(settings):
+        # Ray prints its news, such as a node's death, on stdout: not between a script and its JSON.
+        with redirect_stdout(sys.stderr), cluster.joined(settings):
             apps, table, nodes = cluster.app_statuses(), cluster.snapshot(), cluster.nodes()
         if as_json:
             import msgspec

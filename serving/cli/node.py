@@ -13,11 +13,13 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import re
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ Say = Callable[[str], None]
 # How long a worker's processes keep trying to reach a head that is away, serving on meanwhile. Ray's own limit is a minute,
 # after which they end themselves; a head may have to be repaired.
 HEAD_AWAY_S = 24 * 3600
+_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?")
 _TRY_EVERY_S = 1.0
 _SAY_EVERY_S = 10.0
 _STARTED_WITHIN_S = 300  # opening a large control store after a crash takes longest
@@ -48,6 +51,7 @@ def run_head(settings: Settings, say: Say) -> None:
     settings = _as_node(settings, "head")
     if settings.head is not None:
         raise OperatorError("STEELYARD_HEAD is set on the head", "unset it: it tells a worker where the head is")
+    settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     with up.only_one(settings):
         up.prepare_secrets(settings, say)
         up.preflight(settings)
@@ -65,7 +69,7 @@ def run_worker(settings: Settings, say: Say) -> None:
             read_private(path, f"the cluster's {name}", f"copy it from the head ({host}), mode 0600")
     with up.only_one(settings):
         up.preflight(settings)
-        _run(settings, say, lambda s, temp, profile, say: _start_worker(s, temp, profile, say, f"{host}:{port}"))
+        _run(settings, say, partial(_start_worker, head=(host, port)))
 
 
 def _run(settings: Settings, say: Say, start: Callable[[Settings, str, Profile, Say], Any]) -> None:
@@ -126,6 +130,7 @@ def _as_node(settings: Settings, role: Role) -> Settings:
             raise OperatorError(
                 f"STEELYARD_NODE_ADDRESS={address} is no address of this machine", "`ip -br address` shows them"
             ) from None
+    _labels(settings.node_labels)
     update: dict[str, object] = {"node_role": role}
     if "host" not in settings.model_fields_set:
         update["host"] = address
@@ -142,6 +147,19 @@ def _head_of(settings: Settings) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def _labels(text: str) -> dict[str, str]:
+    """Of `key=value,key=value`. Ray allows what Kubernetes allows."""
+    found = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        key, equals, value = part.partition("=")
+        if not (equals and _LABEL.fullmatch(key) and _LABEL.fullmatch(value)):
+            raise OperatorError(f"STEELYARD_NODE_LABELS={text!r}: {part!r} is no label", "write region=eu,rack=7")
+        if key.startswith("ray.io/"):
+            raise OperatorError(f"STEELYARD_NODE_LABELS: {key} is one of Ray's own labels", "use another prefix")
+        found[key] = value
+    return found
+
+
 def _require_free(address: str | None, port: int, fix: str) -> None:
     with socket.socket(socket.AF_INET6 if ":" in str(address) else socket.AF_INET) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -155,6 +173,7 @@ def _ray_settings(settings: Settings) -> dict[str, str]:
     """What makes a cluster outlive its head. Ray reads them in every process of every node."""
     found = {
         "RAY_gcs_rpc_server_reconnect_timeout_s": str(HEAD_AWAY_S),
+        "RAY_health_check_period_ms": "1000",  # a node whose raylet died is noticed in five of them
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # the drain is ours
         "RAY_gcs_server_port_wait_time_s": str(_STARTED_WITHIN_S),
     }
@@ -172,6 +191,7 @@ def _start_head(settings: Settings, temp: str, profile: Profile, say: Say) -> An
         runs_engines = profile == "gpu" and up.detect_profile() == "gpu"
     more: dict[str, Any] = {}
     if settings.redis is not None:
+        _check_redis(settings.redis, settings.redis_username, settings.redis_password())
         more = {
             "external_addresses": [settings.redis, settings.redis],
             "num_redis_shards": 1,
@@ -191,16 +211,51 @@ def _start_head(settings: Settings, temp: str, profile: Profile, say: Say) -> An
     )
 
 
-def _start_worker(settings: Settings, temp: str, profile: Profile, say: Say, head: str) -> Any:
-    _await_head(head, settings, say)
-    say(f"joining {head} as {settings.node_address}")
+def _check_redis(address: str, username: str, password: str) -> None:
+    """Asks it once before Ray does: Ray aborts the whole process, with a stack trace, when it may not enter. One with TLS
+    (`rediss://`) is left to Ray, which alone knows its certificates."""
+    if address.startswith("rediss://"):
+        return
+    host, _, port = address.removeprefix("redis://").rpartition(":")
+    if not host or not port.isdigit():
+        raise OperatorError(
+            f"STEELYARD_REDIS={address!r} is not HOST:PORT", "write 10.0.0.9:6379 or rediss://HOST:PORT"
+        )
+    auth = ["AUTH", *([username] if username else []), password] if password else []
+    asked = b""
+    for words in filter(None, (auth, ["PING"])):
+        asked += f"*{len(words)}\r\n".encode()
+        asked += b"".join(f"${len(w.encode())}\r\n{w}\r\n".encode() for w in words)
+    told = b""
+    try:
+        with socket.create_connection((host, int(port)), 5) as s, s.makefile("rb") as answer:
+            s.sendall(asked)
+            for _ in range(1 + bool(auth)):
+                told = answer.readline().strip()
+                if told.startswith(b"-"):
+                    break
+    except OSError as e:
+        raise ClusterError(
+            f"no Redis at {address}: {e.strerror or e}", "start it, or correct STEELYARD_REDIS"
+        ) from None
+    if told != b"+PONG":
+        said = told[1:].decode(errors="replace") or "it says nothing"
+        raise ClusterError(
+            f"the Redis at {address} refuses: {said}",
+            "correct STEELYARD_REDIS_USERNAME and STEELYARD_REDIS_PASSWORD_FILE",
+        )
+
+
+def _start_worker(settings: Settings, temp: str, profile: Profile, say: Say, head: tuple[str, int]) -> Any:
+    address = _await_head(head, settings, say)
+    say(f"joining {address} as {settings.node_address}")
     return _ray_node(
         settings,
         temp,
         head=False,
         num_cpus=cluster.LOGICAL_CPUS,
         num_gpus=None if profile == "gpu" else 0,
-        gcs_address=head,
+        gcs_address=address,
     )
 
 
@@ -216,10 +271,10 @@ def _ray_node(settings: Settings, temp: str, *, head: bool, **more: Any) -> Any:
     params = RayParams(
         node_ip_address=settings.node_address,
         node_name=settings.node_address,
+        labels=_labels(settings.node_labels),
         object_store_memory=cluster.OBJECT_STORE_BYTES,
         temp_dir=temp,
         dashboard_agent_listen_port=0,  # any: a fixed one could be taken
-        labels=dict(pair.split("=", 1) for pair in settings.node_labels.split(",") if pair),
         include_log_monitor=False,  # nobody reads logs through Ray
         **more,
     )
@@ -229,42 +284,47 @@ def _ray_node(settings: Settings, temp: str, *, head: bool, **more: Any) -> Any:
         raise ClusterError(f"Ray did not start on {settings.node_address}: {_why(e, temp)}") from None
 
 
-def _await_head(head: str, settings: Settings, say: Say) -> None:
-    """Until the head answers; says so while it does not. A wrong token or another version is an error at once."""
+def _await_head(head: tuple[str, int], settings: Settings, say: Say) -> str:
+    """Until the head answers; says so while it does not. Returns its IP address and port. A wrong token or another
+    version is an error at once."""
+    from ray._common.usage import usage_lib
     from ray._private.utils import compute_version_info
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError
 
-    from ray._common.usage import usage_lib  # isort: skip
-
+    where = f"{head[0]}:{head[1]}"
+    refused = ClusterError(
+        f"the head at {where} refuses this node's token",
+        f"copy {settings.state_dir / 'ray-token'} from the head, mode 0600",
+    )
     deadline, next_line = time.monotonic() + settings.head_wait_s, 0.0
     while True:
         try:
-            socket.create_connection(up.split_address(head), 3).close()
-            client = GcsClient(address=head)
-            told = usage_lib.get_cluster_metadata(client)
+            with socket.create_connection(head, 3) as s:
+                host, port = s.getpeername()[:2]
+            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            told = usage_lib.get_cluster_metadata(GcsClient(address=address))
             if told:
                 break
             why = "it is still starting"
         except AuthenticationError:
-            raise ClusterError(
-                f"the head at {head} refuses this node's token",
-                f"copy {settings.state_dir / 'ray-token'} from the head, mode 0600",
-            ) from None
-        except Exception as e:
+            raise refused from None
+        except Exception as e:  # refused, unreachable, no such name, no answer: it may come
             why = one_line(e)
-            if "uthentication" in why or "token" in why:
-                raise ClusterError(
-                    f"the head at {head} refuses this node's token",
-                    f"copy {settings.state_dir / 'ray-token'} from the head, mode 0600",
-                ) from None
+            if "authentication token" in why.lower():
+                raise refused from None
         if time.monotonic() > deadline:
-            raise ClusterError(f"no head at {head} within {settings.head_wait_s:g} s: {why}", "start it first")
+            raise ClusterError(f"no head at {where} within {settings.head_wait_s:g} s: {why}", "start it first")
         if time.monotonic() > next_line:
-            say(f"waiting for the head at {head}: {why}")
+            say(f"waiting for the head at {where}: {why}")
             next_line = time.monotonic() + _SAY_EVERY_S
         time.sleep(_TRY_EVERY_S)
-    mine, theirs = compute_version_info()[:2], (told["ray_version"], told["python_version"])
+    _same_release(compute_version_info()[:2], (told["ray_version"], told["python_version"]))
+    return address
+
+
+def _same_release(mine: tuple[str, str], theirs: tuple[str, str]) -> None:
+    """Ray and Python must be the same on every node: Ray would fail later, and say less."""
     if mine != theirs:
         raise ClusterError(
             f"the head runs Ray {theirs[0]} on Python {theirs[1]}, this node Ray {mine[0]} on Python {mine[1]}",

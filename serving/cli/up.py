@@ -33,6 +33,7 @@ from serving.settings import Profile, Settings
 Say = Callable[[str], None]
 
 STOP_DRAIN_S = 8.0  # Ctrl-C and SIGTERM: how long streams in progress may take to finish
+_UNHEALTHY_S = 60.0  # longest wait for an application that Serve calls unhealthy to recover
 _FREE_DISK_BYTES = 512 * 1024 * 1024  # logs and sockets
 
 
@@ -242,11 +243,6 @@ def only_one(settings: Settings) -> FileLock:
     return lock
 
 
-def split_address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    return host.strip("[]"), int(port)
-
-
 def by_whom(port: int) -> str:
     try:
         for c in psutil.net_connections("tcp"):
@@ -265,6 +261,7 @@ def _wait(config: dict[str, Any], settings: Settings, say: Say, stop: threading.
     wanted = {a["name"] for a in config["applications"]}
     began, told, deadline = time.time(), "", time.monotonic() + settings.ready_timeout_s
     next_line = 0.0
+    unhealthy: dict[str, float] = {}  # since when
     while stop is None or not stop.is_set():
         table = cluster.snapshot()
         for e in table.endpoints:
@@ -272,7 +269,12 @@ def _wait(config: dict[str, Any], settings: Settings, say: Say, stop: threading.
                 raise EngineError(e.reason)
         statuses = cluster.app_statuses()
         for name, (status, message) in statuses.items():
-            if status in ("DEPLOY_FAILED", "UNHEALTHY") and name in wanted:
+            now = time.monotonic()
+            since = unhealthy.setdefault(name, now) if status == "UNHEALTHY" else now
+            if status != "UNHEALTHY":
+                unhealthy.pop(name, None)
+            # A replica of a node that has just died is unhealthy until Serve has started another.
+            if name in wanted and (status == "DEPLOY_FAILED" or now - since > _UNHEALTHY_S):
                 raise EngineError(f"{name}: {_sentence(message)}", f"see {settings.log_dir}")
         running = {n for n, (status, _) in statuses.items() if status == "RUNNING"}
         if wanted <= running and set(statuses) <= wanted and _readyz(settings):

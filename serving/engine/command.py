@@ -91,7 +91,8 @@ def build(
     if spec.kind == "vllm":
         if sockets is not None:
             env |= {"VLLM_RPC_BASE_PATH": str(sockets)}
-        env |= {"VLLM_HOST_IP": host, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        # An engine is on one node: what its processes say to each other stays on loopback, wherever its server listens.
+        env |= {"VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     return Command(argv, env | spec.env)
 
 

@@ -155,13 +155,17 @@ class GatewayReplica:
 
     async def _announce_for_ever(self) -> None:
         url = f"http://{self._node}:{self.gateway.private_port}"
+        untold = False
         while True:
             held = {m: self.gateway.fleet.waiting(c) for m, c in self.gateway.fleet.models.items()}
             try:
                 info = GatewayInfo(id=self._id, url=url, node=self._node, held=held)
                 await self._directory.call("announce_gateway", info)
+                untold = False
             except Exception as e:  # any Ray error: told again in a moment
-                log.warning("the directory did not take the gateway's entry: %s", type(e).__name__)
+                if not untold:
+                    log.warning("the directory does not take the gateway's entry: %s", type(e).__name__)
+                untold = True
             await asyncio.sleep(1.0)
 
 

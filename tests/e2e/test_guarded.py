@@ -37,7 +37,7 @@ def test_every_route_of_the_engine_is_served_or_refused_with_a_reason(real: Stac
 
 def test_every_listening_port_stands_in_the_security_page(real: Stack) -> None:
     """The table's first column holds a pattern for the process name and its address."""
-    table = (ROOT / "docs" / "security.md").read_text()
+    table = (ROOT / "docs" / "security.md").read_text().partition("## Several nodes")[0]
     found = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|", table, re.M)
     rows = [(who.replace(r"\|", "|"), where) for who, where in found]  # a pipe is escaped inside a table
     assert rows

@@ -6,6 +6,7 @@ if [ "$(id -un)" != steelyard ] && [ "$(id -u)" -ne 0 ]; then
     exit 1
 fi
 set -a
+# shellcheck source=/dev/null
 . /etc/steelyard/steelyard.env
 set +a
 export PYTHONPATH=/opt/steelyard/current PYTHONDONTWRITEBYTECODE=1 HOME=/var/lib/steelyard XDG_CACHE_HOME=/var/cache/steelyard

@@ -48,6 +48,7 @@ class Rack:
     def __init__(self, net: Network) -> None:
         self.net = net
         self.machines: list[Host] = []
+        self.told = ""  # all that was ever printed by it
         self.control = net.add()
         self.folder = self.control.inside("/tmp/rack")  # /tmp/rack for the deploying machine
         self.folder.mkdir()
@@ -130,7 +131,9 @@ serve = {{"profile": "cpu", "drain_s": 5, "ready_timeout_s": 240}}
         """Runs a target of the checkout `cwd` on the machine that deploys."""
         env = {k: v for k, v in os.environ.items() if not k.startswith("STEELYARD_")} | {"PYTHONPATH": str(cwd)}
         command = ["make", "--no-print-directory", target, *variables]
-        return self.control.run(*command, env=env, cwd=cwd, check=check, timeout_s=timeout_s)
+        done = self.control.run(*command, env=env, cwd=cwd, check=check, timeout_s=timeout_s)
+        self.told += done.stdout + done.stderr
+        return done
 
 
 def changes(told: str) -> int:

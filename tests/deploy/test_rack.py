@@ -150,8 +150,12 @@ def test_three_machines_come_up_and_each_answers_for_every_model(rack: Rack):
     assert engines(one) and engines(two) and not engines(head)
 
 
-def test_secrets_are_private_the_same_everywhere_and_in_no_output(rack: Rack):
+def test_the_second_run_changes_nothing_and_no_secret_is_told(rack: Rack):
     head, one, two = rack.machines[:3]
+    before = [engines(h) for h in rack.machines]
+    told = made(rack, "deploy", f"INVENTORY={rack.inventory(workers=2)}")
+    assert changes(told) == 0
+    assert [engines(h) for h in rack.machines] == before
     for name in ("cluster-secret", "ray-token"):
         values = {h.run("cat", f"/var/lib/steelyard/{name}").stdout.strip() for h in (head, one, two)}
         assert len(values) == 1 and len(values.pop()) >= 32
@@ -159,7 +163,7 @@ def test_secrets_are_private_the_same_everywhere_and_in_no_output(rack: Rack):
     secrets = [
         head.run("cat", f"/var/lib/steelyard/{n}").stdout.strip() for n in ("cluster-secret", "ray-token", "api-key")
     ]
-    told = made(rack, "deploy", f"INVENTORY={rack.inventory(workers=2)}")
+    told += rack.told
     for host in (head, one, two):
         told += (
             logs(host)
@@ -174,13 +178,6 @@ def test_nothing_of_it_runs_as_root(rack: Rack):
             "sh", "-c", "ps -eo user:20,args | grep -E 'serving|raylet|gcs_server|ray::|vllm' | grep -v grep"
         ).stdout
         assert owners and {line.split()[0] for line in owners.splitlines()} == {"steelyard"}
-
-
-def test_the_second_run_changes_nothing(rack: Rack):
-    before = [engines(h) for h in rack.machines]
-    told = made(rack, "deploy", f"INVENTORY={rack.inventory(workers=2)}")
-    assert changes(told) == 0
-    assert [engines(h) for h in rack.machines] == before
 
 
 def test_a_machine_added_later_joins_alone_also_after_a_failure(rack: Rack):

@@ -13,11 +13,11 @@ INSTALL := $(PYTHON) tools/install.py $(PROFILE)
 PYTEST := $(PY) -m pytest
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
-.PHONY: help install serve up down status test test-fast lint format soak bench-overhead gpu-check chart chart-docs images lock clean
+.PHONY: help install serve up down status test test-fast lint format soak bench-overhead gpu-check chart chart-docs images lock clean deploy deploy-upgrade deploy-remove wheelhouse
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: PORT, MODELS, PROFILE (cpu, gpu, sim), HOST_ADDRESS, PYTHON"
+	@echo "  variables: PORT, MODELS, PROFILE (cpu, gpu, sim), HOST_ADDRESS, PYTHON, INVENTORY"
 
 install: ## make .venv from the lock file
 	@$(INSTALL)
@@ -69,9 +69,27 @@ images: ## both images: BASE_DIGEST=sha256:... of python:3.11-slim-bookworm, IMA
 	@[ -n "$(BASE_DIGEST)" ] || { echo "error: BASE_DIGEST is empty; look it up: docker buildx imagetools inspect python:3.11-slim-bookworm" >&2; exit 2; }
 	for t in cpu cuda; do docker build -f deploy/docker/Dockerfile --target $$t --build-arg BASE_DIGEST=$(BASE_DIGEST) --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) -t $(or $(IMAGE),steelyard):$(VERSION)-$$t . || exit 1; done
 
+# The machine that deploys needs no engine: a small environment, unless .venv can do it.
+DEPLOY_PY = $(shell .venv/bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("pyinfra") is None)' 2>/dev/null && echo .venv/bin/python || echo .venv-deploy/bin/python)
+DEPLOY = $(if $(filter .venv/%,$(DEPLOY_PY)),,$(PYTHON) tools/install.py deploy &&) $(DEPLOY_PY) -m deploy
+FLAGS = $(if $(filter 1 yes true,$(DRY_RUN)),--dry-run)
+
+deploy: ## bare metal: INVENTORY=FILE [DRY_RUN=1]; a second run changes nothing
+	@$(DEPLOY) deploy $(FLAGS) $(INVENTORY)
+
+deploy-upgrade: ## machine by machine to this checkout: INVENTORY=FILE [DRY_RUN=1] [DOWNTIME=1]
+	@$(DEPLOY) upgrade $(FLAGS) $(if $(filter 1 yes true,$(DOWNTIME)),--downtime) $(INVENTORY)
+
+deploy-remove: ## leave nothing behind: INVENTORY=FILE [LIMIT=host,...] [YES=1] [DRY_RUN=1]
+	@$(DEPLOY) remove $(FLAGS) $(if $(LIMIT),--limit $(LIMIT)) $(if $(filter 1 yes true,$(YES)),--yes) $(INVENTORY)
+
+wheelhouse: ## the lock file's wheels for racks without an index: DIR=FOLDER PROFILE=gpu
+	@$(PYTHON) tools/install.py $(or $(PROFILE),gpu) --download $(or $(DIR),wheelhouse)
+
 lock: ## resolve pyproject.toml again into requirements/*.lock (needs uv)
 	uv pip compile -q pyproject.toml --extra cpu --extra dev --python-version 3.11 --override requirements/overrides.txt --generate-hashes --no-annotate --no-header -o requirements/cpu.lock
 	uv pip compile -q pyproject.toml --extra gpu --extra dev --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate --no-header -o requirements/gpu.lock
+	uv pip compile -q requirements/deploy.in --python-version 3.11 --generate-hashes --no-annotate --no-header -o requirements/deploy.lock
 
 clean: ## remove .venv and caches; keeps keys and logs
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-deploy .pytest_cache .mypy_cache .ruff_cache

@@ -1,32 +1,47 @@
 """Makes `.venv/` from a lock file: names, versions and hashes, no resolver. Standard library only.
 
 Resumable: what is installed at its locked version is skipped, and pip keeps finished downloads. A stamp makes the next call
-return at once. `python3 tools/install.py [cpu|gpu]`; without an argument, gpu when the driver's device file exists.
+return at once. `python3 tools/install.py [cpu|gpu|sim|deploy]`; without an argument, gpu when the driver's device file exists.
+`deploy` makes the small `.venv-deploy/` of a machine that only deploys. On the machines of a cluster the deploy calls it with
+`--runtime-only` (the dependencies; the source comes with each release), and with `--wheelhouse` where there is no package index.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
-STAMP = VENV / ".steelyard-install"
+LOCKS = {"cpu": "cpu.lock", "sim": "cpu.lock", "gpu": "gpu.lock", "deploy": "deploy.lock"}
+WHEELHOUSE: Path | None = None
 BATCH = 40
 # The one package whose CPU build is not on PyPI: where the configured sources lack it, PyTorch's own index has it.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 def main() -> int:
-    profile = sys.argv[1] if len(sys.argv) > 1 else "gpu" if Path("/dev/nvidiactl").exists() else "cpu"
-    if profile not in ("cpu", "gpu", "sim"):
-        print(f"error: unknown profile {profile!r}; use cpu, gpu or sim", file=sys.stderr)
+    global VENV, PYTHON, WHEELHOUSE
+    parser = argparse.ArgumentParser(description="Makes the environment from a lock file.")
+    parser.add_argument("profile", nargs="?", help="cpu, gpu, sim or deploy")
+    parser.add_argument("--venv", type=Path, help="where; default .venv")
+    parser.add_argument("--runtime-only", action="store_true", help="the dependencies alone")
+    parser.add_argument("--wheelhouse", type=Path, help="take wheels from this folder, never from an index")
+    parser.add_argument(
+        "--download", type=Path, metavar="DIR", help="fill DIR with the lock file's wheels; install nothing"
+    )
+    given = parser.parse_args()
+    profile = given.profile or ("gpu" if Path("/dev/nvidiactl").exists() else "cpu")
+    if profile not in LOCKS:
+        print(f"error: unknown profile {profile!r}; use {', '.join(LOCKS)}", file=sys.stderr)
         return 2
     if sys.version_info[:2] != (3, 11):
         have = ".".join(map(str, sys.version_info[:2]))
@@ -35,13 +50,22 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    lock = ROOT / "requirements" / ("gpu.lock" if profile == "gpu" else "cpu.lock")
-    wanted = hashlib.sha256(lock.read_bytes() + (ROOT / "pyproject.toml").read_bytes()).hexdigest()
-    if STAMP.exists() and STAMP.read_text() == wanted:
+    if given.wheelhouse is not None and not given.wheelhouse.is_dir():
+        print(f"error: {given.wheelhouse}: no such folder of wheels", file=sys.stderr)
+        return 2
+    VENV = (given.venv or ROOT / (".venv-deploy" if profile == "deploy" else ".venv")).absolute()
+    PYTHON, WHEELHOUSE = VENV / "bin" / "python", given.wheelhouse and given.wheelhouse.absolute()
+    lock = ROOT / "requirements" / LOCKS[profile]
+    if given.download is not None:
+        return download(lock, given.download)
+    alone = given.runtime_only or profile == "deploy"
+    wanted = hashlib.sha256(lock.read_bytes() + (b"" if alone else (ROOT / "pyproject.toml").read_bytes())).hexdigest()
+    stamp = VENV / ".steelyard-install"
+    if stamp.exists() and stamp.read_text() == wanted:
         return 0
     entries = read_lock(lock)
     if not PYTHON.exists():
-        say("creating .venv")
+        say(f"creating {VENV.name}")
         venv.create(VENV, with_pip=True)
     have = installed()
     missing = [e for e in entries if have.get(e[0]) != e[1]]
@@ -50,13 +74,28 @@ def main() -> int:
         batch = missing[start : start + BATCH]
         say(f"installing {start + 1}-{start + len(batch)} of {len(missing)}: {batch[0][0]} ... {batch[-1][0]}")
         install(batch)
-    say("installing steelyard itself")
-    pip("install", "-q", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
-    if profile != "sim":
-        say("reading vLLM's argument list")
-        subprocess.run([str(PYTHON), "-m", "serving.engine.probe"], check=False, cwd=ROOT)
-    STAMP.write_text(wanted)
+    if not alone:
+        say("installing steelyard itself")
+        pip("install", "-q", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
+        if profile != "sim":
+            say("reading vLLM's argument list")
+            subprocess.run([str(PYTHON), "-m", "serving.engine.probe"], check=False, cwd=ROOT)
+    stamp.write_text(wanted)
     say("installed")
+    return 0
+
+
+def download(lock: Path, folder: Path) -> int:
+    """For machines without a package index. Hashes are checked here, and again where the wheels are installed."""
+    global PYTHON
+    PYTHON = Path(sys.executable)
+    entries = read_lock(lock)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Wheels only: a source package would be built here, and its hash would be another one there.
+    for batch in batches(entries):
+        fetch = ["download", "-q", "--no-deps", "--require-hashes", "--only-binary=:all:", "-d", str(folder)]
+        requirement(batch, fetch, fallback=TORCH_CPU_INDEX if cpu_torch(batch[0]) else None)
+    say(f"{len(list(folder.glob('*.whl')))} wheels in {folder}")
     return 0
 
 
@@ -81,29 +120,37 @@ def installed() -> dict[str, str]:
     return {normal(pair[0]): pair[1] for pair in pairs if len(pair) == 2}
 
 
-def install(batch: list[tuple[str, str, str]]) -> None:
-    others = [e for e in batch if not (e[0] == "torch" and e[1].endswith("+cpu"))]
-    torch = [e for e in batch if e not in others]
-    if torch:
-        requirement(torch, fallback=TORCH_CPU_INDEX)
-    if others:
-        requirement(others)
+def cpu_torch(entry: tuple[str, str, str]) -> bool:
+    return entry[0] == "torch" and entry[1].endswith("+cpu")
 
 
-def requirement(entries: list[tuple[str, str, str]], fallback: str | None = None) -> None:
-    part = VENV / "lock.part"
-    part.write_text("\n".join(e[2] for e in entries) + "\n")
-    options = ["install", "-qq", "--no-deps", "--require-hashes", "-r", str(part)]
-    try:
-        pip(*options, quiet=fallback is not None)
-    except subprocess.CalledProcessError:
-        if fallback is None:
-            raise SystemExit(
-                "error: pip failed (above); mend the cause and run the same command: it goes on from here"
-            ) from None
-        say(f"{entries[0][0]}=={entries[0][1]} is not in the configured package sources: trying {fallback}")
-        pip(*options, "--index-url", fallback)
-    part.unlink()
+def batches(entries: list[tuple[str, str, str]]) -> list[list[tuple[str, str, str]]]:
+    """CPU torch by itself, since it may come from another index; then the others."""
+    others = [e for e in entries if not cpu_torch(e)]
+    return [[e] for e in entries if cpu_torch(e)] + ([others] if others else [])
+
+
+def install(entries: list[tuple[str, str, str]]) -> None:
+    options = ["install", "-qq", "--no-deps", "--require-hashes"]
+    if WHEELHOUSE is not None:
+        options += ["--no-index", "--find-links", str(WHEELHOUSE)]
+    for batch in batches(entries):
+        requirement(batch, options, fallback=TORCH_CPU_INDEX if cpu_torch(batch[0]) and WHEELHOUSE is None else None)
+
+
+def requirement(entries: list[tuple[str, str, str]], options: list[str], fallback: str | None = None) -> None:
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as part:
+        part.write("\n".join(e[2] for e in entries) + "\n")
+        part.flush()
+        try:
+            pip(*options, "-r", part.name, quiet=fallback is not None)
+        except subprocess.CalledProcessError:
+            if fallback is None:
+                raise SystemExit(
+                    "error: pip failed (above); mend the cause and run the same command: it goes on from here"
+                ) from None
+            say(f"{entries[0][0]}=={entries[0][1]} is not in the configured package sources: trying {fallback}")
+            pip(*options, "-r", part.name, "--index-url", fallback)
 
 
 def pip(*args: str, quiet: bool = False) -> None:

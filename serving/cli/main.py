@@ -16,7 +16,7 @@ from rich.table import Table
 
 from serving import __version__
 from serving.catalog import store
-from serving.cli import cluster, keys, node, up
+from serving.cli import cluster, doctor, keys, node, up
 from serving.errors import OperatorError
 from serving.fleet import manifest
 from serving.fleet.endpoint import GATEWAY_APP
@@ -175,6 +175,25 @@ def _refuse_if_managed(settings: Settings, verb: str) -> None:
             f"`steelyard {verb}` is refused here: what this cluster serves is written by its RayService alone",
             "change the chart's values and run `helm upgrade` (`helm uninstall` to stop)",
         )
+
+
+@app.command(
+    "doctor",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    help="May this machine run a node? `steelyard doctor --help` lists the options.",
+)
+def doctor_(context: typer.Context) -> None:
+    # The file also runs alone on bare hosts, so its options are its own; this node's settings are their defaults.
+    with _one_line_errors():
+        settings = load_settings()
+        folders = ["--state-dir", str(settings.state_dir), "--cache-dir", str(settings.cache_dir)]
+        raise typer.Exit(doctor.main([*folders, "--port", str(settings.port), *context.args]))
+
+
+def _rendered(settings: Settings) -> dict[str, Any]:
+    catalog = up.load_catalog(settings)
+    return manifest.serve_config(catalog, gateways=settings.gateways, locate=up.locator(settings))
 
 
 def _say(line: str) -> None:

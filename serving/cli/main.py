@@ -191,11 +191,6 @@ def doctor_(context: typer.Context) -> None:
         raise typer.Exit(doctor.main([*folders, "--port", str(settings.port), *context.args]))
 
 
-def _rendered(settings: Settings) -> dict[str, Any]:
-    catalog = up.load_catalog(settings)
-    return manifest.serve_config(catalog, gateways=settings.gateways, locate=up.locator(settings))
-
-
 def _say(line: str) -> None:
     print(line, flush=True)
 

@@ -113,20 +113,27 @@ class Connection(asyncio.Protocol):
 
     # -- httptools' side -----------------------------------------------------------------------------------------
 
+    def on_message_begin(self) -> None:
+        if self._complete:  # a second answer to one request, in the same read: neither is trusted further
+            self._keep_alive = False
+
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
         headers, self._headers = self._headers, {}
         status = self._parser.get_status_code()
-        if status >= 200 and self._receiver is not None:
+        if status >= 200 and self._receiver is not None and not self._complete:
             self._receiver.answered(status, headers)
 
     def on_body(self, body: bytes) -> None:
-        self._parts.append(body)
+        if not self._complete:
+            self._parts.append(body)
 
     def on_message_complete(self) -> None:
-        self._complete = self._parser.get_status_code() >= 200
+        if self._complete or self._parser.get_status_code() < 200:
+            return
+        self._complete = True
         self._keep_alive = self._parser.should_keep_alive()  # the parser forgets it with the message
 
     def _break(self, why: str) -> None:

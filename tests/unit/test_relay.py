@@ -66,6 +66,32 @@ def test_a_withheld_usage_event_is_all_that_is_missing() -> None:
         assert (scan.events, scan.complete, scan.died) == (4, True, False)
 
 
+def token(text: str, **more: object) -> bytes:
+    """An event as vLLM writes it: id first, then one choice."""
+    choice = {"index": 0, "delta": {"content": text}, "logprobs": None, "finish_reason": None, **more}
+    return b"data: " + msgspec.json.encode({"id": "chatcmpl-1", "model": "tiny", "choices": [choice]}) + b"\n\n"
+
+
+# `"finish_reason":null` inside the text, so that the events that are told cheaply are the right ones.
+END_SLY = '"finish_reason":null data: [DONE]\n\n"choices":[]'
+WHOLE = (
+    b'data: {"id":"chatcmpl-1","choices":[{"delta":{"content":"'
+    + rb"\"finish_reason\":null"
+    + b'"},"finish_reason":"abort"}]}\n\n'
+)
+
+
+@pytest.mark.parametrize("end", [USAGE + DONE, DEAD, ABORTED, WHOLE])
+def test_single_tokens_are_told_cheaply_and_treated_alike(end: bytes) -> None:
+    tokens = token("so") + token(END_SLY) + token("be it") + token("", finish_reason="stop")
+    for chunks in [*cuts(tokens + end), tuple(e + b"\n\n" for e in (tokens + end).split(b"\n\n")[:-1])]:
+        scan = StreamScan(CHAT, withhold_usage=True)
+        ok = end == USAGE + DONE
+        assert fed(scan, *chunks) == tokens + (DONE if ok else b"")
+        assert (scan.events, scan.complete, scan.died) == (4 + ok, ok, not ok)
+        assert scan.usage.completion == (2 if ok else None)
+
+
 def test_whoever_asked_for_usage_gets_every_byte() -> None:
     for chunks in cuts(GOOD + USAGE + DONE):
         scan = StreamScan(CHAT, withhold_usage=False)

@@ -1,0 +1,223 @@
+"""The gateway's connections to engines: kept and used again while that is safe, and never longer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from serving.fleet.endpoint import Endpoint, State
+from tests.gateway.harness import CHAT, Front, chat, eventually
+
+Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+class Wire:
+    """An engine played byte by byte: `play` gets every connection; `opened` counts them."""
+
+    def __init__(self, play: Handler) -> None:
+        self.opened = 0
+        self._play = play
+        self.writers: list[asyncio.StreamWriter] = []
+
+    async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.opened += 1
+        self.writers.append(writer)
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            await self._play(reader, writer)
+        writer.close()
+
+
+@contextlib.asynccontextmanager
+async def wire(front: Front, play: Handler) -> AsyncIterator[Wire]:
+    made = Wire(play)
+    server = await asyncio.start_server(made.connected, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    front.serve(Endpoint(id="wire", model="tiny", version="v1", url=url, state=State.READY, slots=8))
+    async with server:
+        yield made
+        for writer in made.writers:
+            writer.close()
+
+
+async def request(reader: asyncio.StreamReader) -> bytes:
+    """The body of the next request."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = next(int(h[15:]) for h in head.split(b"\r\n") if h.lower().startswith(b"content-length:"))
+    return await reader.readexactly(length)
+
+
+def whole(text: str, extra: str = "") -> bytes:
+    body = json.dumps({"said": text})
+    return f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n{extra}content-length: {len(body)}\r\n\r\n{body}".encode()
+
+
+STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+async def said(front: Front) -> str:
+    answer = await front.ask(body=chat())
+    assert answer.status == 200, answer
+    return str(json.loads(answer.body)["said"])
+
+
+async def test_one_connection_carries_one_request_after_the_other(front: Front) -> None:
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request(reader)
+        writer.write(whole("first"))
+        await request(reader)
+        writer.write(
+            STREAM + chunk(b'data: {"choices":[{"delta":{}}]}\n\n') + chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
+        )
+        await request(reader)
+        writer.write(whole("third"))
+
+    async with wire(front, play) as engine:
+        assert await said(front) == "first"
+        assert (await front.ask(body=chat(stream=True))).body.endswith(b"[DONE]\n\n")
+        assert await said(front) == "third"
+        assert engine.opened == 1
+
+
+async def test_a_connection_that_the_engine_will_close_is_not_used_again(front: Front) -> None:
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request(reader)
+        writer.write(whole("bye", "connection: close\r\n"))
+        await reader.read()  # held open, so that only the header tells
+
+    async with wire(front, play) as engine:
+        assert [await said(front), await said(front)] == ["bye", "bye"]
+        assert engine.opened == 2
+
+
+async def test_a_connection_closed_while_idle_is_not_used_again(front: Front) -> None:
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request(reader)
+        writer.write(whole("bye"))
+
+    async with wire(front, play) as engine:
+        pool = front.gateway._engines._pool  # type: ignore[union-attr]
+        assert await said(front) == "bye"
+        await eventually("the gateway saw it close", lambda: not any(pool._idle.values()))
+        assert await said(front) == "bye"
+        assert engine.opened == 2
+
+
+async def test_what_an_engine_says_unasked_is_never_an_answer(front: Front) -> None:
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request(reader)
+        writer.write(whole("asked"))
+        await writer.drain()
+        await told.wait()
+        writer.write(whole("unasked"))
+        await reader.read()
+
+    told = asyncio.Event()
+    async with wire(front, play) as engine:
+        pool = front.gateway._engines._pool  # type: ignore[union-attr]
+        assert await said(front) == "asked"
+        told.set()
+        await eventually("the gateway dropped it", lambda: not any(pool._idle.values()))
+        assert await said(front) == "asked"
+        assert engine.opened == 2
+
+
+async def test_interim_responses_are_not_the_answer(front: Front) -> None:
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request(reader)
+        writer.write(b"HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n" + whole("the answer"))
+        await request(reader)
+        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        await writer.drain()
+        writer.write(whole("another"))
+
+    async with wire(front, play):
+        assert [await said(front), await said(front)] == ["the answer", "another"]
+
+
+async def test_what_is_not_http_is_an_engine_that_failed(front: Front) -> None:
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request(reader)
+        writer.write(b"SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n")
+        await reader.read()
+
+    async with wire(front, play):
+        answer = await front.ask(body=chat())
+        assert (answer.status, answer.error["code"]) == (502, "engine_error")
+
+
+async def test_an_answer_shorter_than_it_said_is_an_engine_that_died(front: Front) -> None:
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request(reader)
+        writer.write(whole("cut short")[:-5])
+
+    async with wire(front, play):
+        assert (await front.ask(body=chat())).status == 502
+
+
+async def test_an_answer_cut_anywhere_by_the_socket_is_the_same(front: Front) -> None:
+    answer = (
+        STREAM
+        + chunk(b'data: {"choices":[{"delta":{"content":"hello"}}]}\n\n')
+        + chunk(b"data: [DONE]\n\n")
+        + b"0\r\n\r\n"
+    )
+
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for at in range(1, len(answer), 9):
+            await request(reader)
+            for piece in (answer[:at], answer[at:]):
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(0)
+
+    async with wire(front, play) as engine:
+        for _ in range(1, len(answer), 9):
+            got = await front.ask(body=chat(stream=True))
+            assert got.body == b'data: {"choices":[{"delta":{"content":"hello"}}]}\n\ndata: [DONE]\n\n'
+        assert engine.opened == 1
+
+
+async def test_a_slow_client_holds_its_engine_back_and_gets_everything(front: Front) -> None:
+    """Between a client that reads nothing and an engine that writes, the gateway keeps little and loses nothing."""
+    event = b'data: {"choices":[{"delta":{"content":"' + b"x" * 65_000 + b'"}}]}\n\n'
+    total, written = 2_000, 0
+
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal written
+        await request(reader)
+        writer.write(STREAM)
+        for _ in range(total):
+            writer.write(chunk(event))
+            await writer.drain()
+            written += 1
+        writer.write(chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+
+    async with wire(front, play):
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port, limit=1024)
+        body = json.dumps(chat(stream=True)).encode()
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {front.keys.all}\r\ncontent-length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        await eventually("the engine is held back", _still(lambda: written))
+        assert 0 < written < total / 2
+        received = await reader.readuntil(b"\r\n\r\n") and 0
+        while received < total * len(event):
+            received += len(await reader.read(2**20))
+        await eventually("the engine wrote it all", lambda: written == total)
+        writer.transport.abort()
+
+
+def _still(count: Callable[[], int], looks: int = 25) -> Callable[[], bool]:
+    """True once the count is above zero and was the same so many times in a row."""
+    seen: list[int] = []
+
+    def look() -> bool:
+        seen.append(count())
+        return len(seen) > looks and seen[-1] > 0 and len(set(seen[-looks:])) == 1
+
+    return look

@@ -45,7 +45,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         models.parent.mkdir()
         for name, args in ("one", {}), ("two", {"sim-itl-ms": ITL_MS}):
             model_file(models, name, {"a": {"max-num-seqs": 8, **args}})
-            change(models / f"{name}.yaml", drain_s=8)
+            change(models / f"{name}.yaml", drain_s=5)
         made.head.cli("up")
         yield made
 
@@ -256,7 +256,7 @@ def test_a_node_that_joins_answers_soon_and_one_that_stops_ends_in_order(nodes: 
 
     asking = Asking(nodes, [nodes.head, *nodes.workers[:2]], "one")
     asking.start()
-    stream = Stream(nodes, third, 4_000 // ITL_MS)
+    stream = Stream(nodes, third, 3_000 // ITL_MS)
     assert third.main is not None
     third.main.signal(signal.SIGTERM)
     assert third.main.wait(60) == 0, third.main.output()

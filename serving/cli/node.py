@@ -82,6 +82,7 @@ def _run(settings: Settings, say: Say, start: Callable[[Settings, str, Profile, 
         say(f"removed {left} processes that an earlier run left behind")
     cluster.environment(settings, one_node=False)
     os.environ |= _ray_settings(settings)
+    unit = os.environ.pop("NOTIFY_SOCKET", "")
     temp = cluster.runtime_folder(settings)
     profile = up.profile_of(settings)
     try:
@@ -90,9 +91,9 @@ def _run(settings: Settings, say: Say, start: Callable[[Settings, str, Profile, 
             signal.signal(sig, lambda *_: told_to_stop.set())
         _write_cluster_file(settings, node, temp, profile)
         say(f"{settings.node_role} {settings.node_address} is up; control store {node.gcs_address}")
-        _notify("READY=1")
+        _notify(unit, "READY=1")
         _watch(node, told_to_stop)
-        _notify("STOPPING=1")
+        _notify(unit, "STOPPING=1")
         say(f"stopping; requests in progress get up to {settings.node_drain_s:g} s")
         for sig in (signal.SIGTERM, signal.SIGINT):  # a second one does not wait for them
             signal.signal(sig, lambda *_: os._exit(1))
@@ -419,12 +420,11 @@ def _interrupt(*_: object) -> None:
     raise _Stop
 
 
-def _notify(state: str) -> None:
-    """Tells systemd (`Type=notify`); nothing elsewhere. See sd_notify(3)."""
-    where = os.environ.get("NOTIFY_SOCKET")
-    if where:
+def _notify(unit: str, state: str) -> None:
+    """Tells systemd (`Type=notify`), when it is there. See sd_notify(3)."""
+    if unit:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
-            s.connect("\0" + where[1:] if where.startswith("@") else where)
+            s.connect("\0" + unit[1:] if unit.startswith("@") else unit)
             s.sendall(state.encode())
 
 

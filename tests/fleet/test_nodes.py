@@ -3,6 +3,7 @@ come and go. Engines are simulated, all else is what units start."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import httpx
 import pytest
 import yaml
 
+from serving.settings import load_settings
 from tests.cluster import CATALOG, STATE, Cluster, Node, answers, cluster
 from tests.fleet.test_life import model_file
 from tests.hosts import missing
@@ -61,6 +63,12 @@ def engines(nodes: Cluster) -> dict[str, tuple[str, int]]:
     ready = [r for r in nodes.status()["replicas"] if r["state"] == "READY"]
     with httpx.Client(headers={"x-steelyard-secret": secret}) as door:
         return {r["id"]: (r["node"], door.get(f"{r['url']}/-/door").json()["pid"]) for r in ready}
+
+
+def whole(nodes: Cluster) -> bool:
+    """Whether Serve calls every application running and every node answers for every model."""
+    apps = nodes.status()["applications"].values()
+    return all(a["status"] == "RUNNING" for a in apps) and all(answers(n) for n in nodes.nodes)
 
 
 def serving(nodes: Cluster) -> set[str]:
@@ -272,7 +280,7 @@ def test_a_killed_worker_leaves_the_tables_and_the_others_serve_on(nodes: Cluste
     asking_after.end()
     victim.start()
     until(victim.up, "it joins again", 60)
-    until(lambda: answers(victim), "it answers again", 20)
+    until(lambda: whole(nodes), "all is as it was", 90)
 
 
 def test_a_node_whose_ray_dies_ends_with_a_sentence(nodes: Cluster) -> None:
@@ -287,6 +295,40 @@ def test_a_node_whose_ray_dies_ends_with_a_sentence(nodes: Cluster) -> None:
     assert not victim.host.pids()
     victim.start()
     until(victim.up, "its unit starts it again", 60)
+    until(lambda: whole(nodes), "all is as it was", 90)
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: it checks the engine's arguments"
+)
+def test_weights_that_a_node_lacks_are_named_with_the_node(nodes: Cluster) -> None:
+    models = nodes.head.host.inside(CATALOG)
+    known = load_settings().cache_dir.glob("vllm-args-*.json")  # asking vLLM for them takes long
+    nodes.head.host.inside("/var/cache/steelyard").mkdir(exist_ok=True)
+    for file in known:
+        shutil.copy(file, nodes.head.host.inside("/var/cache/steelyard"))
+    spec = {
+        "name": "three",
+        "versions": [{"version": "a", "weights": {"source": "/srv/none"}}],
+        "release": {"stable": "a"},
+    }
+    (models / "three.yaml").write_text(yaml.safe_dump(spec))
+    before = engines(nodes)
+    nodes.head.env["STEELYARD_PROFILE"] = "cpu"  # the others are simulators by their own files
+    try:
+        failed = nodes.head.cli("up", check=False)
+    finally:
+        nodes.head.env["STEELYARD_PROFILE"] = "sim"
+        (models / "three.yaml").unlink()
+    assert failed.returncode == 1
+    told = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and "/srv/none" in told[0] and "three@a" in told[0]
+    assert any(f"node {w.host.address}" in told[0] for w in nodes.workers), (
+        "the head runs no engines, so it needs no weights"
+    )
+    nodes.head.cli("up")
+    assert engines(nodes) == before
 
 
 def test_a_worker_that_cannot_join_says_why(nodes: Cluster) -> None:
@@ -294,6 +336,16 @@ def test_a_worker_that_cannot_join_says_why(nodes: Cluster) -> None:
     try:
         told = run(stranger, {"STEELYARD_HEAD": f"{nodes.net.gateway}:6379", "STEELYARD_HEAD_WAIT_S": "2"})
         assert "waiting for the head" in told and "no head at" in told
+
+        stranger.env["STEELYARD_HEAD"] = f"{nodes.net.gateway}:6379"
+        stranger.logs.unlink()
+        waiting = stranger.start().main
+        assert waiting is not None
+        until(lambda: "waiting for the head" in waiting.output(), "it waits", 30)
+        waiting.signal(signal.SIGTERM)
+        assert waiting.wait(10) == 0 and not stranger.host.pids()
+        stranger.env["STEELYARD_HEAD"] = nodes.workers[0].env["STEELYARD_HEAD"]
+
         (stranger.host.inside(STATE) / "ray-token").write_text("0" * 64)
         assert "refuses this node's token" in run(stranger, {})
         (stranger.host.inside(STATE) / "ray-token").unlink()

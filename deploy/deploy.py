@@ -46,8 +46,8 @@ def _converge(inventory: Inventory, *, dry_run: bool, upgrade: bool, downtime: b
         if dry_run:
             _would_roll(fleet, digests)
         else:
-            roll.roll(fleet, release, digests, downtime=downtime)
-            cluster.joined(fleet)
+            if roll.roll(fleet, release, digests, downtime=downtime):
+                cluster.joined(fleet)
         cluster.apply(fleet, place.catalog_digest(inventory.serve.models))
         if not dry_run:
             cluster.ready(fleet)

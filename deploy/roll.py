@@ -43,9 +43,9 @@ def wanted_digest(settings_digest: str, secrets: dict[str, str], inventory: Inve
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def roll(fleet: Fleet, release: Release, digests: dict[str, str], *, downtime: bool) -> None:
+def roll(fleet: Fleet, release: Release, digests: dict[str, str], *, downtime: bool) -> bool:
     """New machines first: the head, then its workers together. Then those that run something older: worker by worker, then
-    the head. A machine that does not come back ends it: the others are as they were."""
+    the head. A machine that does not come back ends it: the others are as they were. True when any was started."""
     active = {t.name: is_active(t) for t in fleet.targets}
     older = [t for t in fleet.targets if active[t.name] and running(t) != digests[t.name]]
     if older and downtime:
@@ -66,6 +66,7 @@ def roll(fleet: Fleet, release: Release, digests: dict[str, str], *, downtime: b
 
     for target in sorted(older, key=lambda t: t.role == "head"):
         _or_end(fleet.each(again, [target]))
+    return bool(down or older)
 
 
 def restart(target: Target, inventory: Inventory, release: Release, digest: str) -> None:

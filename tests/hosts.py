@@ -74,7 +74,7 @@ def missing() -> str:
         return "hosts are Linux namespaces"
     if os.geteuid() != 0:
         return "hosts are namespaces: they need root"
-    for tool in ("ip", "unshare", "nsenter", "mount"):
+    for tool in ("ip", "unshare", "nsenter", "mount", "setpriv"):
         if shutil.which(tool) is None:
             return f"hosts are namespaces: there is no `{tool}`"
     name = f"sy{secrets.token_hex(4)}"
@@ -234,20 +234,10 @@ class Network:
         script = f'{_MOUNTS}\nhostname {name}\nexec "$4" -c "$5"'
         init = subprocess.Popen(
             [
-                "ip",
-                "netns",
-                "exec",
-                name,
+                *("setpriv", "--pdeathsig", "KILL"),  # a test run that is killed leaves no host behind either
+                *("ip", "netns", "exec", name),
                 *enter,
-                "sh",
-                "-c",
-                script,
-                "sh",
-                folder,
-                ROOT,
-                " ".join(COPIED),
-                sys.executable,
-                _INIT,
+                *("sh", "-c", script, "sh", folder, ROOT, " ".join(COPIED), sys.executable, _INIT),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -105,11 +105,15 @@ def wheels(target: Target, folder: Path, release: Release) -> None:
 # -- secrets --------------------------------------------------------------------------------------------------------------
 
 
+# The folder is the service's own: root there would follow whatever link a service that was broken into has left.
+_AS_USER = f"runuser -u {layout.USER} --"
+
+
 def read_secrets(target: Target) -> dict[str, str]:
     """The secrets that lie on this machine. They pass through this process's memory only."""
     found = {}
     for name in layout.SECRETS:
-        answer = target.ask(f"cat {layout.STATE}/{name} 2>/dev/null")
+        answer = target.ask(f"{_AS_USER} cat {layout.STATE}/{name} 2>/dev/null")
         if answer.ok and answer.text:
             found[name] = answer.text
     return found
@@ -127,7 +131,7 @@ def write_secrets(target: Target, wanted: dict[str, str], have: dict[str, str]) 
         if have.get(name) == value:
             target.do(f"{name}: owner and mode", files.file, path, user=layout.USER, group=layout.USER, mode="0600")
             continue
-        write = f"umask 077 && cat > {path}.part && chown {layout.USER}: {path}.part && mv {path}.part {path}"
+        write = f"{_AS_USER} sh -c 'umask 077 && cat > {path}.part && mv {path}.part {path}'"
         target.run(f"secret {name}", write, stdin=value)
 
 
@@ -137,7 +141,7 @@ def redis_password(target: Target, inventory: Inventory) -> None:
     if source is None or target.role != "head":
         return
     value = source.read_text().strip()
-    have = target.ask(f"cat {layout.STATE}/redis-password 2>/dev/null").text
+    have = target.ask(f"{_AS_USER} cat {layout.STATE}/redis-password 2>/dev/null").text
     write_secrets(target, {"redis-password": value}, {"redis-password": have})
 
 
@@ -211,7 +215,8 @@ def settings(target: Target, inventory: Inventory, catalog: Catalog) -> str:
         group = layout.USER if path == layout.ENVIRONMENT else "root"
         put = io.StringIO(text)
         changed.append(target.do(path, files.put, put, path, user="root", group=group, mode=modes.get(path, "0644")))
-    if changed[1] or changed[2]:
+    stale = target.ask(f"systemctl show --property NeedDaemonReload --value {target.unit}").text == "yes"  # of a run cut short
+    if changed[1] or changed[2] or stale:
         target.do("systemd reads its units", systemd.daemon_reload)
     # Where weights are mounted is for the next boot; it restarts nothing.
     return hashlib.sha256(

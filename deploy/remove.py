@@ -12,7 +12,7 @@ def remove(target: Target) -> None:
     ).out
     names = sorted({u.removeprefix(f"{layout.UNITS}/").removesuffix(".d") for u in units})
     for name in names:
-        target.run(f"{name} drains and stops", f"systemctl disable --now {name}", timeout_s=960)
+        target.run(f"{name} drains and stops", f"systemctl disable --now {name}", timeout_s=3900)
     if units:
         target.run("units removed", f"rm -rf {' '.join(units)} && systemctl daemon-reload")
         target.ask(f"systemctl reset-failed {' '.join(names)} 2>/dev/null || true")

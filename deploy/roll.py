@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import time
+from collections import Counter
 
+import gevent
 from pyinfra.operations import files, systemd
 
 from deploy import layout, place
@@ -13,8 +16,10 @@ from deploy.inventory import Inventory
 from deploy.release import Release
 from deploy.target import Failed, Fleet, Target
 from serving.errors import OperatorError
+from serving.fleet.endpoint import State
 
 _START_TIMEOUT_S = 960  # the unit's own TimeoutStartSec, and a minute
+STOP_MARGIN_S = 120  # beyond the drain bound; the unit's own TimeoutStopSec is a minute beyond it
 _READY_WAIT_S = 300
 
 # Runs on the machine: its own gateway says when every model that must be up is.
@@ -50,7 +55,7 @@ def roll(fleet: Fleet, release: Release, digests: dict[str, str], *, downtime: b
     older = [t for t in fleet.targets if active[t.name] and running(t) != digests[t.name]]
     if older and downtime:
         # Nodes of different Ray versions do not join: all stop, then all start.
-        _or_end(fleet.each(stop, older))
+        _or_end(fleet.each(lambda t: stop(t, fleet.inventory), older))
         active |= {t.name: False for t in older}
         older = []
 
@@ -62,24 +67,31 @@ def roll(fleet: Fleet, release: Release, digests: dict[str, str], *, downtime: b
     _or_end(fleet.each(begin, [t for t in down if t.role == "worker"]))
 
     def again(target: Target) -> None:
-        restart(target, fleet.inventory, release, digests[target.name])
+        restart(fleet.head, target, fleet.inventory, release, digests[target.name])
 
     for target in sorted(older, key=lambda t: t.role == "head"):
         _or_end(fleet.each(again, [target]))
     return bool(down or older)
 
 
-def restart(target: Target, inventory: Inventory, release: Release, digest: str) -> None:
-    served = ready(target, inventory, 5) is None
-    stop(target)
+def restart(head: Target, target: Target, inventory: Inventory, release: Release, digest: str) -> None:
+    served, before = ready(target, inventory, 5) is None, replicas(head)
+    stop(target, inventory)
     start(target, inventory, release, digest)
     if served and (why := ready(target, inventory, _READY_WAIT_S)) is not None:
         raise Failed(f"it runs, but is not ready after {_READY_WAIT_S} s: {why}\n{journal(target)}")
+    # A gateway is ready with one replica of each model. The next machine may hold that one: it waits for the others.
+    deadline = time.monotonic() + inventory.serve.ready_timeout_s
+    while lacking := before - replicas(head):
+        if time.monotonic() > deadline:
+            raise Failed(f"it runs, but replicas that served before are not back: {dict(lacking)}\n{journal(target)}")
+        gevent.sleep(2)
 
 
-def stop(target: Target) -> None:
+def stop(target: Target, inventory: Inventory) -> None:
     """The unit drains: requests in progress finish, new ones go elsewhere."""
-    target.do(f"{target.unit} drains and stops", systemd.service, target.unit, running=False, _timeout=_START_TIMEOUT_S)
+    timeout_s = inventory.serve.drain_s + STOP_MARGIN_S
+    target.do(f"{target.unit} drains and stops", systemd.service, target.unit, running=False, _timeout=timeout_s)
 
 
 def start(target: Target, inventory: Inventory, release: Release, digest: str) -> None:
@@ -95,6 +107,16 @@ def start(target: Target, inventory: Inventory, release: Release, digest: str) -
         target.ask(f"systemctl stop {target.unit}; systemctl reset-failed {target.unit}")
         raise Failed(f"{e}\n{journal(target)}") from None
     target.do("what runs is noted", files.put, io.StringIO(digest + "\n"), layout.RUNNING, mode="0644")
+
+
+def replicas(head: Target) -> Counter[str]:
+    """Ready replicas of each version; none when the head cannot say."""
+    said = head.ask(f"{layout.COMMAND} status --json", timeout_s=90)
+    try:
+        endpoints = json.loads(said.out[-1])["replicas"]
+        return Counter(f"{e['model']}@{e['version']}" for e in endpoints if e["state"] == State.READY)
+    except (IndexError, ValueError, KeyError, TypeError):
+        return Counter()
 
 
 def is_active(target: Target) -> bool:

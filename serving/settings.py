@@ -65,8 +65,9 @@ class Settings(BaseSettings):
     @property
     def keys_file(self) -> Path:
         """The keys that this node's gateways read. On a worker it is a copy: keys are made and revoked on the head."""
-        own = "keys-of-head.json" if self.node_role == "worker" else "keys.json"
-        return self.api_keys_file or self.state_dir / own
+        if self.node_role == "worker":  # whatever else is set: the copy is written over
+            return self.state_dir / "keys-of-head.json"
+        return self.api_keys_file or self.state_dir / "keys.json"
 
     @property
     def api_key_file(self) -> Path:

@@ -27,7 +27,7 @@ from typing import Any, Callable, NamedTuple
 
 PYTHON = (3, 11)  # the lock files are resolved for it
 GLIBC = (2, 28)  # manylinux_2_28, the oldest tag among the locked wheels
-KERNEL = (4, 18)
+KERNEL = (5, 3)  # pidfd_open: how an engine's end is noticed
 # torch 2.13 is built with CUDA 13.0. By CUDA's minor version compatibility its floor is the first 580 driver.
 DRIVER = (580, 65, 6)
 DRIVER_WHY = "the locked torch is built with CUDA 13.0"

@@ -131,6 +131,7 @@ class Directory:
             self._load_news = asyncio.get_running_loop().call_later(LOAD_NEWS_EVERY_S, self._wake)
 
     async def announce_gateway(self, gateway: GatewayInfo) -> None:
+        self._ensure_janitor()
         if self._table.announce_gateway(gateway, time.monotonic()):
             self._wake()
 
@@ -147,6 +148,7 @@ class Directory:
         return self._table.snapshot(time.monotonic())
 
     async def snapshot(self) -> Snapshot:
+        self._ensure_janitor()
         return self._table.snapshot(time.monotonic())
 
     async def keys(self) -> bytes:
@@ -169,11 +171,14 @@ class Directory:
 
     async def _tidy_for_ever(self) -> None:
         while True:
-            news = self._table.expire(time.monotonic())
-            if self._keys_file is not None and await asyncio.to_thread(self._keys_file.changed):
-                news |= self._table.set_keys(self._keys_file.digest)
-            if news:
-                self._wake()
+            try:
+                news = self._table.expire(time.monotonic())
+                if self._keys_file is not None and await asyncio.to_thread(self._keys_file.changed):
+                    news |= self._table.set_keys(self._keys_file.digest)
+                if news:
+                    self._wake()
+            except Exception:  # leases and revocations must go on whatever one round met
+                log.exception("a round of the directory's tidying failed")
             await asyncio.sleep(JANITOR_EVERY_S)
 
 

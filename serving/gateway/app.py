@@ -61,7 +61,7 @@ class Gateway:
         self.requests = 0  # inside now
         self.draining = False
         self.private_port = 0  # the listener for siblings; set by whoever opens it
-        self._keys = keys
+        self.keys = keys
         self._secret = secret
         self._log = log
         self._engines: Engines | None = None
@@ -117,7 +117,7 @@ class Gateway:
             routes.match(x.method, x.path)
             await self._own.answer(x.path, x, None)
             return
-        key = self._keys.check(x.token, time.time())
+        key = self.keys.check(x.token, time.time())
         x.line.key_id = key.id
         route = routes.match(x.method, x.path)
         if isinstance(route, Route):
@@ -335,13 +335,9 @@ class Gateway:
     async def _reload_keys(self) -> None:
         while True:
             await asyncio.sleep(KEYS_CHECK_EVERY_S)
-            self.reload_keys()
-
-    def reload_keys(self) -> None:
-        """Takes the keys file if it was replaced."""
-        error = self._keys.reload_if_changed()
-        if error is not None:
-            log.error("the keys file cannot be used, the last good keys stay: %s", error)
+            error = self.keys.reload_if_changed()
+            if error is not None:
+                log.error("the keys file cannot be used, the last good keys stay: %s", error)
 
 
 class _Watch:

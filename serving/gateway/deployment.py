@@ -94,9 +94,8 @@ class GatewayReplica:
         await asyncio.to_thread(self._process_log.close)
 
     async def _listen(self) -> None:
-        with contextlib.suppress(
-            Exception
-        ):  # the copy on disk is good, or refuses all until the first poll that succeeds
+        # After that, the copy on disk is good, or refuses all until the first poll that succeeds.
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._first_snapshot(), FIRST_KEYS_S)
         await self.gateway.start()
         # What was imported lives for ever: out of the collector's sight, and full collections, which stop every stream,
@@ -136,10 +135,11 @@ class GatewayReplica:
     async def _first_snapshot(self) -> None:
         """On a worker, what a new gateway must know before it answers: the keys. Elsewhere they lie on this node."""
         while self._settings.node_role == "worker":
-            await self._take(await self._directory.call("snapshot"))
+            with contextlib.suppress(Exception):  # any Ray error: it is restarting, or the control store is slow
+                await self._take(await self._directory.call("snapshot"))
             if self._keys_of_head:
                 return
-            await asyncio.sleep(0.2)  # the directory itself has just started
+            await asyncio.sleep(0.2)
 
     async def _take(self, snapshot: Snapshot) -> None:
         """The directory's news: the table, and on a worker the head's keys, kept on disk for when the head is away."""
@@ -147,11 +147,16 @@ class GatewayReplica:
         if self._settings.node_role == "worker" and snapshot.keys and snapshot.keys != self._keys_of_head:
             content = await self._directory.call("keys")
             try:
+                self.gateway.keys.take(content)  # first: a revocation holds on a full disk too
                 await asyncio.to_thread(keys.adopt, self._settings.keys_file, content)
             except OperatorError as e:
                 log.error("the last good keys stay: %s", e)
+            except OSError as e:  # tried again with the next news
+                log.error(
+                    "cannot write %s, the head's keys are in memory only: %s", self._settings.keys_file, e.strerror
+                )
+                return
             self._keys_of_head = snapshot.keys
-            self.gateway.reload_keys()
 
     async def _announce_for_ever(self) -> None:
         url = f"http://{self._node}:{self.gateway.private_port}"

@@ -106,6 +106,11 @@ class KeyRing:
             return error
         return None
 
+    def take(self, content: bytes) -> None:
+        """The keys of another node's file, in force from now on, whether or not they can be written down here. Raises
+        OperatorError, and keeps the last good keys, when `content` is no keys file."""
+        self._keys = _keys_of(content, "the head's keys file")
+
     def __len__(self) -> int:
         return len(self._keys)
 

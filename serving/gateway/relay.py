@@ -243,6 +243,8 @@ class Reply:
 
     def received(self, data: bytes) -> None:
         scan = self.scan
+        if self._fault is not None or (scan is not None and scan.died):
+            return  # nothing after an error frame is the client's, above all no `[DONE]`
         if scan is not None:
             data = scan.feed(data)
             if self._push is not None:

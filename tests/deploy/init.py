@@ -188,7 +188,7 @@ class Daemon:
         verb, names = words[0], words[1:]
         if verb == "show":
             wanted = [args[i + 1] for i, a in enumerate(args) if a == "--property"]
-            blocks = [self._show(n, wanted) for n in names if n not in wanted]
+            blocks = [self._show(n, wanted, "--value" in args) for n in names if n not in wanted]
             return 0, "\n\n".join(blocks)
         if verb == "is-active":
             state = self.unit(names[0]).state
@@ -217,16 +217,17 @@ class Daemon:
             return 0, ""
         return 1, f"this stand-in does not know {verb}"
 
-    def _show(self, name: str, wanted: list[str]) -> str:
+    def _show(self, name: str, wanted: list[str], bare: bool) -> str:
         state = self.unit(name).state
         values = {
             "Id": name,
+            "NeedDaemonReload": "no",  # units are read when they start
             "ActiveState": state,
             "SubState": _SHOWN[state],
             "UnitFileState": "enabled" if (WANTS / name).exists() else "disabled" if (UNITS / name).exists() else "",
             "MainPID": str(self.unit(name).main.pid if self.unit(name).main else 0),  # type: ignore[union-attr]
         }
-        return "\n".join(f"{k}={values[k]}" for k in wanted)
+        return "\n".join(values[k] if bare else f"{k}={values[k]}" for k in wanted)
 
     def serve(self) -> None:
         listener = socket.socket(socket.AF_UNIX)

@@ -212,6 +212,32 @@ async def test_a_slow_client_holds_its_engine_back_and_gets_everything(front: Fr
         writer.transport.abort()
 
 
+async def test_a_connection_that_waits_for_a_slow_client_carries_nobody_else(front: Front) -> None:
+    """The end of a stream may come with its last bytes, while its client is behind and reading is paused."""
+    event = b'data: {"choices":[{"delta":{"content":"' + b"x" * 60_000 + b'"}}]}\n\n'
+
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request(reader)
+        if streamed:
+            writer.write(whole("another"))
+            return
+        streamed.append(True)
+        writer.write(STREAM)
+        for _ in range(200):
+            writer.write(chunk(event))
+        writer.write(chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+        await reader.read()
+
+    streamed: list[bool] = []
+    async with wire(front, play) as engine:
+        async with front.hung_up(chat(stream=True), request_id="stuck", limit=1024) as reader:
+            await reader.readuntil(b"\r\n\r\n")
+            assert await said(front) == "another"
+            assert engine.opened == 2
+        await eventually("it is let go", lambda: front.gateway.requests == 0)
+        assert await said(front) == "another"
+
+
 def _still(count: Callable[[], int], looks: int = 25) -> Callable[[], bool]:
     """True once the count is above zero and was the same so many times in a row."""
     seen: list[int] = []

@@ -66,7 +66,7 @@ async def test_a_key_for_one_model_is_no_key_for_another(gateway: Front, keys: K
 
 async def test_a_key_for_one_version_opens_that_version_only(gateway: Front, keys: Keys, room: EngineRoom) -> None:
     _, token = create_key(keys.path, name="test", scopes=["infer:tiny@v2"], now=time.time())
-    gateway.gateway._keys.reload_if_changed()
+    gateway.gateway.keys.reload_if_changed()
     gateway.table(room.shared(), room.shared(version="v2"))
     assert (await gateway.ask(body=chat(model="tiny@v2"), key=token)).status == 200
     assert (await gateway.ask(body=chat(model="pirate@v2"), key=token)).status == 200
@@ -102,6 +102,6 @@ async def _is(status: object, wanted: int) -> bool:
 async def test_a_key_that_expires_stops_working_by_itself(gateway: Front, keys: Keys) -> None:
     now = time.time()
     _, token = create_key(keys.path, name="test", scopes=["infer:tiny"], now=now, expires_at=now + 0.2)
-    gateway.gateway._keys.reload_if_changed()
+    gateway.gateway.keys.reload_if_changed()
     await eventually("it has expired", lambda: time.time() > now + 0.2)
     assert (await gateway.ask(MESSAGES, chat(), key=token)).json()["error"]["type"] == "authentication_error"

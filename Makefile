@@ -40,8 +40,9 @@ test: install ## every test that this machine can run, real engines included
 test-fast: install ## without engines and Ray, under a minute
 	$(PYTEST) -m "not engine and not ray and not gpu and not slow" tests/unit tests/gateway
 
-soak: install ## the asynchronous tests again and again: COUNT times (default 20)
-	for i in $$(seq $(or $(COUNT),20)); do $(PYTEST) -q -x -m "not engine and not ray and not gpu" tests/unit tests/gateway tests/engine || exit 1; done
+soak: install ## what takes too long for every run; then the asynchronous tests again and again: COUNT times (default 20)
+	$(PYTEST) -m soak
+	for i in $$(seq $(or $(COUNT),20)); do $(PYTEST) -q -x -m "not engine and not ray and not gpu and not soak" tests/unit tests/gateway tests/engine || exit 1; done
 
 lint: install ## ruff, mypy, import rules
 	.venv/bin/ruff check .

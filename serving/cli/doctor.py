@@ -632,7 +632,7 @@ def _owners(m: Machine, inodes: set[str]) -> dict[str, _Holder]:
             if link.startswith("socket:[") and link[8:-1] in inodes:
                 name = (m.read(f"/proc/{pid}/comm") or "?").strip()
                 marks = (m.read(f"/proc/{pid}/cgroup") or "") + (m.read(f"/proc/{pid}/environ") or "")
-                found[link[8:-1]] = _Holder(int(pid), name, "steelyard-" in marks or "STEELYARD_" in marks)
+                found[link[8:-1]] = _Holder(int(pid), name, "steelyard-" in marks or "STEELYARD_STATE_DIR=" in marks)
     return found
 
 

@@ -144,4 +144,4 @@ def test_secrets_go_over_stdin_and_only_where_they_differ():
     place.write_secrets(fake, {"ray-token": "s3cret", "cluster-secret": "same"}, {"cluster-secret": "same"})  # type: ignore[arg-type]
     assert [stdin for _, stdin in ran] == ["s3cret", None]
     assert not [command for command, _ in ran if "s3cret" in command or "same" in command]
-    assert ran[0][0].startswith("umask 077 && cat > ")
+    assert ran[0][0].startswith("runuser -u steelyard -- sh -c 'umask 077 && cat > ")

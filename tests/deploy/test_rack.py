@@ -232,6 +232,7 @@ def test_removing_one_worker_leaves_nothing_on_it_and_the_others_serving(rack: R
     assert ask(rack.machines[1], key_of(rack), "sim").status_code == 200
 
 
+@pytest.mark.soak
 def test_an_upgrade_goes_machine_by_machine_and_refuses_no_request(rack: Rack):
     inventory = f"INVENTORY={rack.inventory(workers=2)}"
     (rack.folder / "models" / "tiny.yaml").unlink()  # the simulated model alone from here on: it starts in a second

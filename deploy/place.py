@@ -215,7 +215,9 @@ def settings(target: Target, inventory: Inventory, catalog: Catalog) -> str:
         group = layout.USER if path == layout.ENVIRONMENT else "root"
         put = io.StringIO(text)
         changed.append(target.do(path, files.put, put, path, user="root", group=group, mode=modes.get(path, "0644")))
-    stale = target.ask(f"systemctl show --property NeedDaemonReload --value {target.unit}").text == "yes"  # of a run cut short
+    stale = (
+        target.ask(f"systemctl show --property NeedDaemonReload --value {target.unit}").text == "yes"
+    )  # of a run cut short
     if changed[1] or changed[2] or stale:
         target.do("systemd reads its units", systemd.daemon_reload)
     # Where weights are mounted is for the next boot; it restarts nothing.

@@ -115,7 +115,7 @@ spec:
   initContainers:
     - name: fetch-weights
       image: {{ $store.image }}
-      # Copies what is missing or differs, never deletes: several pods may share the cache.
+      # Copies what is missing, never changes or deletes: several pods may share the cache. A replaced object is an error.
       args: [copy, {{ $store.source | quote }}, {{ $root.Values.weights.mountPath }}, --immutable, --transfers=8, --multi-thread-streams=8, --stats=30s, --stats-one-line]
       env:
         - {name: RCLONE_CONFIG, value: /tmp/rclone.conf}

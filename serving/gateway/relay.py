@@ -277,11 +277,12 @@ class Reply:
 
     def chunk(self, data: bytes, start: int, end: int) -> None:
         sink, scan = self._sink, self.scan
-        if sink is not None and scan is not None and not (scan.complete or scan.died or self._fault):
-            if scan.is_token(data, start, end) and sink.chunk(data):
-                scan.events += 1
-                return
-        self.received(data[start:end])
+        if sink is None or scan is None or scan.complete or scan.died or self._fault is not None:
+            self.received(data[start:end])
+        elif scan.is_token(data, start, end) and sink.chunk(data):
+            scan.events += 1
+        else:
+            self.received(data[start:end])
 
     def ended(self, error: str | None) -> None:
         self._ended, self.error = True, error

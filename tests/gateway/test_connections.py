@@ -247,27 +247,3 @@ def _still(count: Callable[[], int], looks: int = 25) -> Callable[[], bool]:
         return len(seen) > looks and seen[-1] > 0 and len(set(seen[-looks:])) == 1
 
     return look
-
-
-async def test_a_client_that_knows_no_chunks_gets_the_events_alone(front: Front) -> None:
-    event = b'data: {"id":"c","choices":[{"delta":{"content":"a"},"finish_reason":null}]}\n\n'
-
-    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await request(reader)
-        writer.write(STREAM)
-        for _ in range(3):
-            writer.write(chunk(event))
-            await writer.drain()
-        writer.write(chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
-
-    async with wire(front, play):
-        body = json.dumps(chat(stream=True)).encode()
-        reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
-        writer.write(
-            b"POST %b HTTP/1.0\r\nauthorization: Bearer %b\r\ncontent-length: %d\r\n\r\n%b"
-            % (CHAT.encode(), front.keys.all.encode(), len(body), body)
-        )
-        head, _, said_ = (await reader.read()).partition(b"\r\n\r\n")
-        writer.close()
-    assert head.startswith(b"HTTP/1.1 200")
-    assert said_ == event * 3 + b"data: [DONE]\n\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from unittest import mock
 
 from hypothesis import example, given
@@ -57,7 +58,7 @@ def fed(reads: list[bytes]) -> Taken:
 
 def cut(data: bytes, at: list[int]) -> list[bytes]:
     places = [0, *sorted({a % len(data) for a in at} - {0}), len(data)]
-    return [data[a:b] for a, b in zip(places, places[1:], strict=False)]
+    return [data[a:b] for a, b in itertools.pairwise(places)]
 
 
 # Pieces that look like framing, and one that is longer than any size looked up.

@@ -169,6 +169,8 @@ def environment(target: Target, inventory: Inventory) -> str:
         values["STEELYARD_NODE_LABELS"] = ",".join(f"{k}={v}" for k, v in sorted(machine.labels.items()))
     if serve.redis and target.role == "head":
         values |= {"STEELYARD_REDIS": serve.redis, "STEELYARD_REDIS_USERNAME": serve.redis_username}
+        if serve.cluster_name:
+            values["STEELYARD_CLUSTER_NAME"] = serve.cluster_name
         if serve.redis_password:
             values["STEELYARD_REDIS_PASSWORD_FILE"] = f"{layout.STATE}/redis-password"
     # In quotes, so that systemd and sh read the same.

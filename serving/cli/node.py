@@ -219,6 +219,8 @@ def _ray_settings(settings: Settings) -> dict[str, str]:
         store = settings.state_dir / "gcs"
         store.mkdir(mode=0o700, exist_ok=True)
         found |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(store)}
+    elif settings.node_role == "head":  # Ray's own default is one name for all
+        found["RAY_external_storage_namespace"] = settings.redis_namespace()
     return found
 
 

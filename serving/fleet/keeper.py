@@ -32,9 +32,9 @@ async def keep_for_ever() -> None:
     while True:
         try:
             nodes = await asyncio.to_thread(staying_nodes)
-            if nodes != seen or loop.time() - checked > SERVE_CHECK_EVERY_S:
-                if await _set_gateways(nodes):
-                    seen, checked = nodes, loop.time()
+            due = nodes != seen or loop.time() - checked > SERVE_CHECK_EVERY_S
+            if due and await _set_gateways(nodes):
+                seen, checked = nodes, loop.time()
             troubled = False
         except asyncio.CancelledError:
             raise

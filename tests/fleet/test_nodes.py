@@ -414,43 +414,49 @@ def run(node: Node, env: dict[str, str]) -> str:
     return told
 
 
-@pytest.mark.soak
-def test_a_node_whose_link_fails_is_left_out_and_comes_back(nodes: Cluster) -> None:
-    """Its processes run on and hear nothing. What is not on it goes on as before; what is ends with an error or waits."""
-    head, (other, victim) = nodes.head, nodes.workers
-    models = head.host.inside(CATALOG)
+@pytest.fixture
+def far(nodes: Cluster) -> Iterator[Node]:
+    """A worker that alone may run the model `far`, while `near` runs on the other alone."""
+    models = nodes.head.host.inside(CATALOG)
     for name, rack in ("near", "0"), ("far", "1"):
         model_file(models, name, {"a": {"max-num-seqs": 8, "sim-itl-ms": ITL_MS}})
         spec = yaml.safe_load((models / f"{name}.yaml").read_text())
         (models / f"{name}.yaml").write_text(yaml.safe_dump(spec | {"placement": {"labels": {"rack": rack}}}))
-    head.cli("up")
+    nodes.head.cli("up")
+    yield nodes.workers[1]
+    for name in ("near", "far"):
+        (models / f"{name}.yaml").unlink()
+    nodes.head.cli("up")
+
+
+@pytest.mark.soak
+def test_a_node_whose_link_fails_is_left_out_and_comes_back(nodes: Cluster, far: Node) -> None:
+    """Its processes run on and hear nothing. What is not on it goes on as before; what is ends with an error or waits."""
+    head, other = nodes.head, nodes.workers[0]
     before = engines(nodes)
-    assert {at for id, (at, _) in before.items() if id.startswith("far@")} == {victim.host.address}
+    assert {at for id, (at, _) in before.items() if id.startswith("far@")} == {far.host.address}
 
     asking = Asking(nodes, [head, other], "near")
     stream = Stream(nodes, head, 60_000 // ITL_MS, model="far")
     asking.start()
-    victim.host.unplug()
+    far.host.unplug()
     try:
-        until(lambda: victim.host.address not in serving(nodes), "its engines left the table", 10)
-        until(lambda: victim.host.address not in gateways(nodes), "its gateway left the table", 10)
+        until(lambda: far.host.address not in serving(nodes), "its engines left the table", 10)
+        until(lambda: far.host.address not in gateways(nodes), "its gateway left the table", 10)
         stream.join(20)
         assert not stream.is_alive(), "it ended"
         last = json.loads(stream.lines[-1].removeprefix("data: "))
         assert last["error"]["code"] == "engine_error" and "data: [DONE]" not in stream.lines
         held = Held(nodes, head, "far")
     finally:
-        victim.host.plug()
-    until(lambda: answers(victim), "its own gateway is ready again", 60)
+        far.host.plug()
+    until(lambda: answers(far), "its own gateway is ready again", 60)
     assert held.answer().status_code == 200, "a request waited for it"
     until(lambda: engines(nodes) == before, "the same engines serve on", 60)
     until(lambda: len(gateways(nodes)) == 3, "so do the gateways", 30)
     asking.end()
     for node in nodes.nodes:
         assert nodes.chat(node, "far").status_code == 200
-    for name in ("near", "far"):
-        (models / f"{name}.yaml").unlink()
-    head.cli("up")
 
 
 @pytest.mark.soak

@@ -19,7 +19,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  variables: PORT, MODELS, PROFILE (cpu, gpu, sim), HOST_ADDRESS, PYTHON, INVENTORY"
 
-install: ## make .venv from the lock file
+install: ## make .venv from the lock files, with what tests and checks need
 	@$(INSTALL)
 
 serve: install ## serve the catalog on 127.0.0.1:8000 in the foreground; Ctrl-C stops everything
@@ -84,13 +84,19 @@ deploy-upgrade: ## machine by machine to this checkout: INVENTORY=FILE [DRY_RUN=
 deploy-remove: ## leave nothing behind: INVENTORY=FILE [LIMIT=host,...] [YES=1] [DRY_RUN=1]
 	@$(DEPLOY) remove $(FLAGS) $(if $(LIMIT),--limit $(LIMIT)) $(if $(filter 1 yes true,$(YES)),--yes) $(INVENTORY)
 
-wheelhouse: ## the lock file's wheels for racks without an index: DIR=FOLDER PROFILE=gpu
+wheelhouse: ## the runtime's wheels for racks without an index: DIR=FOLDER PROFILE=gpu
 	@$(PYTHON) tools/install.py $(or $(PROFILE),gpu) --download $(or $(DIR),wheelhouse)
 
+# Runtime first; then what tests and checks need beside it, and whether that goes with the GPU machines' versions too.
+UV_COMPILE = uv pip compile -q --python-version 3.11 --generate-hashes --no-annotate --no-header
+UV_CPU = --extra cpu --override requirements/overrides.txt
+UV_GPU = --extra gpu --python-platform x86_64-manylinux_2_28
 lock: ## resolve pyproject.toml again into requirements/*.lock (needs uv)
-	uv pip compile -q pyproject.toml --extra cpu --extra dev --python-version 3.11 --override requirements/overrides.txt --generate-hashes --no-annotate --no-header -o requirements/cpu.lock
-	uv pip compile -q pyproject.toml --extra gpu --extra dev --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate --no-header -o requirements/gpu.lock
-	uv pip compile -q requirements/deploy.in --python-version 3.11 --generate-hashes --no-annotate --no-header -o requirements/deploy.lock
+	$(UV_COMPILE) pyproject.toml $(UV_CPU) -o requirements/cpu.lock
+	$(UV_COMPILE) pyproject.toml $(UV_GPU) -o requirements/gpu.lock
+	$(UV_COMPILE) pyproject.toml $(UV_CPU) --extra dev -c requirements/cpu.lock $$(sed -n 's/^\([A-Za-z0-9._-]*\)==.*/--no-emit-package \1/p' requirements/cpu.lock) -o requirements/dev.lock
+	$(UV_COMPILE) pyproject.toml $(UV_GPU) --extra dev -c requirements/gpu.lock -c requirements/dev.lock >/dev/null
+	$(UV_COMPILE) requirements/deploy.in -o requirements/deploy.lock
 
 clean: ## remove .venv and caches; keeps keys and logs
 	rm -rf .venv .venv-deploy .pytest_cache .mypy_cache .ruff_cache

@@ -116,6 +116,7 @@ class Serve(Spec):
     ready_timeout_s: int = Field(1800, ge=10, le=86400)  # longest wait for every model
     drain_s: int = Field(45, ge=0, le=3600)  # a stopping machine's requests in progress get so long
     redis: str | None = None  # HOST:PORT: the control store lives there instead of on the head's disk
+    cluster_name: str = ""  # keeps clusters of one Redis apart; by default a digest of the cluster secret
     redis_username: str = ""
     redis_password: Path | None = None  # file on this machine
 
@@ -130,8 +131,10 @@ class Serve(Spec):
     def _redis(self) -> Self:
         if self.redis is not None and not re.fullmatch(r"[A-Za-z0-9.\[\]:-]+:[0-9]{1,5}", self.redis):
             raise ValueError(f"redis {self.redis!r} is no HOST:PORT")
-        if self.redis is None and (self.redis_username or self.redis_password):
-            raise ValueError("redis_username and redis_password need `redis`")
+        if self.redis is None and (self.redis_username or self.redis_password or self.cluster_name):
+            raise ValueError("redis_username, redis_password and cluster_name need `redis`")
+        if not re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]{0,62})?", self.cluster_name):
+            raise ValueError(f"cluster_name {self.cluster_name!r}: letters, digits, dots, dashes; at most 63")
         if self.redis_password is not None and not self.redis_password.is_file():
             raise ValueError(f"redis_password {self.redis_password}: no such file")
         if not re.fullmatch(r"[A-Za-z0-9._-]*", self.redis_username):

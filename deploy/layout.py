@@ -14,6 +14,7 @@ CURRENT = f"{OPT}/current"  # -> releases/<hash>
 VENV = f"{OPT}/venv"  # -> runtimes/<hash>, or the one that was there already
 COMMAND = "/usr/local/bin/steelyard"
 UNITS = "/etc/systemd/system"
+UVM = "steelyard-uvm.service"  # beside either role's unit, which starts it
 RUNNING = f"{ETC}/running"  # digest of what the running unit was started with
 APPLIED = f"{ETC}/applied"  # digest of the catalog that was applied last
 SECRETS = ("cluster-secret", "ray-token")  # in STATE, the same on every machine

@@ -169,6 +169,8 @@ def environment(target: Target, inventory: Inventory) -> str:
         values["STEELYARD_NODE_LABELS"] = ",".join(f"{k}={v}" for k, v in sorted(machine.labels.items()))
     if serve.redis and target.role == "head":
         values |= {"STEELYARD_REDIS": serve.redis, "STEELYARD_REDIS_USERNAME": serve.redis_username}
+        if serve.cluster_name:
+            values["STEELYARD_CLUSTER_NAME"] = serve.cluster_name
         if serve.redis_password:
             values["STEELYARD_REDIS_PASSWORD_FILE"] = f"{layout.STATE}/redis-password"
     # In quotes, so that systemd and sh read the same.
@@ -207,18 +209,20 @@ def settings(target: Target, inventory: Inventory, catalog: Catalog) -> str:
         layout.ENVIRONMENT: environment(target, inventory),
         f"{layout.UNITS}/{target.unit}": unit_text(target),
         f"{layout.UNITS}/{target.unit}.d/deploy.conf": drop_in(catalog, inventory, int(version[1]) if version else 0),
+        f"{layout.UNITS}/{layout.UVM}": (UNIT_FILES / layout.UVM).read_text(),
         layout.COMMAND: (ROOT / "deploy" / "steelyard.sh").read_text(),
     }
     modes = {layout.ENVIRONMENT: "0640", layout.COMMAND: "0755"}
-    changed = []
+    changed = set()
     for path, text in texts.items():
         group = layout.USER if path == layout.ENVIRONMENT else "root"
         put = io.StringIO(text)
-        changed.append(target.do(path, files.put, put, path, user="root", group=group, mode=modes.get(path, "0644")))
+        if target.do(path, files.put, put, path, user="root", group=group, mode=modes.get(path, "0644")):
+            changed.add(path)
     stale = (
         target.ask(f"systemctl show --property NeedDaemonReload --value {target.unit}").text == "yes"
     )  # of a run cut short
-    if changed[1] or changed[2] or stale:
+    if stale or any(path.startswith(layout.UNITS) for path in changed):
         target.do("systemd reads its units", systemd.daemon_reload)
     # Where weights are mounted is for the next boot; it restarts nothing.
     return hashlib.sha256(

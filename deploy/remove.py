@@ -13,6 +13,8 @@ def remove(target: Target) -> None:
     names = sorted({u.removeprefix(f"{layout.UNITS}/").removesuffix(".d") for u in units})
     for name in names:
         target.run(f"{name} drains and stops", f"systemctl disable --now {name}", timeout_s=3900)
+    if target.ask(f"test -e {layout.UNITS}/{layout.UVM}").ok:
+        units.append(f"{layout.UNITS}/{layout.UVM}")  # it has no process, and the driver stays as it is
     if units:
         target.run("units removed", f"rm -rf {' '.join(units)} && systemctl daemon-reload")
         target.ask(f"systemctl reset-failed {' '.join(names)} 2>/dev/null || true")

@@ -6,6 +6,7 @@ few variables that the engine's supervisor sets for them: they may import the st
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -50,6 +51,11 @@ class Settings(BaseSettings):
     redis: str | None = Field(
         None, description="keep the control store in this Redis (HOST:PORT), not in STATE_DIR/gcs"
     )
+    cluster_name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$",
+        description="keeps clusters of one Redis apart; by default a digest of the cluster secret",
+    )
     redis_username: str = Field("", description="of that Redis")
     redis_password_file: Path | None = Field(None, description="file holding the password of that Redis (mode 0600)")
 
@@ -90,6 +96,13 @@ class Settings(BaseSettings):
         if self.cluster_secret is not None:
             return self.cluster_secret.get_secret_value()
         return read_private(self.secret_file, "the cluster secret", "run `steelyard up`")
+
+    def redis_namespace(self) -> str:
+        """Under which name the control store lies in an external Redis: the same for a head that moved to another machine,
+        another for every other cluster."""
+        if self.cluster_name is not None:
+            return self.cluster_name
+        return hashlib.sha256(b"steelyard control store " + self.secret().encode()).hexdigest()[:16]
 
     def redis_password(self) -> str:
         """The password of the external Redis; empty without a file."""

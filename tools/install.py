@@ -1,9 +1,10 @@
-"""Makes `.venv/` from a lock file: names, versions and hashes, no resolver. Standard library only.
+"""Makes `.venv/` from lock files: names, versions and hashes, no resolver. Standard library only.
 
-Resumable: what is installed at its locked version is skipped, and pip keeps finished downloads. A stamp makes the next call
-return at once. `python3 tools/install.py [cpu|gpu|sim|deploy]`; without an argument, gpu when the driver's device file exists.
-`deploy` makes the small `.venv-deploy/` of a machine that only deploys. On the machines of a cluster the deploy calls it with
-`--runtime-only` (the dependencies; the source comes with each release), and with `--wheelhouse` where there is no package index.
+`cpu.lock` and `gpu.lock` hold what serving needs, `dev.lock` what tests and checks need beside either. Resumable: what is
+installed at its locked version is skipped, and pip keeps finished downloads. A stamp makes the next call return at once.
+`python3 tools/install.py [cpu|gpu|sim|deploy]`; without an argument, gpu when the driver's device file exists. `deploy` makes
+the small `.venv-deploy/` of a machine that only deploys. On the machines of a cluster the deploy calls it with
+`--runtime-only` (what serving needs; the source comes with each release), and with `--wheelhouse` where there is no index.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 LOCKS = {"cpu": "cpu.lock", "sim": "cpu.lock", "gpu": "gpu.lock", "deploy": "deploy.lock"}
+DEV_LOCK = "dev.lock"
 WHEELHOUSE: Path | None = None
 BATCH = 40
 # The one package whose CPU build is not on PyPI: where the configured sources lack it, PyTorch's own index has it.
@@ -33,7 +35,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Makes the environment from a lock file.")
     parser.add_argument("profile", nargs="?", help="cpu, gpu, sim or deploy")
     parser.add_argument("--venv", type=Path, help="where; default .venv")
-    parser.add_argument("--runtime-only", action="store_true", help="the dependencies alone")
+    parser.add_argument(
+        "--runtime-only",
+        action="store_true",
+        help="what serving needs, without the source and without what tests and checks need",
+    )
     parser.add_argument("--wheelhouse", type=Path, help="take wheels from this folder, never from an index")
     parser.add_argument(
         "--download", type=Path, metavar="DIR", help="fill DIR with the lock file's wheels; install nothing"
@@ -59,17 +65,23 @@ def main() -> int:
     if given.download is not None:
         return download(lock, given.download)
     alone = given.runtime_only or profile == "deploy"
-    wanted = hashlib.sha256(lock.read_bytes() + (b"" if alone else (ROOT / "pyproject.toml").read_bytes())).hexdigest()
+    dev_lock = ROOT / "requirements" / DEV_LOCK
+    sources = [lock] if alone else [lock, dev_lock, ROOT / "pyproject.toml"]
+    wanted = hashlib.sha256(b"".join(f.read_bytes() for f in sources)).hexdigest()
     stamp = VENV / ".steelyard-install"
     if stamp.exists() and stamp.read_text() == wanted:
         return 0
     entries = read_lock(lock)
+    if not alone:
+        runtime = {name for name, _, _ in entries}
+        entries += [e for e in read_lock(dev_lock) if e[0] not in runtime]
     if not PYTHON.exists():
         say(f"creating {VENV.name}")
         venv.create(VENV, with_pip=True)
     have = installed()
     missing = [e for e in entries if have.get(e[0]) != e[1]]
-    say(f"{len(entries)} packages in {lock.name}, {len(entries) - len(missing)} already there")
+    named = lock.name if alone else f"{lock.name} and {DEV_LOCK}"
+    say(f"{len(entries)} packages in {named}, {len(entries) - len(missing)} already there")
     for start in range(0, len(missing), BATCH):
         batch = missing[start : start + BATCH]
         say(f"installing {start + 1}-{start + len(batch)} of {len(missing)}: {batch[0][0]} ... {batch[-1][0]}")

@@ -188,7 +188,7 @@ def app_statuses() -> dict[str, tuple[str, str]]:
 
 
 def nodes() -> list[dict[str, Any]]:
-    """Every node that is alive, the head first: its address, role, and GPUs."""
+    """Every node that is alive, the head first: its address, role, GPUs, and Ray's id of it."""
     import ray
     from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 
@@ -197,6 +197,7 @@ def nodes() -> list[dict[str, Any]]:
             "node": n["NodeManagerAddress"],
             "role": "head" if HEAD_NODE_RESOURCE_NAME in n["Resources"] else "worker",
             "gpus": n["Resources"].get("GPU", 0.0),
+            "node_id": n["NodeID"],
         }
         for n in ray.nodes()
         if n["Alive"]

@@ -257,7 +257,7 @@ def check_python(w: Wanted, m: Machine) -> list[Finding]:
     if not facts["venv"]:
         return [Finding("python", FAIL, f"{w.python} cannot make environments (no venv or ensurepip)", fix)]
     found = [Finding("python", OK, f"{w.python} is {dotted(have)}")]
-    if is_gpu(w, m):
+    if is_gpu(w, m) and not _head_without_engines(w, m):
         # Triton and FlashInfer compile small C files on first use; without these an engine dies at its first token.
         lacking = [] if any(m.which(c) for c in ("cc", "gcc", "clang")) else ["C compiler"]
         lacking += [] if facts["header"] else ["Python.h"]
@@ -323,6 +323,11 @@ def is_gpu(w: Wanted, m: Machine) -> bool:
     return w.profile == "gpu" or (not w.profile and bool(cards(m) or m.exists("/proc/driver/nvidia/version")))
 
 
+def _head_without_engines(w: Wanted, m: Machine) -> bool:
+    """A head of a cluster with GPUs that has none itself: nothing is compiled or computed there."""
+    return w.role == "head" and not cards(m)
+
+
 _GPU_FIELDS = (
     "index",
     "name",
@@ -345,7 +350,7 @@ def check_gpus(w: Wanted, m: Machine) -> list[Finding]:
     install = f"install NVIDIA driver {dotted(DRIVER)} or newer ({DRIVER_WHY})"
     if done is None or done[0] != 0:
         said = "nvidia-smi is not there" if done is None else f"nvidia-smi: {_last_line(done[1])}"
-        if w.role == "head" and not cards(m):
+        if _head_without_engines(w, m):
             return [
                 Finding("gpu", WARN, f"{said}: this head has no GPU and runs no engine", "fine for a head without GPUs")
             ]
@@ -372,9 +377,12 @@ def check_gpus(w: Wanted, m: Machine) -> list[Finding]:
     found += _remapped(m) + _xids(m)
     found += _nvlink(m, len(gpus)) + _fabric(m)
     if not m.exists("/dev/nvidia-uvm"):
-        fix = "`nvidia-modprobe -u`, and at boot: `echo nvidia-uvm > /etc/modules-load.d/nvidia-uvm.conf`"
-        # The units may not load modules, and their device policy is set up when they start.
-        found.append(Finding("uvm", FAIL, "/dev/nvidia-uvm is not there: CUDA cannot start inside the unit", fix))
+        # The units may not load modules; steelyard-uvm.service does it before them, with this program of the driver's.
+        if m.exists("/usr/bin/nvidia-modprobe"):
+            found.append(Finding("uvm", OK, "/dev/nvidia-uvm is not there yet: steelyard-uvm.service makes it"))
+        else:
+            told = "neither /dev/nvidia-uvm nor /usr/bin/nvidia-modprobe is there: CUDA cannot start inside the unit"
+            found.append(Finding("uvm", FAIL, told, "`apt-get install nvidia-modprobe`, in the driver's own version"))
     return found
 
 

@@ -1,4 +1,5 @@
 """`steelyard node head` and `steelyard node worker`: this machine's part of a cluster, in the foreground, for a unit.
+`steelyard node drain`: the same end for a node that something else starts and stops, as Kubernetes does.
 
 The main process starts Ray's processes as its children and watches them; it is no part of Ray itself, so the control store
 may go away and come back without it. `_run` is the summary. Ends:
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -107,6 +108,42 @@ def _run(settings: Settings, say: Say, start: Callable[[Settings, str, Profile, 
     say("stopped")
 
 
+def drain(settings: Settings, say: Say, *, within_s: float, accept_for_s: float = 0.0) -> None:
+    """Before whoever started this node's Ray stops it: requests in progress finish, others go elsewhere; returns when nothing
+    of ours is left here or `within_s` has passed. Until `accept_for_s` (at most half of that) this node takes new
+    requests too: balancers hear of its end no sooner. Raises OperatorError on a node that a unit or `up` started."""
+    if settings.ray_address is None:
+        raise OperatorError(
+            "this node was not started by Kubernetes: what started it drains it",
+            "`systemctl stop` its unit, or `steelyard down` where one node is the whole stack",
+        )
+    deadline = time.monotonic() + within_s
+    accept_until = time.monotonic() + min(accept_for_s, within_s / 2)
+
+    def left_s(until: float = deadline) -> float:
+        return max(0.0, until - time.monotonic())
+
+    try:
+        with cluster.joined(settings):
+            import ray
+            from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+            here, store = ray.get_runtime_context().get_node_id(), ray.get_runtime_context().gcs_address
+            is_head = any(n["node_id"] == here and n["role"] == "head" for n in cluster.nodes())
+            time.sleep(left_s(accept_until))
+            if is_head:
+                say(f"the head drains its own gateways and engines, for at most {left_s():.0f} s")
+                _shut_replicas_of(here, left_s())
+        if not is_head:  # outside: this process is no part of the node that is to become empty
+            say(f"this node drains, for at most {left_s():.0f} s")
+            client = GcsClient(address=store)
+            _leave(client, here, left_s(), lambda: not client.check_alive([ray.NodeID.from_hex(here)], timeout=5)[0])
+    except Exception as e:  # Ray's own errors are many: without its head nobody can be told
+        say(f"the cluster cannot be told: {one_line(e)}; requests in progress here get the rest of the time")
+        time.sleep(left_s())
+    say("drained" if left_s() else "the time is over; what is left ends with this node")
+
+
 # -- start ---------------------------------------------------------------------------------------------------------
 
 
@@ -182,6 +219,8 @@ def _ray_settings(settings: Settings) -> dict[str, str]:
         store = settings.state_dir / "gcs"
         store.mkdir(mode=0o700, exist_ok=True)
         found |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(store)}
+    elif settings.node_role == "head":  # Ray's own default is one name for all
+        found["RAY_external_storage_namespace"] = settings.redis_namespace()
     return found
 
 
@@ -367,21 +406,23 @@ def _drain(node: Any, settings: Settings, say: Say) -> None:
         return
     try:
         if settings.node_role == "head":
-            _drain_own_replicas(node, settings)
+            with cluster.joined(settings):
+                _shut_replicas_of(node.node_id, settings.node_drain_s)
         else:
-            _leave(node, settings.node_drain_s)
+            client = node.get_gcs_client()
+            _leave(client, node.node_id, settings.node_drain_s, lambda: bool(node.dead_processes()))
     except Exception as e:
         say(f"stopping without a drain: {one_line(e)}")
 
 
-def _leave(node: Any, bound_s: float) -> None:
+def _leave(client: Any, node_id: str, bound_s: float, gone: Callable[[], bool]) -> None:
     """Tells the head that this node goes: Serve starts its replicas elsewhere where there is room, drains these, and Ray
     ends the node when the last is gone."""
     from ray.core.generated import autoscaler_pb2
 
     deadline = time.time() + bound_s
-    accepted, why = node.get_gcs_client().drain_node(
-        node.node_id,
+    accepted, why = client.drain_node(
+        node_id,
         autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION,
         "steelyard stops this node",
         int(deadline * 1000),
@@ -389,31 +430,30 @@ def _leave(node: Any, bound_s: float) -> None:
     )
     if not accepted:
         raise ClusterError(f"Ray refuses to drain this node: {why}")
-    while time.time() < deadline and not node.dead_processes():
+    while time.time() < deadline and not gone():
         time.sleep(0.1)
 
 
-def _drain_own_replicas(node: Any, settings: Settings) -> None:
-    """The head's own gateways and engines: Serve cannot drain them, its controller goes with this node."""
+def _shut_replicas_of(node_id: str, bound_s: float) -> None:
+    """The head's own gateways and engines: Serve cannot drain them, its controller goes with this node. Ray is joined."""
     import ray
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
-    with cluster.joined(settings):
-        try:
-            controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-        except ValueError:
-            return
-        details = ray.get(controller.get_serve_instance_details.remote(), timeout=5)
-        calls = []
-        for app in details["applications"].values():
-            for deployment in app["deployments"].values():
-                for replica in deployment["replicas"]:
-                    if replica["node_id"] == node.node_id:
-                        with contextlib.suppress(ValueError):  # it has just ended
-                            actor = ray.get_actor(replica["actor_name"], namespace=SERVE_NAMESPACE)
-                            calls.append(actor.perform_graceful_shutdown.remote())
-        if calls:
-            ray.wait(calls, num_returns=len(calls), timeout=settings.node_drain_s)
+    try:
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return
+    details = ray.get(controller.get_serve_instance_details.remote(), timeout=5)
+    calls = []
+    for app in details["applications"].values():
+        for deployment in app["deployments"].values():
+            for replica in deployment["replicas"]:
+                if replica["node_id"] == node_id:
+                    with contextlib.suppress(ValueError):  # it has just ended
+                        actor = ray.get_actor(replica["actor_name"], namespace=SERVE_NAMESPACE)
+                        calls.append(actor.perform_graceful_shutdown.remote())
+    if calls:
+        ray.wait(calls, num_returns=len(calls), timeout=bound_s)
 
 
 def _interrupt(*_: object) -> None:
@@ -441,7 +481,7 @@ def _why(e: BaseException, temp: str) -> str:
 
 # -- commands ----------------------------------------------------------------------------------------------------------
 
-app = typer.Typer(help="This machine as a node of a cluster; for units.", no_args_is_help=True)
+app = typer.Typer(help="This machine as a node of a cluster; for units and pods.", no_args_is_help=True)
 
 
 def _say(line: str) -> None:
@@ -473,3 +513,21 @@ def worker() -> None:
 
     with _one_line_errors():
         run_worker(load_settings(), _say)
+
+
+@app.command("drain")
+def drain_(
+    within: Annotated[
+        float | None, typer.Option(min=0, help="Seconds for all of it; by default STEELYARD_NODE_DRAIN_S.")
+    ] = None,
+    accept_for: Annotated[
+        float, typer.Option(min=0, help="Seconds at first in which new requests are still taken: balancers are slow.")
+    ] = 0,
+) -> None:
+    """Empty this node before its pod ends: for the preStop hook of the Helm chart."""
+    from serving.settings import load_settings
+
+    with _one_line_errors():
+        settings = load_settings()
+        bound = settings.node_drain_s if within is None else within
+        drain(settings, _say, within_s=bound, accept_for_s=accept_for)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from serving.fleet.endpoint import GATEWAY_APP, GATEWAY_DEPLOYMENT
@@ -26,13 +27,13 @@ def wanted(nodes: int, per_node: int) -> int:
 
 async def keep_for_ever() -> None:
     """Keeps the number of gateways at so many per node that is alive and not leaving."""
-    seen, checked, troubled = -1, float("-inf"), False
+    seen, checked, troubled = frozenset[str](), float("-inf"), False
     loop = asyncio.get_running_loop()
     while True:
         try:
             nodes = await asyncio.to_thread(staying_nodes)
-            if nodes != seen or loop.time() - checked > SERVE_CHECK_EVERY_S:
-                await _set_gateways(nodes)
+            due = nodes != seen or loop.time() - checked > SERVE_CHECK_EVERY_S
+            if due and await _set_gateways(nodes):
                 seen, checked = nodes, loop.time()
             troubled = False
         except asyncio.CancelledError:
@@ -44,32 +45,45 @@ async def keep_for_ever() -> None:
         await asyncio.sleep(CHECK_EVERY_S)
 
 
-def staying_nodes() -> int:
+def staying_nodes() -> frozenset[str]:
     """Nodes that are alive and not being drained, as the control store knows them. Blocks."""
     import ray
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     client = GcsClient(address=ray.get_runtime_context().gcs_address)
     leaving = set(client.get_draining_nodes())
-    return sum(n["Alive"] and n["NodeID"] not in leaving for n in ray.nodes())
+    return frozenset(n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving)
 
 
-async def _set_gateways(nodes: int) -> None:
+def strays(replicas: Iterable[Mapping[str, Any]], staying: Collection[str]) -> list[str]:
+    """Gateways on nodes that do not stay which Serve still counts as running, or does not know yet where they are."""
+    counted = ("RUNNING", "UPDATING", "RECOVERING")
+    return [r["replica_id"] for r in replicas if r["state"] in counted and r["node_id"] not in staying]
+
+
+async def _set_gateways(nodes: frozenset[str]) -> bool:
+    """Whether Serve's number of gateways fits the nodes now; False when it must be asked again in a moment."""
     from ray.serve._private.common import DeploymentID
 
     controller = await asyncio.to_thread(_controller)
     if controller is None:
-        return
+        return True
     details: dict[str, Any] = await controller.get_serve_instance_details.remote()
     found = details["applications"].get(GATEWAY_APP, {}).get("deployments", {}).get(GATEWAY_DEPLOYMENT)
     if found is None:
-        return
+        return True
     per_node = found["deployment_config"].get("max_replicas_per_node") or 1
-    count = wanted(nodes, per_node)
-    if found["target_num_replicas"] != count:
-        log.info("%d nodes: %d gateways, %d before", nodes, count, found["target_num_replicas"])
+    count, before = wanted(len(nodes), per_node), found["target_num_replicas"]
+    if count < before and strays(found["replicas"], nodes):
+        # Serve notices a dead node's replicas later than Ray, at their next health check, and until then a smaller number
+        # stops the gateway on the node with the fewest replicas, which may be a live one. Once it has noticed, what it
+        # stops is the replacement that has no place.
+        return False
+    if count != before:
+        log.info("%d nodes: %d gateways, %d before", len(nodes), count, before)
         which = DeploymentID(name=GATEWAY_DEPLOYMENT, app_name=GATEWAY_APP)
         await controller.update_deployment_replicas.remote(which, count)
+    return True
 
 
 def _controller() -> Any | None:

@@ -335,28 +335,40 @@ class Engines:
         Raises Busy, or Broken for whatever another replica might do better. The engine's own refusals (4xx) are
         answers: they come back as a Reply.
         """
+        who = upstream.endpoint.id
         address, host = _address(upstream.endpoint.url)
-        try:
-            connection = self._pool.take(address) or await self._pool.connect(address)
-        except OSError as e:  # a TimeoutError is one
-            raise Broken(
-                "connect_error", f"{upstream.endpoint.id}: {e or 'timeout'}", killed=False, gone=True
-            ) from None
-        reply = Reply(connection, route, withhold_usage=withhold_usage)
         head = b"POST %b HTTP/1.1\r\nhost: %b\r\n%b%b\r\ncontent-length: %d\r\n\r\n" % (
             *(route.path.encode(), host, self._common),
             *(request_id.encode(), len(body)),
         )
-        connection.send(head, body, reply)
+        kept = self._pool.take(address)
+        if kept is not None:
+            reply = await _asked(kept, Reply(kept, route, withhold_usage=withhold_usage), head, body)
+            if reply.status != 0:
+                return _good(who, reply)
+        # A kept connection that ends without a byte says only that the engine closed it: an engine that still takes
+        # connections did not die of this request, and is asked once more.
         try:
-            await reply.begun()
-            return _good(upstream.endpoint.id, reply)
-        except BaseException:
-            reply.close()
-            raise
+            new = await self._pool.connect(address)
+        except OSError as e:  # a TimeoutError is one
+            if kept is not None:
+                raise Broken("died", f"{who}: {reply.error}, and it takes no other", killed=True, gone=True) from None
+            raise Broken("connect_error", f"{who}: {e or 'timeout'}", killed=False, gone=True) from None
+        return _good(who, await _asked(new, Reply(new, route, withhold_usage=withhold_usage), head, body))
 
     def close(self) -> None:
         self._pool.close()
+
+
+async def _asked(connection: Connection, reply: Reply, head: bytes, body: bytes) -> Reply:
+    """Sends the request on `connection`; the reply when it has begun, or ended before it did."""
+    connection.send(head, body, reply)
+    try:
+        await reply.begun()
+    except BaseException:
+        reply.close()
+        raise
+    return reply
 
 
 @lru_cache(maxsize=4096)
@@ -367,7 +379,15 @@ def _address(url: str) -> tuple[Address, bytes]:
 
 
 def _good(who: str, reply: Reply) -> Reply:
-    """The reply, if it is one that the client may have; raises Busy or Broken otherwise."""
+    """The reply, if it is one that the client may have; raises Busy or Broken otherwise, and it is closed."""
+    try:
+        return _judged(who, reply)
+    except (Busy, Broken):
+        reply.close()
+        raise
+
+
+def _judged(who: str, reply: Reply) -> Reply:
     if reply.status == 0:
         raise Broken("died", f"{who}: {reply.error}", killed=True, gone=True)
     scan = reply.scan

@@ -245,6 +245,8 @@ def test_cuda_needs_its_memory_device_before_the_unit_starts():
     m = eight_gpus()
     m.paths.remove("/dev/nvidia-uvm")
     assert of("uvm", doctor.check_gpus(worker(), m)).level == FAIL
+    m.paths.add("/usr/bin/nvidia-modprobe")
+    assert of("uvm", doctor.check_gpus(worker(), m)).level == OK
 
 
 @pytest.mark.parametrize(
@@ -295,6 +297,14 @@ def test_gpu_machines_need_a_compiler():
     m = eight_gpus()
     m.programs.remove("cc")
     assert "no C compiler" in of("compiler", doctor.check_python(worker(), m)).what
+
+
+def test_nothing_of_gpus_fails_a_head_that_has_none():
+    m, head = Told(), Wanted(role="head", profile="gpu")
+    m.programs.discard("cc")
+    m.answers["python3.11"] = (0, json.dumps({"version": [3, 11, 9], "venv": True, "header": False}))
+    assert not [f for f in doctor.check_python(head, m) + doctor.check_gpus(head, m) if f.level == FAIL]
+    assert "Python.h" in of("compiler", doctor.check_python(worker(profile="gpu"), m)).what
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,8 @@ def test_relative_paths_start_at_the_inventory(tmp_path: Path):
         ('head = "10.0.0.1"\nserve = {"environment": {"A": "$(id)"}}', "without quotes"),
         ('head = "10.0.0.1"\nserve = {"redis": "nowhere"}', "no HOST:PORT"),
         ('head = "10.0.0.1"\nserve = {"redis_password": "p"}', "need `redis`"),
+        ('head = "10.0.0.1"\nserve = {"cluster_name": "rack-7"}', "need `redis`"),
+        ('head = "10.0.0.1"\nserve = {"redis": "10.0.0.5:6379", "cluster_name": "a b"}', "cluster_name 'a b'"),
         ('head = "10.0.0.1"\nruntime = {"venv": "/home/me/venv"}', "which the units cannot see"),
         ('head = "10.0.0.1"\nruntime = {"venv": "relative"}', "an absolute path"),
         ('head = "10.0.0.1"\nruntime = {"wheelhouse": "none"}', "has no wheel"),

@@ -13,7 +13,9 @@ from serving.settings import Settings
 from tests.deploy.init import parse
 from tests.stack import ROOT
 
-UNITS = sorted((ROOT / "deploy" / "systemd").glob("*.service"))
+ALL = sorted((ROOT / "deploy" / "systemd").glob("*.service"))
+UNITS = [u for u in ALL if u.stem in ("steelyard-head", "steelyard-worker")]
+PROGRAMS = ("/opt/steelyard/venv/bin/python", "/usr/bin/nvidia-modprobe")
 needs_systemd = pytest.mark.skipif(
     shutil.which("systemd-analyze") is None, reason="there is no `systemd-analyze` (apt-get install systemd)"
 )
@@ -21,23 +23,26 @@ needs_systemd = pytest.mark.skipif(
 
 @pytest.fixture
 def unit(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """The unit as on a machine where its interpreter is there."""
-    text = request.param.read_text()
-    assert "ExecStart=/opt/steelyard/venv/bin/python " in text
-    copy = tmp_path / request.param.name
-    copy.write_text(text.replace("ExecStart=/opt/steelyard/venv/bin/python ", "ExecStart=/usr/bin/env "))
-    return copy
+    """The unit among the others, as on a machine where its program is there."""
+    for file in ALL:
+        text = file.read_text()
+        assert any(f"ExecStart={p} " in text for p in PROGRAMS)
+        for program in PROGRAMS:
+            text = text.replace(f"ExecStart={program} ", "ExecStart=/usr/bin/env ")
+        (tmp_path / file.name).write_text(text)
+    found: Path = tmp_path / request.param.name
+    return found
 
 
 @needs_systemd
-@pytest.mark.parametrize("unit", UNITS, indirect=True, ids=lambda p: p.name)
+@pytest.mark.parametrize("unit", ALL, indirect=True, ids=lambda p: p.name)
 def test_systemd_understands_every_line(unit: Path):
     done = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
 @needs_systemd
-@pytest.mark.parametrize("unit", UNITS, indirect=True, ids=lambda p: p.name)
+@pytest.mark.parametrize("unit", ALL, indirect=True, ids=lambda p: p.name)
 def test_exposure_is_low(unit: Path):
     argv = ["systemd-analyze", "security", "--offline=true", "--no-pager", unit]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
@@ -82,6 +87,21 @@ def test_gpus_pass_and_nothing_else_does():
         "remote-fs.target",
         "network-online.target",
     } <= {name for line in keys["After"] for name in line.split()}
+
+
+def test_unified_memory_is_there_before_the_unit_that_may_not_load_it():
+    """After a reboot nobody else loads it; where there is no card or no such program, nothing is tried and nothing fails."""
+    for unit in UNITS:
+        keys = found_in(unit.name)
+        for key in ("Wants", "After"):
+            assert "steelyard-uvm.service" in {name for line in keys[key] for name in line.split()}
+    keys = found_in("steelyard-uvm.service")
+    assert set(keys["Before"][0].split()) == {u.name for u in UNITS}
+    assert (keys["Type"], keys["RemainAfterExit"]) == (["oneshot"], ["yes"])
+    assert keys["ExecStart"] == ["/usr/bin/nvidia-modprobe -u -c0"]
+    assert keys["ConditionPathExists"] == ["/usr/bin/nvidia-modprobe"]
+    assert keys["ConditionPathExistsGlob"] == ["/sys/bus/pci/drivers/nvidia/*:*"]
+    assert "ProtectKernelModules" not in keys and "PrivateDevices" not in keys and "DevicePolicy" not in keys
 
 
 def test_the_stand_in_reads_a_unit_and_its_drop_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

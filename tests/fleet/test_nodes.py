@@ -9,8 +9,10 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -39,7 +41,10 @@ ITL_MS = 40  # of the slow model's streams
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A head and two workers with two models on them. Tests leave it whole."""
     with cluster(tmp_path_factory.mktemp("nodes")) as made:
-        for worker in [made.add().start(), made.add().start()]:
+        for rack, worker in enumerate([made.add(), made.add()]):
+            worker.env["STEELYARD_NODE_LABELS"] = f"rack={rack}"
+            worker.start()
+        for worker in made.workers:
             until(worker.up, "a worker is up", 60)
         models = made.head.host.inside(CATALOG)
         models.parent.mkdir()
@@ -81,6 +86,19 @@ def gateways(nodes: Cluster) -> list[str]:
     return sorted(g["node"] for g in nodes.status()["gateways"])
 
 
+def gateway_count(nodes: Cluster) -> int:
+    """How many gateways Serve is told to run."""
+    code = (
+        "from serving.cli import cluster; from serving.settings import load_settings\n"
+        "with cluster.joined(load_settings()):\n"
+        "    from ray import serve\n"
+        "    d = serve.context._get_global_client().get_serve_details()['applications']['gateway']['deployments']['gateway']\n"
+        "    print('count', d['target_num_replicas'])"
+    )
+    done = nodes.head.host.run(sys.executable, "-c", code, env=nodes.head.env, cwd=ROOT)
+    return int(done.stdout.split("count ")[1])
+
+
 class Asking(threading.Thread):
     """A client that asks some nodes again and again; `wrong` holds every answer but a good one."""
 
@@ -113,9 +131,9 @@ class Asking(threading.Thread):
 class Stream(threading.Thread):
     """One long answer of the slow model through one node."""
 
-    def __init__(self, nodes: Cluster, node: Node, tokens: int) -> None:
+    def __init__(self, nodes: Cluster, node: Node, tokens: int, model: str = "two") -> None:
         super().__init__(daemon=True)
-        self.nodes, self.node, self.tokens = nodes, node, tokens
+        self.nodes, self.node, self.tokens, self.model = nodes, node, tokens, model
         self.began = threading.Event()
         self.lines: list[str] = []
         self.start()
@@ -123,7 +141,7 @@ class Stream(threading.Thread):
 
     def run(self) -> None:
         body = {
-            "model": "two",
+            "model": self.model,
             "messages": [{"role": "user", "content": "x"}],
             "max_tokens": self.tokens,
             "ignore_eos": True,
@@ -140,6 +158,24 @@ class Stream(threading.Thread):
     def whole(self) -> bool:
         self.join(60)
         return self.lines[-1] == "data: [DONE]" and len(self.lines) > self.tokens and "error" not in "".join(self.lines)
+
+
+class Held(threading.Thread):
+    """One request that has to wait."""
+
+    def __init__(self, nodes: Cluster, node: Node, model: str) -> None:
+        super().__init__(daemon=True)
+        self.nodes, self.node, self.model = nodes, node, model
+        self.got: httpx.Response | None = None
+        self.start()
+
+    def run(self) -> None:
+        self.got = self.nodes.chat(self.node, self.model)
+
+    def answer(self) -> httpx.Response:
+        self.join(60)
+        assert self.got is not None
+        return self.got
 
 
 def test_any_node_answers_for_every_model(nodes: Cluster) -> None:
@@ -268,9 +304,10 @@ def test_a_node_that_joins_answers_soon_and_one_that_stops_ends_in_order(nodes: 
 
 
 def test_a_killed_worker_leaves_the_tables_and_the_others_serve_on(nodes: Cluster) -> None:
-    victim, other = nodes.workers
+    count = Counter(at for at, _ in engines(nodes).values())
+    other, victim = sorted(nodes.workers, key=lambda w: count[w.host.address])
     asking_after = Asking(nodes, [nodes.head, other], "one")
-    assert any(at == victim.host.address for at, _ in engines(nodes).values())
+    assert count[victim.host.address] > 0
     victim.kill()
     until(lambda: victim.host.address not in serving(nodes), "its engines are gone from the table", 15)
     until(lambda: answers(nodes.head) and answers(other), "both models are served by the other", 60)
@@ -284,15 +321,22 @@ def test_a_killed_worker_leaves_the_tables_and_the_others_serve_on(nodes: Cluste
 
 
 def test_a_node_whose_ray_dies_ends_with_a_sentence(nodes: Cluster) -> None:
-    victim = nodes.workers[1]
-    assert victim.main is not None
+    """Its raylet says goodbye, so that Ray knows of its end before Serve does: no other node's gateway may pay for it."""
+    count = Counter(at for at, _ in engines(nodes).values())
+    # The node with fewer replicas is the one whose gateway Serve would stop first, were it told to while it counts the dead.
+    _, victim = sorted(nodes.workers, key=lambda w: count[w.host.address])
+    survivors = {g["id"] for g in nodes.status()["gateways"] if g["node"] != victim.host.address}
+    assert victim.main is not None and len(survivors) == 2
     raylet = next(p for p in victim.host.pids() if Path(f"/proc/{p}/comm").read_text().strip() == "raylet")
     (victim.logs).write_text("")
-    os.kill(raylet, signal.SIGKILL)
+    os.kill(raylet, signal.SIGTERM)
     assert victim.main.wait(20) == 1
     errors = [line for line in victim.main.output().splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "raylet" in errors[0] and "Traceback" not in victim.main.output()
     assert not victim.host.pids()
+    until(lambda: gateway_count(nodes) == 2, "Serve wants a gateway less", 30)
+    until(lambda: len(gateways(nodes)) == 2, "it left the table", 15)
+    assert {g["id"] for g in nodes.status()["gateways"]} == survivors, "no live one was stopped"
     victim.start()
     until(victim.up, "its unit starts it again", 60)
     until(lambda: whole(nodes), "all is as it was", 90)
@@ -371,3 +415,67 @@ def run(node: Node, env: dict[str, str]) -> str:
     assert len([line for line in told.splitlines() if line.startswith("error: ")]) == 1 and "Traceback" not in told
     assert not node.host.pids()
     return told
+
+
+@pytest.fixture
+def far(nodes: Cluster) -> Iterator[Node]:
+    """A worker that alone may run the model `far`, while `near` runs on the other alone."""
+    models = nodes.head.host.inside(CATALOG)
+    for name, rack in ("near", "0"), ("far", "1"):
+        model_file(models, name, {"a": {"max-num-seqs": 8, "sim-itl-ms": ITL_MS}})
+        spec = yaml.safe_load((models / f"{name}.yaml").read_text())
+        (models / f"{name}.yaml").write_text(yaml.safe_dump(spec | {"placement": {"labels": {"rack": rack}}}))
+    nodes.head.cli("up")
+    yield nodes.workers[1]
+    for name in ("near", "far"):
+        (models / f"{name}.yaml").unlink()
+    nodes.head.cli("up")
+
+
+@pytest.mark.soak
+def test_a_node_whose_link_fails_is_left_out_and_comes_back(nodes: Cluster, far: Node) -> None:
+    """Its processes run on and hear nothing. What is not on it goes on as before; what is ends with an error or waits."""
+    head, other = nodes.head, nodes.workers[0]
+    before = engines(nodes)
+    assert {at for id, (at, _) in before.items() if id.startswith("far@")} == {far.host.address}
+
+    asking = Asking(nodes, [head, other], "near")
+    stream = Stream(nodes, head, 60_000 // ITL_MS, model="far")
+    asking.start()
+    far.host.unplug()
+    try:
+        until(lambda: far.host.address not in serving(nodes), "its engines left the table", 10)
+        until(lambda: far.host.address not in gateways(nodes), "its gateway left the table", 10)
+        stream.join(20)
+        assert not stream.is_alive(), "it ended"
+        last = json.loads(stream.lines[-1].removeprefix("data: "))
+        assert last["error"]["code"] == "engine_error" and "data: [DONE]" not in stream.lines
+        held = Held(nodes, head, "far")
+    finally:
+        far.host.plug()
+    until(lambda: answers(far), "its own gateway is ready again", 60)
+    assert held.answer().status_code == 200, "a request waited for it"
+    until(lambda: engines(nodes) == before, "the same engines serve on", 60)
+    until(lambda: len(gateways(nodes)) == 3, "so do the gateways", 30)
+    asking.end()
+    for node in nodes.nodes:
+        assert nodes.chat(node, "far").status_code == 200
+
+
+@pytest.mark.soak
+def test_a_node_that_was_away_too_long_starts_again(nodes: Cluster) -> None:
+    """Ray has declared it dead and started its engines elsewhere: when it hears so it ends, and its unit starts it again."""
+    victim = nodes.workers[1]
+    victim.host.unplug()
+    try:
+        until(lambda: len(nodes.status()["nodes"]) == 2, "Ray calls it dead", 120)
+        until(lambda: answers(nodes.head), "both models are served without it", 60)
+        until(lambda: gateway_count(nodes) == 2, "Serve wants a gateway less", 30)
+    finally:
+        victim.host.plug()
+    assert victim.main is not None
+    assert victim.main.wait(120) == 1, "its main process ends"
+    assert not victim.host.pids()
+    victim.start()
+    until(victim.up, "its unit starts it again", 60)
+    until(lambda: whole(nodes), "all is as it was", 90)

@@ -18,6 +18,7 @@ class Wire:
 
     def __init__(self, play: Handler) -> None:
         self.opened = 0
+        self.server: asyncio.Server
         self._play = play
         self.writers: list[asyncio.StreamWriter] = []
 
@@ -32,7 +33,7 @@ class Wire:
 @contextlib.asynccontextmanager
 async def wire(front: Front, play: Handler) -> AsyncIterator[Wire]:
     made = Wire(play)
-    server = await asyncio.start_server(made.connected, "127.0.0.1", 0)
+    server = made.server = await asyncio.start_server(made.connected, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     front.serve(Endpoint(id="wire", model="tiny", version="v1", url=url, state=State.READY, slots=8))
     async with server:
@@ -106,6 +107,47 @@ async def test_a_connection_closed_while_idle_is_not_used_again(front: Front) ->
         await eventually("the gateway saw it close", lambda: not any(pool._idle.values()))
         assert await said(front) == "bye"
         assert engine.opened == 2
+
+
+async def test_a_kept_connection_closed_under_a_request_is_no_death(front: Front) -> None:
+    """The engine may have closed it for any reason; it still takes connections, so this request did not kill it."""
+
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request(reader)
+        writer.write(whole("first on it"))
+        await request(reader)  # and closed without a byte
+
+    async with wire(front, play) as engine:
+        for count in range(1, 6):
+            assert await said(front) == "first on it"
+            assert engine.opened == count
+    assert front.metric("steelyard_upstream_attempts_total", outcome="ok") == 5
+    assert front.metric("steelyard_upstream_attempts_total") == 5
+
+
+async def test_one_closed_by_an_engine_that_is_gone_is_a_death(front: Front) -> None:
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request(reader)
+        writer.write(whole("alive"))
+        await request(reader)
+        server.close()
+
+    async with wire(front, play) as engine:
+        server = engine.server
+        assert await said(front) == "alive"
+        answer = await front.ask(body=chat(), headers={"x-request-id": "killer"})
+        assert answer.status == 502
+    assert front.metric("steelyard_upstream_attempts_total", outcome="died") == 1
+
+
+async def test_a_new_connection_closed_under_a_request_is_a_death(front: Front) -> None:
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await request(reader)
+
+    async with wire(front, play) as engine:
+        assert (await front.ask(body=chat())).status == 502
+        assert engine.opened == 2  # the fuse
+    assert front.metric("steelyard_upstream_attempts_total", outcome="died") == 2
 
 
 async def test_what_an_engine_says_unasked_is_never_an_answer(front: Front) -> None:

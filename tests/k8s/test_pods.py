@@ -4,11 +4,14 @@ by the request the operator sends. What it takes from the cluster is only what K
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +33,19 @@ pytestmark = [
 
 BIN = str(Path(sys.executable).parent)
 TOKEN = "x" * 44  # as KubeRay makes one for each cluster
+ITL_MS = 40  # of the paced model
 VALUES = chart.changed(
     "external-secret",
-    {"secrets": {}, "faultTolerance.backend": "none", "workers.0.replicas": 1, "topologySpread": []},
+    {
+        "secrets": {},
+        "faultTolerance.backend": "none",
+        "workers.0.replicas": 1,
+        "topologySpread": [],
+        "head.servesTraffic": True,
+        "drainSeconds": 26,
+        **{f"models.{i}.versions.0.drain_s": 8 for i in range(2)},
+        "models.1.versions.0.engine.args.sim-itl-ms": ITL_MS,
+    },
 )
 
 
@@ -94,8 +107,10 @@ class Pod:
 class Release:
     head: Pod
     worker: Pod
+    spare: Pod  # a worker that is not started
     key: str
     config: dict[str, Any]
+    start: Callable[[Pod], None]
 
     @property
     def url(self) -> str:
@@ -120,23 +135,28 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
     from tests.k8s.test_upgrade import decoded
 
     secrets = decoded(found)
-    with hosts(2) as made:
-        pods = {role: Pod(host, groups[role]["template"]["spec"]) for role, host in zip(groups, made, strict=True)}
-        head = pods["head"].host.address
-        for role, pod in pods.items():
-            for place in ("/root", "/tmp"):  # where this machine's interpreter may lie
-                pod.host.run("chmod", "755" if place == "/root" else "1777", place)
-            pod.mount(secrets)
-            command = pod.user("/bin/bash", "-c", "--", ray_start(role, groups[role], head))
-            address = "127.0.0.1" if role == "head" else head
-            log = folder / f"{role}.log"
-            if role == "worker":
-                ready = lambda: pods["worker"].exec("ray", "health-check", "--address", f"{head}:6379").returncode == 0  # noqa: E731
-                until(ready, f"the init container sees the head:\n{(folder / 'head.log').read_text()}", 90)
-            pod.main = pod.host.start(command, env=pod.env(address), cwd="/tmp", log=log)
+
+    def start(pod: Pod) -> None:
+        role = "head" if pod is pods[0] else "worker"
+        for place in ("/root", "/tmp"):  # where this machine's interpreter may lie
+            pod.host.run("chmod", "755" if place == "/root" else "1777", place)
+        pod.mount(secrets)
+        command = pod.user("/bin/bash", "-c", "--", ray_start(role, groups[role], head))
+        if role == "worker":
+            ready = lambda: pod.exec("ray", "health-check", "--address", f"{head}:6379").returncode == 0  # noqa: E731
+            until(ready, f"the init container sees the head:\n{(folder / 'head.log').read_text()}", 90)
+        env = pod.env("127.0.0.1" if role == "head" else head)
+        pod.main = pod.host.start(command, env=env, cwd="/tmp", log=folder / f"{role}.log")
+
+    with hosts(3) as made:
+        roles = ("head", "worker", "worker")
+        pods = [Pod(host, groups[role]["template"]["spec"]) for role, host in zip(roles, made, strict=True)]
+        head = pods[0].host.address
+        for pod in pods[:2]:
+            start(pod)
         config = chart.serve_config(found)
         until(lambda: sent(head, config), "the head's dashboard takes the Serve config", 90)
-        ready_release = Release(pods["head"], pods["worker"], secrets["api-key"], config)
+        ready_release = Release(*pods, secrets["api-key"], config, start)
         until(lambda: ok(f"{ready_release.url}/readyz"), f"every model is ready:\n{status(head)}", 120)
         yield ready_release
 
@@ -204,17 +224,11 @@ def test_helm_test_passes(release: Release) -> None:
 def test_any_gateway_answers_for_every_model_and_the_head_has_one_and_no_engine(release: Release) -> None:
     for host in (release.head.host, release.worker.host):
         for model in ("tiny", "paced"):
-            body = {"model": model, "prompt": "hello", "max_tokens": 2}
-            headers = {"authorization": f"Bearer {release.key}"}
-            answer = httpx.post(f"http://{host.address}:8000/v1/completions", json=body, headers=headers, timeout=60)
+            answer = ask(release, host.address, model)
             assert answer.status_code == 200, answer.text
-    done = release.head.exec("python", "-m", "serving.cli.main", "status", "--json")
-    assert done.returncode == 0, done.stderr
-    import json
-
-    told = json.loads(done.stdout)
-    assert {r["node"] for r in told["replicas"]} == {release.worker.host.address}
-    assert {g["node"] for g in told["gateways"]} == {release.head.host.address, release.worker.host.address}
+    found = told(release)
+    assert {r["node"] for r in found["replicas"]} == {release.worker.host.address}
+    assert {g["node"] for g in found["gateways"]} == {release.head.host.address, release.worker.host.address}
 
 
 def test_ray_answers_nobody_without_its_token(release: Release) -> None:
@@ -274,3 +288,112 @@ def test_what_answers_http_asks_for_a_key_or_a_token(release: Release) -> None:
                 except httpx.HTTPError:
                     continue
                 assert answer.status_code in (401, 403, 404, 405), (role, port, path, answer.text[:200])
+
+
+# -- the ends of pods: the tests from here on leave the release with less than it had
+
+
+def test_a_worker_that_is_told_to_stop_drains_first(release: Release) -> None:
+    """Its preStop hook, while another pod comes up: a stream in progress ends as it should, new work goes elsewhere."""
+    old, new = release.worker, release.spare
+    release.start(new)
+    until(lambda: len(told(release)["nodes"]) == 3, "the new pod joins", 60)
+    stream = Stream(release, old.host.address, tokens=9_000 // ITL_MS)
+    asking = Asking(release, release.head.host.address)
+    began = time.monotonic()
+    hook = stopped(old, release.head.host.address)
+    took = time.monotonic() - began
+    assert hook.returncode == 0 and "drained" in hook.stdout.splitlines(), hook.stdout + hook.stderr
+    assert stream.whole()
+    asking.end()
+    assert took < grace(old), "before the kubelet would have killed it"
+    after = told(release)
+    assert {r["node"] for r in after["replicas"]} == {new.host.address}
+    assert {g["node"] for g in after["gateways"]} == {release.head.host.address, new.host.address}
+    assert {n["node"] for n in after["nodes"]} == {release.head.host.address, new.host.address}
+    assert "raylet" not in {Path(f"/proc/{pid}/comm").read_text().strip() for pid in old.host.pids()}
+
+
+def test_a_head_that_is_told_to_stop_drains_only_what_is_its_own(release: Release) -> None:
+    head, worker = release.head.host.address, release.spare.host.address
+    stream = Stream(release, head, tokens=4_000 // ITL_MS)
+    hook = stopped(release.head)
+    assert hook.returncode == 0 and "drained" in hook.stdout.splitlines(), hook.stdout + hook.stderr
+    assert stream.whole()
+    assert not ok(f"http://{head}:8000/-/healthz"), "it takes nothing new"
+    assert ask(release, worker).status_code == 200
+
+
+def test_drain_is_refused_where_a_unit_does_it(release: Release) -> None:
+    drain = ["steelyard", "node", "drain"]
+    done = release.spare.exec(*drain, STEELYARD_RAY_ADDRESS="")
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "systemctl stop" in done.stderr
+
+
+def stopped(pod: Pod, head: str = "127.0.0.1") -> subprocess.CompletedProcess[str]:
+    """What the kubelet does first; the environment is the container's."""
+    command = pod.container["lifecycle"]["preStop"]["exec"]["command"]
+    return pod.exec(*command, address=head)
+
+
+def grace(pod: Pod) -> int:
+    return int(pod.spec["terminationGracePeriodSeconds"])
+
+
+def told(release: Release) -> dict[str, Any]:
+    done = release.head.exec("python", "-m", "serving.cli.main", "status", "--json")
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def ask(release: Release, at: str, model: str = "paced", tokens: int = 2) -> httpx.Response:
+    headers = {"authorization": f"Bearer {release.key}"}
+    body = {"model": model, "prompt": "hello", "max_tokens": tokens}
+    return httpx.post(f"http://{at}:8000/v1/completions", json=body, headers=headers, timeout=60)
+
+
+class Stream(threading.Thread):
+    """One answer through the gateway at an address; the test goes on once it has begun."""
+
+    def __init__(self, release: Release, at: str, tokens: int) -> None:
+        super().__init__(daemon=True)
+        self.release, self.at, self.tokens = release, at, tokens
+        self.lines: list[str] = []
+        self.began = threading.Event()
+        self.start()
+        assert self.began.wait(30)
+
+    def run(self) -> None:
+        body = {"model": "paced", "prompt": "x", "max_tokens": self.tokens, "ignore_eos": True, "stream": True}
+        headers = {"authorization": f"Bearer {self.release.key}"}
+        url = f"http://{self.at}:8000/v1/completions"
+        with httpx.stream("POST", url, json=body, headers=headers, timeout=60) as answer:
+            for line in filter(None, answer.iter_lines()):
+                self.lines.append(line)
+                self.began.set()
+
+    def whole(self) -> bool:
+        self.join(60)
+        return self.lines[-1] == "data: [DONE]" and len(self.lines) > self.tokens and "error" not in "".join(self.lines)
+
+
+class Asking(threading.Thread):
+    """A client that asks again and again until `end`, which wants good answers only."""
+
+    def __init__(self, release: Release, at: str) -> None:
+        super().__init__(daemon=True)
+        self.release, self.at = release, at
+        self.answers: list[int] = []
+        self._enough = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self._enough.wait(0.1):
+            for model in ("tiny", "paced"):
+                self.answers.append(ask(self.release, self.at, model).status_code)
+
+    def end(self) -> None:
+        self._enough.set()
+        self.join(60)
+        assert set(self.answers) == {200}, self.answers

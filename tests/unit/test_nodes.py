@@ -96,6 +96,25 @@ class Redis:
         self._server.close()
 
 
+def test_clusters_of_one_redis_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their secret, which a head that moves takes along; a name of one's own wins. On its own disk it needs none."""
+
+    def named(secret: str, **fields: Any) -> str | None:
+        monkeypatch.setenv("STEELYARD_CLUSTER_SECRET", secret)
+        found = settings(node_role="head", **fields)
+        found.state_dir.mkdir(exist_ok=True)
+        return node._ray_settings(found).get("RAY_external_storage_namespace")
+
+    redis = {"redis": "10.0.0.9:6379"}
+    one, again, two = named("a", **redis), named("a", **redis), named("b", **redis)
+    assert one and one == again != two and one != "a"
+    assert named("a", cluster_name="rack-7", **redis) == "rack-7"
+    assert named("a") is None
+    for wrong in ("rack 7", "", "-", "a@b"):
+        with pytest.raises(OperatorError, match="STEELYARD_CLUSTER_NAME"):
+            settings(cluster_name=wrong)
+
+
 def test_a_redis_that_refuses_is_named_before_ray_starts() -> None:
     """Ray aborts the process otherwise."""
     redis = Redis("right")
@@ -137,6 +156,25 @@ def test_a_worker_reads_a_copy_of_the_heads_keys() -> None:
 
 def test_gateways_are_counted_per_node_and_never_none() -> None:
     assert [keeper.wanted(n, 2) for n in (0, 1, 3)] == [2, 2, 6]
+
+
+@pytest.mark.parametrize(
+    ("state", "node_id", "waits"),
+    [
+        ("RUNNING", "stays", False),
+        ("RUNNING", "dead", True),
+        ("UPDATING", "dead", True),
+        ("RECOVERING", None, True),
+        ("PENDING_MIGRATION", "leaving", False),
+        ("STOPPING", "dead", False),
+        ("STARTING", None, False),
+    ],
+)
+def test_gateways_become_fewer_once_serve_knows_whose_node_is_gone(
+    state: str, node_id: str | None, waits: bool
+) -> None:
+    found = [{"replica_id": "x", "state": state, "node_id": node_id}]
+    assert bool(keeper.strays(found, {"stays"})) is waits
 
 
 def test_keys_of_the_head_open_another_node_until_they_are_revoked(tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ metadata:
   {{- end }}
 spec:
   {{- include "steelyard.podCommon" $root | nindent 2 }}
+  # The drain, and beyond it what Ray and the engines take to end.
   terminationGracePeriodSeconds: {{ add (int $root.Values.drainSeconds) 30 }}
   {{- with .priorityClassName }}
   priorityClassName: {{ . }}
@@ -173,8 +174,8 @@ spec:
       {{- if or (not $head) $root.Values.head.servesTraffic }}
       lifecycle:
         preStop:
-          # The Service stops sending at once; the streams this pod has may end.
-          exec: {command: [sleep, {{ $root.Values.drainSeconds | int | quote }}]}
+          # What this pod has in progress ends, the rest goes elsewhere. The Service hears of it no sooner than this command.
+          exec: {command: [steelyard, node, drain, --within, {{ $root.Values.drainSeconds | int | quote }}, --accept-for, "5"]}
       {{- end }}
       volumeMounts:
         - {name: tmp, mountPath: /tmp}

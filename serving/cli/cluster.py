@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -68,6 +69,7 @@ def environment(settings: Settings, *, one_node: bool) -> None:
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1000000",  # starts; a replica itself waits longer after each failure
         "RAY_enable_metrics_collection": "0",  # Ray's exporters would answer without a key
         "RAY_event_stats": "0",  # statistics of Ray's own loops
         "RAY_task_events_report_interval_ms": "0",  # for a dashboard that does not run
@@ -164,6 +166,16 @@ def apply(config: dict[str, Any]) -> None:
         _get_global_client().deploy_apps(schema)
     except Exception as e:
         raise ClusterError(f"Serve did not take the config: {one_line(e)}") from None
+
+
+def forget_failures() -> None:
+    """Replicas that wait because their starts failed try again now."""
+    import ray
+
+    from serving.fleet import directory
+
+    with contextlib.suppress(ray.exceptions.RayError, TimeoutError):  # a directory that is away has forgotten
+        ray.get(directory.handle().forget_failures.remote(), timeout=10)
 
 
 def snapshot() -> Snapshot:

@@ -34,6 +34,7 @@ Say = Callable[[str], None]
 
 STOP_DRAIN_S = 8.0  # Ctrl-C and SIGTERM: how long streams in progress may take to finish
 _UNHEALTHY_S = 60.0  # longest wait for an application that Serve calls unhealthy to recover
+_START_FAILED = "A replica failed to start with exception"  # of Serve's messages
 _FREE_DISK_BYTES = 512 * 1024 * 1024  # logs and sockets
 
 
@@ -94,6 +95,7 @@ def _apply(catalog: Catalog, running: cluster.ClusterFile | None, settings: Sett
     with cluster.joined(settings):
         nodes = len(cluster.nodes())
         config = manifest.serve_config(catalog, gateways=settings.gateways, nodes=nodes, locate=locate)
+        cluster.forget_failures()
         cluster.apply(config)
         _wait(config, _as_running(settings, running), say)
 
@@ -273,8 +275,10 @@ def _wait(config: dict[str, Any], settings: Settings, say: Say, stop: threading.
             since = unhealthy.setdefault(name, now) if status == "UNHEALTHY" else now
             if status != "UNHEALTHY":
                 unhealthy.pop(name, None)
-            # A replica of a node that has just died is unhealthy until Serve has started another.
-            if name in wanted and (status == "DEPLOY_FAILED" or now - since > _UNHEALTHY_S):
+            # A replica of a node that has just died is unhealthy until Serve has started another. Serve never gives up on
+            # a replica that fails; one that fails before it can tell the directory is told of here alone.
+            failed = status == "DEPLOY_FAILED" or _START_FAILED in message
+            if name in wanted and (failed or now - since > _UNHEALTHY_S):
                 raise EngineError(f"{name}: {_sentence(message)}", f"see {settings.log_dir}")
         running = {n for n, (status, _) in statuses.items() if status == "RUNNING"}
         if wanted <= running and set(statuses) <= wanted and _readyz(settings):

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from serving.catalog import store, weights
 from serving.catalog.spec import Catalog
-from serving.cli import cluster
+from serving.cli import bounds, cluster
 from serving.cli.cluster import write_private
 from serving.engine.probe import check_arguments
 from serving.errors import EngineError, OperatorError, PortTaken
@@ -70,7 +70,9 @@ def run(settings: Settings, say: Say) -> None:
     """Starts a cluster for the catalog and stays until told to stop; or, when one runs for this state folder already,
     applies the catalog to it and returns."""
     began = time.monotonic()
-    catalog = load_catalog(settings)
+    catalog, set_at_run_time = bounds.laid_over(load_catalog(settings), settings)
+    for line in set_at_run_time:
+        say(line)
     running = cluster.read_cluster_file(settings)
     check_engine_arguments(catalog, settings)
     if settings.ray_address or running:

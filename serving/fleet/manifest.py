@@ -18,6 +18,7 @@ from serving.engine.command import AdapterSpec, EngineSpec
 from serving.fleet.endpoint import GATEWAY_APP, GATEWAY_DEPLOYMENT
 
 POLICY = "serving.fleet.serve_policy:policy"
+PROXY_LOCATION = "Disabled"  # clients reach the gateways' own listeners
 STOP_GRACE_S = 10.0  # beyond the drain bound: stopping the engine itself
 
 # (source, folder of the model's file) -> path of the weights as the node that runs the engine sees it
@@ -28,7 +29,7 @@ def serve_config(catalog: Catalog, *, gateways: int, locate: Locate, nodes: int 
     """The multi-application Serve config of the whole catalog, with `gateways` of them on each of `nodes` nodes."""
     apps = [_engine_app(catalog, model, version, locate) for model, version in catalog.versions()]
     return {
-        "proxy_location": "Disabled",  # clients reach the gateways' own listeners
+        "proxy_location": PROXY_LOCATION,
         "applications": [_gateway_app(catalog, gateways, nodes), *apps],
     }
 

@@ -18,6 +18,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from serving.fleet import directory
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 POLL_S = 2.0  # an answer at least so often: a table without news is as fresh as one with
 CALL_S = 5.0
-AGAIN_S = 0.5  # a table without news is decided on this often: delays pass all the same
+AGAIN_S = 0.25  # a table without news is decided on this often: delays pass all the same
 AWAY_S = 1e9  # age of a table that never came
 REPORTS_KEPT = 1000
 _NO_DELAYS = {"upscale_delay_s": 0.0, "downscale_delay_s": 0.0, "downscale_to_zero_delay_s": 0.0}
@@ -56,12 +57,16 @@ def policy(ctx: Any) -> tuple[int, dict[str, Any]]:
 class Table:
     """The directory's last table as this process knows it; filled by `Follower`, by hand in tests."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.snapshot: Snapshot | None = None
-        self.at = -AWAY_S  # monotonic seconds
+        self._clock = clock
+        self._at = -AWAY_S
 
-    def put(self, snapshot: Snapshot, now: float) -> None:
-        self.snapshot, self.at = snapshot, now
+    def put(self, snapshot: Snapshot) -> None:
+        self.snapshot, self._at = snapshot, self._clock()
+
+    def age_s(self) -> float:
+        return self._clock() - self._at
 
 
 class Policy:
@@ -74,11 +79,11 @@ class Policy:
         self._troubled: set[str] = set()
 
     def replicas(self, ctx: Context, now: float | None = None) -> tuple[int, dict[str, Any]]:
-        """How many replicas Serve shall have, and what to hand back next time. Whatever is wrong, it raises nothing: an
-        exception here would stop the controller's round for every application."""
+        """How many replicas Serve shall have, and what to hand back next time. `now` is Unix time. Whatever is wrong, it
+        raises nothing: an exception here would stop the controller's round for every application."""
         version_id = ctx.app_name or ""
         try:
-            answer = self._decide(ctx, version_id, time.monotonic() if now is None else now)
+            answer = self._decide(ctx, version_id, time.time() if now is None else now)
             self._troubled.discard(version_id)
             return answer
         except Exception:
@@ -93,10 +98,10 @@ class Policy:
         self._notice_bounds(version_id, target)
         snapshot = self._table.snapshot
         seen = state.get("seen")
-        if seen is not None and seen == (snapshot and snapshot.number, target) and now - state["at"] < AGAIN_S:
+        if seen == (snapshot and snapshot.number, target, limits) and 0 <= now - state["at"] < AGAIN_S:
             return target, state
         memory = state.get("memory") or Memory(needs=((now, target),), busy_at=now)
-        load = observe(snapshot, version_id, target, now - self._table.at)
+        load = observe(snapshot, version_id, target, self._table.age_s())
         decision = decide(load, limits, memory, now)
         after = min(max(decision.replicas, ctx.capacity_adjusted_min_replicas), ctx.capacity_adjusted_max_replicas)
         if snapshot is not None and not snapshot.complete:
@@ -106,7 +111,7 @@ class Policy:
         if after != target:
             self._report(version_id, target, after, decision.reason, load)
         self._answers[version_id] = after
-        return after, {"memory": decision.memory, "seen": (snapshot and snapshot.number, target), "at": now}
+        return after, {"memory": decision.memory, "seen": (snapshot and snapshot.number, target, limits), "at": now}
 
     def _notice_bounds(self, version_id: str, target: int) -> None:
         """Serve's count is another than the last answer: somebody gave the version other bounds."""
@@ -179,7 +184,7 @@ class Follower:
         while True:
             try:
                 snapshot = self._call("wait", epoch, number, POLL_S)
-                self._table.put(snapshot, time.monotonic())
+                self._table.put(snapshot)
                 epoch, number = snapshot.epoch, snapshot.number
                 if away:
                     log.info("the directory is back")

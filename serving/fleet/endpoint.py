@@ -69,6 +69,8 @@ class GatewayInfo(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     node: str = ""
     held: dict[str, int] = {}  # version id -> requests that wait for it here, or were told to come back when it is up
+    arrived: dict[str, int] = {}  # version id -> requests that asked for a slot since this gateway started
+    finished: dict[str, int] = {}  # of them, answered by an engine to the end
 
 
 class VersionFacts(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,10 +19,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from serving.fleet import directory
-from serving.fleet.endpoint import Snapshot, State
+from serving.fleet.endpoint import GatewayInfo, Snapshot, State
 from serving.fleet.history import Cause, Change
 from serving.fleet.scaling import Limits, Load, Memory, decide
 
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 POLL_S = 2.0  # an answer at least so often: a table without news is as fresh as one with
 CALL_S = 5.0
 AGAIN_S = 0.25  # a table without news is decided on this often: delays pass all the same
+RATE_WINDOW_S, RATE_STEP_S = 10.0, 1.0
 AWAY_S = 1e9  # age of a table that never came
 REPORTS_KEPT = 1000
 _NO_DELAYS = {"upscale_delay_s": 0.0, "downscale_delay_s": 0.0, "downscale_to_zero_delay_s": 0.0}
@@ -54,6 +55,13 @@ def policy(ctx: Any) -> tuple[int, dict[str, Any]]:
     return serve_policy.here().replicas(ctx)
 
 
+class Rates(NamedTuple):
+    """Requests per second over the last `RATE_WINDOW_S`, through all gateways."""
+
+    arrived: float
+    finished: float
+
+
 class Table:
     """The directory's last table as this process knows it; filled by `Follower`, by hand in tests."""
 
@@ -61,12 +69,35 @@ class Table:
         self.snapshot: Snapshot | None = None
         self._clock = clock
         self._at = -AWAY_S
+        # Per gateway, its counts at times of the window, the oldest first: differences of one gateway alone mean something.
+        self._counts: dict[str, deque[tuple[float, GatewayInfo]]] = {}
 
     def put(self, snapshot: Snapshot) -> None:
-        self.snapshot, self._at = snapshot, self._clock()
+        now = self._clock()
+        counts = {g.id: self._counts.get(g.id) or deque[tuple[float, GatewayInfo]]() for g in snapshot.gateways}
+        for gateway in snapshot.gateways:
+            known = counts[gateway.id]
+            if not known or now - known[-1][0] >= RATE_STEP_S:
+                known.append((now, gateway))
+            while len(known) > 1 and now - known[1][0] >= RATE_WINDOW_S:
+                known.popleft()
+        self._counts = counts
+        self.snapshot, self._at = snapshot, now
 
     def age_s(self) -> float:
         return self._clock() - self._at
+
+    def rates(self, version_id: str) -> Rates | None:
+        """None until a gateway was watched for half a window."""
+        arrived = finished = 0.0
+        watched = False
+        for known in self._counts.values():
+            (began, first), (ended, last) = known[0], known[-1]
+            if ended - began >= RATE_WINDOW_S / 2:
+                watched = True
+                arrived += (last.arrived.get(version_id, 0) - first.arrived.get(version_id, 0)) / (ended - began)
+                finished += (last.finished.get(version_id, 0) - first.finished.get(version_id, 0)) / (ended - began)
+        return Rates(arrived, finished) if watched else None
 
 
 class Policy:
@@ -101,7 +132,7 @@ class Policy:
         if seen == (snapshot and snapshot.number, target, limits) and 0 <= now - state["at"] < AGAIN_S:
             return target, state
         memory = state.get("memory") or Memory(needs=((now, target),), busy_at=now)
-        load = observe(snapshot, version_id, target, self._table.age_s())
+        load = observe(snapshot, version_id, target, self._table.age_s(), self._table.rates(version_id))
         decision = decide(load, limits, memory, now)
         after = min(max(decision.replicas, ctx.capacity_adjusted_min_replicas), ctx.capacity_adjusted_max_replicas)
         if snapshot is not None and not snapshot.complete:
@@ -153,7 +184,7 @@ def limits_of(ctx: Context) -> Limits:
     )
 
 
-def observe(snapshot: Snapshot | None, version_id: str, asked: int, age_s: float) -> Load:
+def observe(snapshot: Snapshot | None, version_id: str, asked: int, age_s: float, rates: Rates | None = None) -> Load:
     """One version's load, out of the directory's table. `asked`: the replicas that Serve steers to now."""
     if snapshot is None:
         return Load(replicas=asked, ready=0, age_s=AWAY_S)
@@ -166,6 +197,7 @@ def observe(snapshot: Snapshot | None, version_id: str, asked: int, age_s: float
         waiting=sum(e.waiting for e in ready),
         slots=min((e.slots for e in ready), default=1),
         kv_usage=max((e.kv_usage for e in ready), default=0.0),
+        finished_per_s=None if rates is None else rates.finished,
         age_s=max(0.0, age_s),
     )
 

@@ -168,6 +168,7 @@ class Gateway:
     ) -> None:
         """Binds the request to a replica and relays; failures before the first byte are tried elsewhere."""
         line = self.fleet.line(name)
+        self.fleet.arrived[line.version_id] += 1
         avoid: frozenset[str] = frozenset()
         killed, front = 0, False
         deadline = x.t0 + model.limits.request_timeout_s
@@ -180,6 +181,7 @@ class Gateway:
                 reply = await self._open(upstream, route, body, x.request_id, withhold_usage)
                 x.line.attempts += 1
                 await self._deliver(x, route, reply, metrics)
+                self.fleet.finished[line.version_id] += 1
                 metrics.attempted("died" if reply.scan is not None and reply.scan.died else "ok")
                 return
             except Busy:

@@ -179,7 +179,15 @@ class GatewayReplica:
                 continue
             told, told_at = held, time.monotonic()
             try:
-                info = GatewayInfo(id=self._id, url=url, node=self._node, held=held)
+                fleet = self.gateway.fleet
+                info = GatewayInfo(
+                    id=self._id,
+                    url=url,
+                    node=self._node,
+                    held=held,
+                    arrived=dict(fleet.arrived),
+                    finished=dict(fleet.finished),
+                )
                 await self._directory.call("announce_gateway", info)
                 untold = False
             except Exception as e:  # any Ray error: told again in a moment

@@ -68,6 +68,8 @@ class Fleet:
         self.gateways: tuple[GatewayInfo, ...] = ()
         self.asleep: frozenset[str] = frozenset()  # versions without a ready replica
         self.on_hold: Callable[[], None] = lambda: None  # a version must be woken: whoever announces does it now
+        self.arrived: Counter[str] = Counter()  # version id -> requests that asked for a slot, ever
+        self.finished: Counter[str] = Counter()
         self._endpoints: dict[str, Endpoint] = {}
         self._facts: dict[str, VersionFacts] = {}
         self._wanted: dict[str, float] = {}  # version id -> monotonic seconds until which it shall be woken

@@ -213,3 +213,23 @@ def test_only_ready_replicas_count_as_running() -> None:
     load = serve_policy.observe(table, ID, 3, 0.5)
     assert (load.replicas, load.ready, load.held, load.running, load.waiting) == (3, 2, 5, 4, 1)
     assert (load.slots, load.kv_usage, load.age_s) == (4, 0.9, 0.5)
+
+
+def test_rates_are_of_gateways_that_were_watched_and_not_of_one_that_came() -> None:
+    clock = [0.0]
+    table = Table(clock=lambda: clock[0])
+
+    def tell(at: float, *gateways: tuple[str, int, int]) -> None:
+        clock[0] = at
+        infos = tuple(GatewayInfo(id=i, url="", arrived={ID: a}, finished={ID: f}) for i, a, f in gateways)
+        table.put(Snapshot(epoch="e", number=int(at), complete=True, gateways=infos))
+
+    tell(0, ("g", 1000, 900))
+    assert table.rates(ID) is None
+    for second in range(1, 31):
+        tell(second, ("g", 1000 + 7 * second, 900 + 3 * second))
+    tell(31, ("g", 1217, 993), ("new", 5000, 5000))  # its counts are of before it was seen here
+    assert table.rates(ID) == (7, 3)
+    tell(32, ("new", 5001, 5001))
+    assert table.rates(ID) is None
+    assert table.rates("other@v") is None

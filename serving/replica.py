@@ -30,7 +30,7 @@ from ray import serve
 from serving.catalog import weights
 from serving.engine import command
 from serving.engine.command import EngineSpec
-from serving.engine.door import SECRET_HEADER, STATUS_PATH
+from serving.engine.door import CLOSE_PATH, SECRET_HEADER, STATUS_PATH
 from serving.engine.process import EngineProcess
 from serving.errors import EngineError, WeightsError
 from serving.fleet import directory
@@ -109,6 +109,7 @@ class EngineReplica:
         if self._endpoint.state in (State.STARTING, State.READY):
             self._set(state=State.DRAINING)
             await self._announce()
+            await self._close_door()
             await self._drained()
         if self._reporter is not None:
             self._reporter.cancel()
@@ -316,6 +317,13 @@ class EngineReplica:
         self._changed.set()
 
     # -- stop ----------------------------------------------------------------------------------------------------
+
+    async def _close_door(self) -> None:
+        """What a gateway sent before it heard of the drain must not be let in between the last count and the end."""
+        if self._http is not None and self._endpoint.url:
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
+                async with self._http.post(self._endpoint.url + CLOSE_PATH):
+                    pass
 
     async def _drained(self) -> None:
         """Until the door counts zero, the engine is gone, or the drain bound passes."""

@@ -106,6 +106,7 @@ class Policy:
     def __init__(self, table: Table) -> None:
         self._table = table
         self.changes: deque[Change] = deque(maxlen=REPORTS_KEPT)  # for the directory; taken out by `Follower`
+        self.asleep: set[str] = set()  # versions that have no replica and want none
         self._answers: dict[str, int] = {}
         self._troubled: set[str] = set()
 
@@ -127,6 +128,7 @@ class Policy:
         limits, target, state = limits_of(ctx), ctx.target_num_replicas, ctx.policy_state
         ctx.config = ctx.config.model_copy(update=_NO_DELAYS)
         self._notice_bounds(version_id, target)
+        (self.asleep.discard if target else self.asleep.add)(version_id)
         snapshot = self._table.snapshot
         seen = state.get("seen")
         if seen == (snapshot and snapshot.number, target, limits) and 0 <= now - state["at"] < AGAIN_S:
@@ -209,6 +211,7 @@ class Follower:
         self._table = table
         self._policy = policy
         self._actor: Any = None
+        self._warm_for: frozenset[str] = frozenset()
         threading.Thread(target=self._run, name="directory-follower", daemon=True).start()
 
     def _run(self) -> None:
@@ -222,11 +225,28 @@ class Follower:
                     log.info("the directory is back")
                 away = False
                 self._tell()
+                self._keep_warm()
             except Exception as e:  # any Ray error: the last table ages, and decides nothing
                 if not away:
                     log.warning("the directory is away, replica counts stay: %s", type(e).__name__)
                 away = True
                 time.sleep(AGAIN_S)
+
+    def _keep_warm(self) -> None:
+        """While a version is at zero, each node keeps one of Ray's processes idle with everything imported that a replica
+        needs: a start from zero takes it instead of a new one, which costs more than a second of imports. Ray uses an
+        idle process of the same job, and this one is the controller's, whose job replicas belong to."""
+        asleep = frozenset(self._policy.asleep)
+        if asleep - self._warm_for:
+            import ray
+            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+            gpus = any(n["Alive"] and n["Resources"].get("GPU") for n in ray.nodes())
+            for node in ray.nodes():
+                if node["Alive"] and (not gpus or node["Resources"].get("GPU")):
+                    where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                    ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(imported).remote()
+        self._warm_for = asleep
 
     def _tell(self) -> None:
         while changes := [self._policy.changes[i] for i in range(min(100, len(self._policy.changes)))]:
@@ -244,6 +264,14 @@ class Follower:
         except ray.exceptions.ActorDiedError:  # gone for good, not restarting: another is made
             self._actor = None
             raise
+
+
+def imported() -> None:
+    """Runs in one of Ray's processes, and leaves it idle with what a replica imports."""
+    import importlib
+
+    for name in ("ray.serve._private.replica", "serving.replica"):  # by name: a replica is no part of this room
+        importlib.import_module(name)
 
 
 _policy: Policy | None = None

@@ -172,7 +172,7 @@ class Fleet:
 
 
 def _does_not_start(version_id: str, retry_after_s: float) -> NoReplica:
-    """Why is in the gateway's log and in `steelyard status`: it may name paths and machines."""
+    """Why is in the log and in `steelyard scale explain`: it may name paths and machines."""
     return NoReplica(f"{version_id} has no ready replica: its engine does not start", retry_after_s=retry_after_s)
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from serving.fleet import directory
-from serving.fleet.endpoint import GatewayInfo, Snapshot, State
+from serving.fleet.endpoint import RETRY_LONGEST_S, GatewayInfo, Snapshot, State
 from serving.fleet.history import Cause, Change
 from serving.fleet.scaling import Limits, Load, Memory, decide
 
@@ -211,7 +211,8 @@ class Follower:
         self._table = table
         self._policy = policy
         self._actor: Any = None
-        self._warm_for: frozenset[str] = frozenset()
+        self._warmed_at = 0.0  # monotonic seconds
+        self._spares: dict[str, Any] = {}  # node's address -> pid of its idle process, or the task that makes it one
         threading.Thread(target=self._run, name="directory-follower", daemon=True).start()
 
     def _run(self) -> None:
@@ -225,28 +226,47 @@ class Follower:
                     log.info("the directory is back")
                 away = False
                 self._tell()
-                self._keep_warm()
+                self._keep_warm(snapshot)
             except Exception as e:  # any Ray error: the last table ages, and decides nothing
                 if not away:
                     log.warning("the directory is away, replica counts stay: %s", type(e).__name__)
                 away = True
                 time.sleep(AGAIN_S)
 
-    def _keep_warm(self) -> None:
-        """While a version is at zero, each node keeps one of Ray's processes idle with everything imported that a replica
-        needs: a start from zero takes it instead of a new one, which costs more than a second of imports. Ray uses an
-        idle process of the same job, and this one is the controller's, whose job replicas belong to."""
-        asleep = frozenset(self._policy.asleep)
-        if asleep - self._warm_for:
-            import ray
-            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    def _keep_warm(self, snapshot: Snapshot) -> None:
+        """While a version is at zero, each node that runs engines keeps one of Ray's processes idle with everything imported
+        that a replica needs: a start from zero takes it instead of a new one, which costs more than a second. Ray gives
+        an actor an idle process of the same job; replicas belong to the controller's, as this thread's tasks do."""
+        now = time.monotonic()
+        if now - self._warmed_at < POLL_S:
+            return
+        self._warmed_at = now
+        try:
+            self._replace_spares(snapshot)
+        except Exception as e:  # it is a comfort: without it starts are slower
+            log.warning("no warm process can be kept: %s: %s", type(e).__name__, e)
+            self._warmed_at = now + RETRY_LONGEST_S
 
-            gpus = any(n["Alive"] and n["Resources"].get("GPU") for n in ray.nodes())
-            for node in ray.nodes():
-                if node["Alive"] and (not gpus or node["Resources"].get("GPU")):
-                    where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                    ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(imported).remote()
-        self._warm_for = asleep
+    def _replace_spares(self, snapshot: Snapshot) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        taken = {(e.node, e.pid) for e in snapshot.endpoints}
+        nodes = {n["NodeManagerAddress"]: n for n in ray.nodes() if n["Alive"]} if self._policy.asleep else {}
+        for address, spare in list(self._spares.items()):
+            if not isinstance(spare, int):
+                if not ray.wait([spare], timeout=0)[0]:
+                    continue
+                del self._spares[address]  # should it have failed, it is tried again, later
+                spare = self._spares[address] = int(ray.get(spare))
+            if (address, spare) in taken:
+                del self._spares[address]
+        gpus = any(n["Resources"].get("GPU") for n in nodes.values())
+        for address, node in nodes.items():
+            if address not in self._spares and (not gpus or node["Resources"].get("GPU")):
+                where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(imported)
+                self._spares[address] = task.remote()
 
     def _tell(self) -> None:
         while changes := [self._policy.changes[i] for i in range(min(100, len(self._policy.changes)))]:
@@ -266,12 +286,14 @@ class Follower:
             raise
 
 
-def imported() -> None:
-    """Runs in one of Ray's processes, and leaves it idle with what a replica imports."""
+def imported() -> int:
+    """Runs in one of Ray's processes, and leaves it idle with what a replica imports; its pid."""
     import importlib
+    import os
 
     for name in ("ray.serve._private.replica", "serving.replica"):  # by name: a replica is no part of this room
         importlib.import_module(name)
+    return os.getpid()
 
 
 _policy: Policy | None = None

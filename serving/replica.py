@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
 import re
@@ -29,7 +30,7 @@ from ray import serve
 from serving.catalog import weights
 from serving.engine import command
 from serving.engine.command import EngineSpec
-from serving.engine.door import SECRET_HEADER, STATUS_PATH
+from serving.engine.door import CLOSE_PATH, SECRET_HEADER, STATUS_PATH
 from serving.engine.process import EngineProcess
 from serving.errors import EngineError, WeightsError
 from serving.fleet import directory
@@ -39,6 +40,8 @@ from serving.settings import inherited_environment, load_settings
 log = logging.getLogger(__name__)
 
 START_ATTEMPTS = 2  # a port lost to a race or a moment without memory is transient; a bad model is not
+NEVER_GIVE_UP = 1_000_000_000  # starts; Serve takes the smaller of it and so many per replica (`cli/cluster`)
+RETRY_ASKED_EVERY_S = 2.0  # while it waits: has somebody changed something?
 SCRAPE_EVERY_S = 2.0  # of the engine's /metrics while it is busy: a scrape costs ~10 ms of its event loop
 
 
@@ -82,7 +85,9 @@ class EngineReplica:
             state=State.STARTING,
             slots=self.spec.slots,
             node=self._host,
+            pid=os.getpid(),
             started_at=time.time(),
+            spec=hashlib.sha256(msgspec.json.encode(self.spec)).hexdigest()[:16],
         )
 
     async def reconfigure(self, knobs: dict[str, Any]) -> None:
@@ -97,10 +102,6 @@ class EngineReplica:
         if self._endpoint.state is State.FAILED:
             raise EngineError(f"{self._id}: {self._endpoint.reason}")
 
-    async def wake(self) -> str:
-        """A pending call of this wakes a first replica from zero; it answers the endpoint's URL."""
-        return self._endpoint.url
-
     async def endpoint(self) -> Endpoint:
         return self._endpoint
 
@@ -109,6 +110,7 @@ class EngineReplica:
         if self._endpoint.state in (State.STARTING, State.READY):
             self._set(state=State.DRAINING)
             await self._announce()
+            await self._close_door()
             await self._drained()
         if self._reporter is not None:
             self._reporter.cancel()
@@ -125,6 +127,7 @@ class EngineReplica:
             headers={SECRET_HEADER.decode(): self._secret}, timeout=aiohttp.ClientTimeout(total=30)
         )
         self._reporter = asyncio.create_task(self._report_for_ever())
+        await self._pause_after_failures()
         await self._have_weights()
         for attempt in range(1, START_ATTEMPTS + 1):
             try:
@@ -137,6 +140,21 @@ class EngineReplica:
                     await self._announce()
                     raise
                 log.warning("%s: start attempt %d failed, trying again: %s", self._id, attempt, e)
+
+    async def _pause_after_failures(self) -> None:
+        """Serve starts the next replica the moment one failed, for ever. From the third failure on the pause is here,
+        where gateways see when it ends, and where it ends at once when an operator applies a catalog."""
+        while True:
+            try:
+                delay = float(await self._directory.call("start_delay", self.spec.id, self._endpoint.spec))
+            except Exception:  # any Ray error: nobody knows of failures
+                return
+            if delay <= 0:
+                return
+            if not self._endpoint.waits_until:
+                log.warning("%s: its starts failed; the next one is in %.0f s", self._id, delay)
+            self._set(state=State.STARTING, waits_until=time.time() + delay)
+            await asyncio.sleep(min(delay, RETRY_ASKED_EVERY_S))
 
     async def _have_weights(self) -> None:
         """Weights and adapters are whole on this node; what can be built is built. `up` looked at the node it ran on, if
@@ -179,14 +197,28 @@ class EngineReplica:
         self._engine = engine
         began = time.monotonic()
         await asyncio.to_thread(engine.start)
+        spawned = time.monotonic()
         url = f"http://{self._host}:{port}"
-        max_len = await self._until_it_generates(engine, url, began + self._knobs.start_timeout_s)
-        self._set(state=State.READY, url=url, max_model_len=max_len, ready_after_s=round(time.monotonic() - began, 3))
+        healthy, max_len = await self._until_it_generates(engine, url, began + self._knobs.start_timeout_s)
+        ready = time.monotonic()
+        self._set(
+            state=State.READY,
+            url=url,
+            max_model_len=max_len,
+            ready_after_s=round(ready - began, 3),
+            phases={
+                "spawn": round(spawned - began, 3),
+                "health": round(healthy - spawned, 3),
+                "first_token": round(ready - healthy, 3),
+            },
+        )
         await self._announce()
         log.info("%s: ready at %s after %.1f s", self._id, url, time.monotonic() - began)
 
-    async def _until_it_generates(self, engine: EngineProcess, url: str, deadline: float) -> int | None:
-        """Waits for /health, then for one generated token; the engine's context length in tokens."""
+    async def _until_it_generates(self, engine: EngineProcess, url: str, deadline: float) -> tuple[float, int | None]:
+        """Waits for /health, then for one generated token; when it was healthy (monotonic seconds) and the engine's
+        context length in tokens."""
+        healthy_at = 0.0
         while True:
             if not engine.alive:
                 await asyncio.to_thread(engine.exited.wait, 10)
@@ -203,9 +235,11 @@ class EngineReplica:
                 assert self._http is not None
                 async with self._http.get(url + "/health") as r:
                     healthy = r.status == 200
-                if healthy and await self._generates(url):
-                    return await self._context_length(url)
-            await asyncio.sleep(0.2)
+                if healthy:
+                    healthy_at = healthy_at or time.monotonic()
+                    if await self._generates(url):
+                        return healthy_at, await self._context_length(url)
+            await asyncio.sleep(0.1)
 
     async def _generates(self, url: str) -> bool:
         assert self._http is not None
@@ -285,6 +319,13 @@ class EngineReplica:
 
     # -- stop ----------------------------------------------------------------------------------------------------
 
+    async def _close_door(self) -> None:
+        """What a gateway sent before it heard of the drain must not be let in between the last count and the end."""
+        if self._http is not None and self._endpoint.url:
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
+                async with self._http.post(self._endpoint.url + CLOSE_PATH):
+                    pass
+
     async def _drained(self) -> None:
         """Until the door counts zero, the engine is gone, or the drain bound passes."""
         deadline = time.monotonic() + self._knobs.drain_s
@@ -304,7 +345,8 @@ class EngineReplica:
 def build(args: dict[str, Any]) -> serve.Application:
     """Serve's application builder: `args` is an EngineSpec and nothing else, so that only what identifies the engine
     rolls replicas. Everything else comes by `deployments:` overrides from the manifest."""
-    deployment = serve.deployment(name="engine")(EngineReplica)
+    # Serve must not give up on a version: it would try again only after another config. See `_pause_after_failures`.
+    deployment = serve.deployment(name="engine", max_constructor_retry_count=NEVER_GIVE_UP)(EngineReplica)
     return deployment.bind(args)
 
 

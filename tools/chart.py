@@ -19,6 +19,7 @@ import yaml
 
 from serving.catalog import spec, store, weights
 from serving.catalog.spec import Catalog, ModelSpec
+from serving.engine import command
 from serving.fleet import manifest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +56,7 @@ def catalog_facts() -> dict[str, Any]:
     gateway, engine = config.pop("applications")
     gateway["deployments"][0]["user_config"] = {}
     engine["args"] = {}
+    engine["deployments"][0]["autoscaling_config"] = {"policy": {"policy_function": manifest.POLICY}}
     cpu = store.apply_profile(bare, "cpu").models[0].versions[0].engine
     return {
         "rayVersion": _ray_version(),
@@ -69,7 +71,8 @@ def catalog_facts() -> dict[str, Any]:
         "version": {"drain_s": version.drain_s, "start_timeout_s": version.start_timeout_s},
         "engine": {"kind": version.engine.kind, "args": {}, "env": {}},
         "resources": {"gpus": version.resources.gpus, "cpus": version.resources.cpus},
-        "scaling": {"min": version.scaling.min, "max": version.scaling.max},
+        "scaling": version.scaling.model_dump(),
+        "slots": command.DEFAULT_SLOTS,
         "limits": model.limits.model_dump(),
         "cpu": {"args": cpu.args, "env": cpu.env},
         "sim": {"args": list(store.SIMULATED_ARGS)},

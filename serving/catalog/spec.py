@@ -204,12 +204,14 @@ class Release(Spec):
 
 
 class Limits(Spec):
-    """Bounds of one model's requests at the gateway. `max_queue` 0 means: never wait."""
+    """Bounds of one model's requests at the gateway. `max_queue` 0 means: never wait. A held stream gets its 200 and
+    keep-alives from `keep_alive_after_s` seconds on; null: never before its first token."""
 
     max_queue: int = Field(default=512, ge=0, le=100_000)
     max_wait_s: float = Field(default=60, ge=0, le=3600)
     max_input_tokens: int | None = Field(default=None, ge=1)
     request_timeout_s: float = Field(default=600, gt=0, le=86400)
+    keep_alive_after_s: float | None = Field(default=15, ge=0, le=3600)
     max_body_bytes: int = Field(default=16 * 1024 * 1024, ge=1024, le=1024**3)
 
 

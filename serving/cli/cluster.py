@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -68,6 +69,7 @@ def environment(settings: Settings, *, one_node: bool) -> None:
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1000000",  # starts; a replica itself waits longer after each failure
         "RAY_enable_metrics_collection": "0",  # Ray's exporters would answer without a key
         "RAY_event_stats": "0",  # statistics of Ray's own loops
         "RAY_task_events_report_interval_ms": "0",  # for a dashboard that does not run
@@ -166,13 +168,51 @@ def apply(config: dict[str, Any]) -> None:
         raise ClusterError(f"Serve did not take the config: {one_line(e)}") from None
 
 
+def forget_failures() -> None:
+    """Replicas that wait because their starts failed try again now."""
+    with contextlib.suppress(ClusterError):  # a directory that is away has forgotten
+        ask_directory("forget_failures")
+
+
 def snapshot() -> Snapshot:
     """The directory's table now."""
+    return ask_directory("snapshot")  # type: ignore[no-any-return]
+
+
+def ask_directory(method: str, *args: Any) -> Any:
+    """One call of the directory's."""
     import ray
 
     from serving.fleet import directory
 
-    return ray.get(directory.handle().snapshot.remote(), timeout=10)  # type: ignore[no-any-return]
+    try:
+        return ray.get(getattr(directory.handle(), method).remote(*args), timeout=10)
+    except (ray.exceptions.RayError, TimeoutError) as e:
+        raise ClusterError(f"the directory does not answer: {type(e).__name__}", "try again in a moment") from None
+
+
+def deployed_apps() -> dict[str, dict[str, Any]]:
+    """Application -> its part of the Serve config, as it was applied last."""
+    import ray
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return {}
+    found = ray.get(client._controller.get_app_configs.remote(), timeout=10)
+    return {name: schema.model_dump(exclude_unset=True) for name, schema in found.items()}
+
+
+def target_counts() -> dict[str, int]:
+    """Application -> replicas that Serve steers its deployment to."""
+    import ray
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return {}
+    found = ray.get(client._controller.get_serve_instance_details.remote(), timeout=10)["applications"]
+    return {n: sum(d["target_num_replicas"] for d in a["deployments"].values()) for n, a in found.items()}
 
 
 def app_statuses() -> dict[str, tuple[str, str]]:

@@ -16,7 +16,8 @@ from rich.table import Table
 
 from serving import __version__
 from serving.catalog import store
-from serving.cli import cluster, doctor, keys, node, up
+from serving.cli import bounds, cluster, doctor, keys, node, up
+from serving.cli.scale import scale_app
 from serving.errors import OperatorError
 from serving.fleet import manifest
 from serving.fleet.endpoint import GATEWAY_APP
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(keys.app, name="keys")
 app.add_typer(node.app, name="node")
+app.add_typer(scale_app, name="scale")
 
 Models = Annotated[str | None, typer.Option(help="Folder of model files, one file, or a comma list.")]
 ProfileOption = Annotated[str | None, typer.Option(help="cpu, gpu or sim; by default what this machine has.")]
@@ -127,7 +129,8 @@ def models(models: Models = None, profile: ProfileOption = None, as_json: Json =
             stable = " (stable)" if m.release.stable == v.version else ""
             source = v.weights.source if v.weights else "-"
             adapters = ", ".join(a.name for a in v.adapters) or "-"
-            view.add_row(m.name, v.version + stable, v.engine.kind, source, adapters, str(v.scaling.min))
+            counts = f"{v.scaling.min}" if v.scaling.min == v.scaling.max else f"{v.scaling.min} to {v.scaling.max}"
+            view.add_row(m.name, v.version + stable, v.engine.kind, source, adapters, counts)
         Console(highlight=False).print(view)
 
 
@@ -145,7 +148,9 @@ def render(
     """Print the Serve config that `up` applies, and that the Helm chart carries."""
     with _one_line_errors():
         settings = load_settings(models=models, profile=profile, gateways=gateways)
-        catalog, locate = up.load_catalog(settings), up.locator(settings, here=not elsewhere)
+        catalog, said = bounds.laid_over(up.load_catalog(settings), settings)
+        print(*said, sep="\n", end="\n" if said else "", file=sys.stderr)
+        locate = up.locator(settings, here=not elsewhere)
         config = manifest.serve_config(catalog, gateways=settings.gateways, nodes=nodes, locate=locate)
         if as_json:
             print(json.dumps(config))

@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from serving.catalog import store, weights
 from serving.catalog.spec import Catalog
-from serving.cli import cluster
+from serving.cli import bounds, cluster
 from serving.cli.cluster import write_private
 from serving.engine.probe import check_arguments
 from serving.errors import EngineError, OperatorError, PortTaken
@@ -34,6 +34,7 @@ Say = Callable[[str], None]
 
 STOP_DRAIN_S = 8.0  # Ctrl-C and SIGTERM: how long streams in progress may take to finish
 _UNHEALTHY_S = 60.0  # longest wait for an application that Serve calls unhealthy to recover
+_START_FAILED = "A replica failed to start with exception"  # of Serve's messages
 _FREE_DISK_BYTES = 512 * 1024 * 1024  # logs and sockets
 
 
@@ -69,7 +70,9 @@ def run(settings: Settings, say: Say) -> None:
     """Starts a cluster for the catalog and stays until told to stop; or, when one runs for this state folder already,
     applies the catalog to it and returns."""
     began = time.monotonic()
-    catalog = load_catalog(settings)
+    catalog, set_at_run_time = bounds.laid_over(load_catalog(settings), settings)
+    for line in set_at_run_time:
+        say(line)
     running = cluster.read_cluster_file(settings)
     check_engine_arguments(catalog, settings)
     if settings.ray_address or running:
@@ -94,8 +97,10 @@ def _apply(catalog: Catalog, running: cluster.ClusterFile | None, settings: Sett
     with cluster.joined(settings):
         nodes = len(cluster.nodes())
         config = manifest.serve_config(catalog, gateways=settings.gateways, nodes=nodes, locate=locate)
+        before = {name: message for name, (_, message) in cluster.app_statuses().items()}
+        cluster.forget_failures()
         cluster.apply(config)
-        _wait(config, _as_running(settings, running), say)
+        _wait(config, _as_running(settings, running), say, before=before)
 
 
 def _as_running(settings: Settings, running: cluster.ClusterFile | None) -> Settings:
@@ -256,9 +261,19 @@ def by_whom(port: int) -> str:
 # -- until ready ---------------------------------------------------------------------------------------------------
 
 
-def _wait(config: dict[str, Any], settings: Settings, say: Say, stop: threading.Event | None = None) -> None:
-    """Until every application runs and a gateway says ready; the first engine that fails ends the wait with its reason."""
-    wanted = {a["name"] for a in config["applications"]}
+def _wait(
+    config: dict[str, Any],
+    settings: Settings,
+    say: Say,
+    stop: threading.Event | None = None,
+    before: Mapping[str, str] | None = None,
+) -> None:
+    """Until every application that must be up runs and a gateway says ready; the first engine of them that fails ends the
+    wait with its reason. A version that may have no replica starts with its first request, and fails with that.
+    `before`: Serve's messages before the config was applied."""
+    before = before or {}
+    known = {a["name"] for a in config["applications"]}
+    wanted = {a["name"] for a in config["applications"] if _must_run(a)}
     began, told, deadline = time.time(), "", time.monotonic() + settings.ready_timeout_s
     next_line = 0.0
     unhealthy: dict[str, float] = {}  # since when
@@ -273,11 +288,13 @@ def _wait(config: dict[str, Any], settings: Settings, say: Say, stop: threading.
             since = unhealthy.setdefault(name, now) if status == "UNHEALTHY" else now
             if status != "UNHEALTHY":
                 unhealthy.pop(name, None)
-            # A replica of a node that has just died is unhealthy until Serve has started another.
-            if name in wanted and (status == "DEPLOY_FAILED" or now - since > _UNHEALTHY_S):
+            # A replica of a node that has just died is unhealthy until Serve has started another. Serve never gives up on
+            # a replica that fails; one that fails before it can tell the directory is told of here alone.
+            failed = status == "DEPLOY_FAILED" or (_START_FAILED in message and message != before.get(name))
+            if name in wanted and (failed or now - since > _UNHEALTHY_S):
                 raise EngineError(f"{name}: {_sentence(message)}", f"see {settings.log_dir}")
         running = {n for n, (status, _) in statuses.items() if status == "RUNNING"}
-        if wanted <= running and set(statuses) <= wanted and _readyz(settings):
+        if wanted <= running and set(statuses) == known and _readyz(settings):
             return
         line = _progress(wanted, running, table)
         if line != told or time.monotonic() > next_line:
@@ -286,6 +303,11 @@ def _wait(config: dict[str, Any], settings: Settings, say: Say, stop: threading.
         if time.monotonic() > deadline:
             raise EngineError(f"not ready within {settings.ready_timeout_s:g} s: {line}", f"see {settings.log_dir}")
         (stop or threading.Event()).wait(0.25)
+
+
+def _must_run(app: dict[str, Any]) -> bool:
+    bounds = app["deployments"][0].get("autoscaling_config")
+    return bounds is None or bounds["min_replicas"] > 0
 
 
 def _progress(wanted: set[str], running: set[str], table: Snapshot) -> str:

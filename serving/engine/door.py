@@ -23,6 +23,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 SECRET_HEADER = b"x-steelyard-secret"
 BUSY_HEADER = b"x-steelyard-busy"
 STATUS_PATH = "/-/door"
+CLOSE_PATH = "/-/door/close"  # POST: nothing more comes in; what is inside ends
 
 # Everything that runs the model takes a slot; what only counts tokens does not.
 _TAKES_SLOT = ("/v1/", "/pooling", "/classify", "/score", "/rerank", "/v2/rerank")
@@ -61,6 +62,9 @@ class Door:
                 200,
                 {"in_flight": self.in_flight, "slots": self.slots, "refused": self.refused, "pid": os.getpid()},
             )
+        elif scope.get("method") == "POST" and path == CLOSE_PATH:
+            self.slots = 0  # `busy` from now on: gateways that have not heard of the drain yet try elsewhere
+            await _answer(send, 200, {"in_flight": self.in_flight})
         elif scope.get("method") == "POST" and path.startswith(_TAKES_SLOT) and path not in _FREE:
             await self._through(scope, receive, send)
         else:

@@ -19,9 +19,14 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import CollectorRegistry
+
 from serving.fleet import keeper
-from serving.fleet.endpoint import Endpoint, GatewayInfo, Snapshot, State
+from serving.fleet.endpoint import Endpoint, GatewayInfo, Snapshot, State, VersionFacts, retry_delay_s
+from serving.fleet.history import Change, History
 from serving.settings import load_settings
+from serving.telemetry import logs
+from serving.telemetry.metrics import DirectoryMetrics
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +40,7 @@ FAILED_KEPT_S = 60.0  # how long a FAILED entry stays to tell why
 SETTLE_S = 15.0
 CALL_S = 5.0
 JANITOR_EVERY_S = 0.5
+FACTS_KEPT = 1024  # versions that are remembered
 LOAD_NEWS_EVERY_S = 0.25  # load alone wakes pollers at most this often; a state change wakes them at once
 
 
@@ -45,7 +51,8 @@ class Table:
     many replicas there are.
     """
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, wall: Callable[[], float] = time.time) -> None:
+        self._wall = wall
         self.epoch = uuid.uuid4().hex
         self.number = 0
         self.unpublished = False  # something changed since the last `publish`
@@ -53,10 +60,12 @@ class Table:
         self._born = now
         self._endpoints: dict[str, tuple[Endpoint, float]] = {}
         self._gateways: dict[str, tuple[GatewayInfo, float]] = {}
+        self._facts: dict[str, VersionFacts] = {}
 
     def announce(self, endpoint: Endpoint, now: float) -> bool:
         """Upserts; True when anything but load changed, so that pollers must hear of it at once."""
         known = self._endpoints.get(endpoint.id)
+        self._remember(endpoint, None if known is None else known[0])
         if endpoint.state is State.STOPPED:
             self._endpoints.pop(endpoint.id, None)
         else:
@@ -66,10 +75,53 @@ class Table:
         return known is None or known[0].state is not endpoint.state or known[0].url != endpoint.url
 
     def announce_gateway(self, gateway: GatewayInfo, now: float) -> bool:
-        new = gateway.id not in self._gateways
+        """Upserts; True when it is new or begins to hold requests for a version, which may have to be woken."""
+        known = self._gateways.get(gateway.id)
         self._gateways[gateway.id] = (gateway, now + LEASE_S)
-        self.unpublished |= new
-        return new
+        self.unpublished |= known is None or known[0] != gateway
+        return known is None or bool(gateway.held.keys() - known[0].held.keys())
+
+    def facts(self, version_id: str) -> VersionFacts:
+        return self._facts.get(version_id, VersionFacts())
+
+    def endpoint(self, endpoint_id: str) -> Endpoint | None:
+        known = self._endpoints.get(endpoint_id)
+        return None if known is None else known[0]
+
+    def start_delay_s(self, version_id: str, spec: str) -> float:
+        """How long a replica waits before it starts the engine of digest `spec`: earlier starts of it failed."""
+        facts = self.facts(version_id)
+        return max(0.0, facts.failed_at + retry_delay_s(facts) - self._wall()) if facts.spec == spec else 0.0
+
+    def forget_failures(self) -> None:
+        """An operator changed something: the next starts wait for nothing."""
+        for version_id, facts in self._facts.items():
+            self._facts[version_id] = VersionFacts(ready_after_s=facts.ready_after_s)
+        self.unpublished = True
+
+    def _remember(self, endpoint: Endpoint, before: Endpoint | None) -> None:
+        """What outlives the replica: how long its start took, or that it failed. Told by its change of state, once."""
+        if before is not None and before.state is endpoint.state:
+            return
+        version_id, facts = endpoint.version_id, self.facts(endpoint.version_id)
+        if endpoint.state is State.READY:
+            if before is None and facts.ready_after_s is not None:
+                return  # it tells a restarted directory of a start long ago
+            facts = VersionFacts(ready_after_s=endpoint.ready_after_s)
+        elif endpoint.state is State.FAILED and endpoint.ready_after_s is None:  # not one that died while it served
+            facts = VersionFacts(
+                ready_after_s=facts.ready_after_s,
+                failures=facts.failures + 1 if facts.spec == endpoint.spec else 1,
+                failed_at=self._wall(),
+                reason=endpoint.reason,
+                spec=endpoint.spec,
+            )
+        else:
+            return
+        self._facts.pop(version_id, None)
+        self._facts[version_id] = facts
+        if len(self._facts) > FACTS_KEPT:
+            del self._facts[next(iter(self._facts))]
 
     def withdraw_gateway(self, gateway_id: str) -> bool:
         known = self._gateways.pop(gateway_id, None) is not None
@@ -106,6 +158,7 @@ class Table:
             complete=now - self._born >= SETTLE_S,
             endpoints=tuple(e for e, _ in self._endpoints.values()),
             gateways=tuple(g for g, _ in self._gateways.values()),
+            versions=dict(self._facts),
             keys=self.keys,
         )
 
@@ -120,20 +173,32 @@ class Directory:
         self._janitor: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
         settings = load_settings()
+        self._log = logs.setup("directory", settings.log_dir)
+        self._history = History()
+        self._metrics = DirectoryMetrics(CollectorRegistry())
         self._on_head = settings.node_role == "head"
         self._keys_file = KeysFile(settings.keys_file) if self._on_head else None
 
     async def announce(self, endpoint: Endpoint) -> None:
         self._ensure_janitor()
+        before = self._table.endpoint(endpoint.id)
+        if endpoint.state is State.READY and before is not None and before.state is State.STARTING:
+            self._metrics.started(endpoint.model, endpoint.version, endpoint.phases)
         if self._table.announce(endpoint, time.monotonic()):
             self._wake()
-        elif self._table.unpublished and self._load_news is None:
-            self._load_news = asyncio.get_running_loop().call_later(LOAD_NEWS_EVERY_S, self._wake)
+        else:
+            self._load_changed()
 
     async def announce_gateway(self, gateway: GatewayInfo) -> None:
         self._ensure_janitor()
         if self._table.announce_gateway(gateway, time.monotonic()):
             self._wake()
+        else:
+            self._load_changed()
+
+    def _load_changed(self) -> None:
+        if self._table.unpublished and self._load_news is None:
+            self._load_news = asyncio.get_running_loop().call_later(LOAD_NEWS_EVERY_S, self._wake)
 
     async def withdraw_gateway(self, gateway_id: str) -> None:
         if self._table.withdraw_gateway(gateway_id):
@@ -154,6 +219,33 @@ class Directory:
     async def keys(self) -> bytes:
         """The head's keys file, for the gateways of other nodes."""
         return self._keys_file.content if self._keys_file is not None else b""
+
+    async def start_delay(self, version_id: str, spec: str) -> float:
+        """Asked by a replica before it starts its engine: seconds to wait."""
+        return self._table.start_delay_s(version_id, spec)
+
+    async def forget_failures(self) -> None:
+        """Asked by `steelyard up`: what failed may be mended, so replicas that wait try again now."""
+        self._table.forget_failures()
+        self._wake()
+
+    async def scaled(self, changes: list[Change]) -> None:
+        """The policy changed counts: one line in the log each, counted, and kept for `steelyard scale explain`."""
+        for change in changes:
+            self._history.add(change)
+            model, _, version = change.version_id.partition("@")
+            self._metrics.scale_decisions.labels(model, version, change.direction, change.cause).inc()
+            log.info(
+                "scale %s %s: %d -> %d: %s", change.version_id, change.cause, change.before, change.after, change.reason
+            )
+
+    async def history(self, version_id: str) -> list[Change]:
+        """The last changes of one version, oldest first."""
+        return self._history.of(version_id)
+
+    async def metrics(self) -> str:
+        """Its own exposition; a gateway that is scraped puts it among the others'."""
+        return self._metrics.text()
 
     def _wake(self) -> None:
         if self._load_news is not None:

@@ -51,8 +51,12 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None = None  # tokens
     reason: str = ""  # why FAILED, one line
     node: str = ""
+    pid: int = 0  # of the replica's own process, on that node
     started_at: float = 0.0  # epoch seconds
     ready_after_s: float | None = None  # spawn to first token
+    phases: dict[str, float] = {}  # seconds of a start: spawn (of the process), health, first_token
+    waits_until: float = 0.0  # epoch seconds; STARTING, but no earlier, because the starts before it failed
+    spec: str = ""  # digest of what identifies the engine: failures of another one say nothing about this one
 
     @property
     def version_id(self) -> str:
@@ -65,7 +69,30 @@ class GatewayInfo(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     url: str
     node: str = ""
-    held: dict[str, int] = {}  # model -> requests held in its queue
+    held: dict[str, int] = {}  # version id -> requests that wait for it here, or were told to come back when it is up
+    arrived: dict[str, int] = {}  # version id -> requests that asked for a slot since this gateway started
+    finished: dict[str, int] = {}  # of them, answered by an engine to the end
+
+
+class VersionFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What the directory remembers of a version, also when it has no replica."""
+
+    ready_after_s: float | None = None  # of the last start: spawn to first token
+    failures: int = 0  # starts that failed since the last one that did not
+    failed_at: float = 0.0  # epoch seconds of the last of them
+    reason: str = ""  # of the last of them, one line; for operators, not for clients
+    spec: str = ""  # digest of the engine that failed
+
+
+START_TRIES = 3  # starts that may fail before the next one waits
+RETRY_FIRST_S, RETRY_LONGEST_S = 10.0, 300.0
+
+
+def retry_delay_s(facts: VersionFacts) -> float:
+    """Pause between the last failed start and the next, seconds: doubles with each from the third on."""
+    if facts.failures < START_TRIES:
+        return 0.0
+    return float(min(RETRY_FIRST_S * 2 ** min(facts.failures - START_TRIES, 16), RETRY_LONGEST_S))
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,4 +104,5 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     complete: bool
     endpoints: tuple[Endpoint, ...] = ()
     gateways: tuple[GatewayInfo, ...] = ()
+    versions: dict[str, VersionFacts] = {}
     keys: str = ""  # digest of the head's keys file; empty where every node has its own

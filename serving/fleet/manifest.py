@@ -13,11 +13,12 @@ from typing import Any
 
 import msgspec
 
-from serving.catalog.spec import Catalog, ModelSpec, Version
+from serving.catalog.spec import Catalog, ModelSpec, Scaling, Version
 from serving.engine.command import AdapterSpec, EngineSpec
-from serving.errors import CatalogError
 from serving.fleet.endpoint import GATEWAY_APP, GATEWAY_DEPLOYMENT
 
+POLICY = "serving.fleet.serve_policy:policy"
+PROXY_LOCATION = "Disabled"  # clients reach the gateways' own listeners
 STOP_GRACE_S = 10.0  # beyond the drain bound: stopping the engine itself
 
 # (source, folder of the model's file) -> path of the weights as the node that runs the engine sees it
@@ -28,7 +29,7 @@ def serve_config(catalog: Catalog, *, gateways: int, locate: Locate, nodes: int 
     """The multi-application Serve config of the whole catalog, with `gateways` of them on each of `nodes` nodes."""
     apps = [_engine_app(catalog, model, version, locate) for model, version in catalog.versions()]
     return {
-        "proxy_location": "Disabled",  # clients reach the gateways' own listeners
+        "proxy_location": PROXY_LOCATION,
         "applications": [_gateway_app(catalog, gateways, nodes), *apps],
     }
 
@@ -69,6 +70,7 @@ def gateway_config(catalog: Catalog) -> dict[str, Any]:
                 "max_wait_s": m.limits.max_wait_s,
                 "request_timeout_s": m.limits.request_timeout_s,
                 "max_body_bytes": m.limits.max_body_bytes,
+                "keep_alive_after_s": m.limits.keep_alive_after_s,
             },
         }
         for m in catalog.models
@@ -103,12 +105,7 @@ def _gateway_app(catalog: Catalog, gateways: int, nodes: int) -> dict[str, Any]:
 
 def _engine_app(catalog: Catalog, model: ModelSpec, version: Version, locate: Locate) -> dict[str, Any]:
     where = f"{model.name}@{version.version}"
-    if version.scaling.max != version.scaling.min:
-        raise CatalogError(
-            f"{where}: scaling.min is {version.scaling.min} and scaling.max {version.scaling.max}; this version of "
-            "Steelyard does not scale between bounds yet",
-            "Set both to the number of replicas",
-        )
+    spec = engine_spec(catalog, model, version, locate)
     options: dict[str, Any] = {"num_cpus": version.resources.cpus}
     if version.resources.gpus:
         options["num_gpus"] = version.resources.gpus
@@ -120,11 +117,12 @@ def _engine_app(catalog: Catalog, model: ModelSpec, version: Version, locate: Lo
         "name": where,
         "route_prefix": None,
         "import_path": "serving.replica:build",
-        "args": msgspec.to_builtins(engine_spec(catalog, model, version, locate)),
+        "args": msgspec.to_builtins(spec),
         "deployments": [
             {
                 "name": "engine",
-                "num_replicas": version.scaling.min,
+                "num_replicas": "auto",
+                "autoscaling_config": autoscaling_config(version.scaling, spec.slots),
                 "user_config": {
                     "start_timeout_s": version.start_timeout_s,
                     "drain_s": version.drain_s,
@@ -134,11 +132,26 @@ def _engine_app(catalog: Catalog, model: ModelSpec, version: Version, locate: Lo
                 "graceful_shutdown_wait_loop_s": 0.1,
                 "health_check_period_s": 1.0,
                 "health_check_timeout_s": 10.0,
-                "max_ongoing_requests": 1000,  # wake calls only
+                "max_ongoing_requests": 5000,  # none comes; Serve wants it above `target_ongoing_requests`
                 "ray_actor_options": options,
             }
         ],
     }
+
+
+def autoscaling_config(scaling: Scaling, slots: int) -> dict[str, Any]:
+    """Also where min equals max: the policy's name is part of what rolls an application, and giving a fixed version
+    bounds must not. Every other field may change at run time; `fleet/serve_policy` reads them."""
+    config: dict[str, Any] = {
+        "policy": {"policy_function": POLICY},
+        "min_replicas": scaling.min,
+        "max_replicas": scaling.max,
+        "target_ongoing_requests": scaling.target_ongoing or max(1, slots * 3 // 4),  # room while another one starts
+        "downscale_delay_s": scaling.scale_down_after_s,
+    }
+    if scaling.idle_to_zero_s is not None:
+        config["downscale_to_zero_delay_s"] = scaling.idle_to_zero_s
+    return config
 
 
 def _builds(catalog: Catalog, model: ModelSpec, version: Version) -> list[dict[str, str]]:

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from serving.errors import (
+    BadRequest,
     BodyTooLarge,
     DeadlinePassed,
     EngineBroken,
@@ -29,6 +30,7 @@ from serving.errors import (
 )
 from serving.gateway import routes
 from serving.gateway.exchange import ClientGone, Exchange, Receive, Scope, Send, rest
+from serving.gateway.hold import NO_CACHE, KeepAlive
 from serving.gateway.keys import Key, KeyRing
 from serving.gateway.own import OwnRoutes, visible
 from serving.gateway.queue import VersionLine, bound_wait
@@ -66,6 +68,7 @@ class Gateway:
         self._log = log
         self._engines: Engines | None = None
         self._own = OwnRoutes(gateway_id, self.fleet, metrics, secret, lambda: self.draining)
+        self.sources = self._own.sources  # name -> exposition of what has no listener of its own
         self._reloader: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -165,6 +168,7 @@ class Gateway:
     ) -> None:
         """Binds the request to a replica and relays; failures before the first byte are tried elsewhere."""
         line = self.fleet.line(name)
+        self.fleet.arrived[line.version_id] += 1
         avoid: frozenset[str] = frozenset()
         killed, front = 0, False
         deadline = x.t0 + model.limits.request_timeout_s
@@ -177,6 +181,7 @@ class Gateway:
                 reply = await self._open(upstream, route, body, x.request_id, withhold_usage)
                 x.line.attempts += 1
                 await self._deliver(x, route, reply, metrics)
+                self.fleet.finished[line.version_id] += 1
                 metrics.attempted("died" if reply.scan is not None and reply.scan.died else "ok")
                 return
             except Busy:
@@ -211,16 +216,20 @@ class Gateway:
         front: bool,
     ) -> Upstream:
         began = time.monotonic()
+        patience_s = bound_wait(model.limits.max_wait_s, deadline)
         metrics.waiting.inc()
         try:
-            return await line.take(
-                others=self.fleet.waiting(model) - len(line),
-                max_queue=model.limits.max_queue,
-                max_wait_s=bound_wait(model.limits.max_wait_s, deadline),
-                avoid=avoid,
-                since=x.t0,
-                front=front,
-            )
+            if line.version_id in self.fleet.asleep:
+                self.fleet.wake(line, patience_s)
+            async with KeepAlive(x, model.limits.keep_alive_after_s if x.line.stream else None):
+                return await line.take(
+                    others=self.fleet.waiting(model) - len(line),
+                    max_queue=model.limits.max_queue,
+                    max_wait_s=patience_s,
+                    avoid=avoid,
+                    since=x.t0,
+                    front=front,
+                )
         except (QueueFull, WaitTooLong, NoReplica) as e:
             metrics.rejected(e.code)
             raise
@@ -240,6 +249,8 @@ class Gateway:
         try:
             if scan is None:
                 assert reply.body is not None
+                if x.started:  # keep-alives left already
+                    raise _refusal(reply)
                 await x.answer(reply.status, reply.body, reply.content_type)
                 x.line.reason = "ok" if reply.status < 400 else "engine_refused"
                 _count_unstreamed(x, reply, metrics)
@@ -259,7 +270,8 @@ class Gateway:
         """Bytes as they come. After the first one left, trouble is one error event and the end."""
         scan = reply.scan
         assert scan is not None
-        await x.start(reply.status, reply.content_type, [(b"cache-control", b"no-cache")])
+        if not x.started:
+            await x.start(reply.status, reply.content_type, NO_CACHE)
         await reply.relay(_Client(x, meter))
         if reply.error is not None:
             log.warning("stream broken: %s", reply.error, extra={"request_id": x.request_id})
@@ -423,6 +435,24 @@ def _adapted(body: bytes, fields: dict[str, Any], route: Route, name: Name) -> t
             asked = {k: v for k, v in options.items() if k != "continuous_usage_stats"} | {"include_usage": True}
             body = routes.splice(body, b'"stream_options":' + msgspec.json.encode(asked))
     return body, withhold
+
+
+class _EngineMessage(msgspec.Struct):
+    message: str = ""
+
+
+class _EngineError(msgspec.Struct):
+    error: _EngineMessage
+
+
+def _refusal(reply: Reply) -> RequestError:
+    """An engine's answer that is no stream, for a client that got a stream's 200 already."""
+    message = ""
+    with contextlib.suppress(msgspec.MsgspecError):
+        message = msgspec.json.decode(reply.body or b"", type=_EngineError).error.message
+    if reply.status < 500:
+        return BadRequest(message or f"the engine refused the request with status {reply.status}")
+    return EngineBroken(f"the engine answered with status {reply.status}")
 
 
 class _UnstreamedUsage(msgspec.Struct):

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 4096
 KEEP_ALIVE_S = 75  # of idle client connections
+ANNOUNCE_EVERY_S = 1.0
+HELD_CHECK_EVERY_S = 0.25  # replicas report their loads twice a second
 FIRST_KEYS_S = 30.0  # longest wait of a new worker's gateway for the head's keys, before it opens its port
 
 
@@ -63,6 +65,7 @@ class GatewayReplica:
             metrics=GatewayMetrics(CollectorRegistry()),
             log=RequestLog(settings.log_dir),
         )
+        self.gateway.sources["directory"] = self._directory_metrics
         self._server: _Server | None = None
         self._tasks: list[asyncio.Task[Any]] = []
 
@@ -158,20 +161,40 @@ class GatewayReplica:
                 return
             self._keys_of_head = snapshot.keys
 
+    async def _directory_metrics(self) -> str:
+        return str(await self._directory.call("metrics"))
+
     async def _announce_for_ever(self) -> None:
+        """At once when a version must be woken, soon when what is held changed, each second in any case."""
         url = f"http://{self._node}:{self.gateway.private_port}"
-        untold = False
+        untold, told, told_at = False, dict[str, int](), float("-inf")
+        news = asyncio.Event()
+        self.gateway.fleet.on_hold = news.set
         while True:
-            held = {m: self.gateway.fleet.waiting(c) for m, c in self.gateway.fleet.models.items()}
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(news.wait(), HELD_CHECK_EVERY_S)
+            news.clear()
+            held = self.gateway.fleet.held()
+            if held == told and time.monotonic() - told_at < ANNOUNCE_EVERY_S:
+                continue
+            told, told_at = held, time.monotonic()
             try:
-                info = GatewayInfo(id=self._id, url=url, node=self._node, held=held)
+                fleet = self.gateway.fleet
+                info = GatewayInfo(
+                    id=self._id,
+                    url=url,
+                    node=self._node,
+                    held=held,
+                    arrived=dict(fleet.arrived),
+                    finished=dict(fleet.finished),
+                )
                 await self._directory.call("announce_gateway", info)
                 untold = False
             except Exception as e:  # any Ray error: told again in a moment
                 if not untold:
                     log.warning("the directory does not take the gateway's entry: %s", type(e).__name__)
                 untold = True
-            await asyncio.sleep(1.0)
+                told_at = float("-inf")
 
 
 def _listener(host: str, port: int, *, shared: bool) -> socket.socket:

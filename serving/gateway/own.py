@@ -28,6 +28,7 @@ class OwnRoutes:
         self._secret = secret.encode()
         self._draining = draining
         self._scraper = Scraper(gateway_id, fleet, metrics, secret)
+        self.sources = self._scraper.others
         self._answers: dict[str, Callable[[Exchange, Key | None], Awaitable[None]]] = {
             "/healthz": self._healthz,
             "/-/healthz": self._healthz,

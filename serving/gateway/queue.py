@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from serving.errors import NoReplica, QueueFull, WaitTooLong
+from serving.errors import NoReplica, QueueFull, RequestError, WaitTooLong
 from serving.fleet.endpoint import Endpoint, State
 from serving.gateway.routing import Upstream, pick
 
@@ -110,6 +110,13 @@ class VersionLine:
             elif waiter in self._waiters:
                 self._waiters.remove(waiter)
             raise
+
+    def refuse_all(self, why: Callable[[], RequestError]) -> None:
+        """No replica will come: everybody who waits is told now."""
+        for waiter in self._waiters:
+            if not waiter.future.done():
+                waiter.future.set_exception(why())
+        self._waiters.clear()
 
     def release(self, upstream: Upstream) -> None:
         """The slot is free again; whoever waits first gets it."""

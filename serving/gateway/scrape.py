@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -27,6 +28,7 @@ class Scraper:
         self._fleet = fleet
         self._metrics = metrics
         self._secret = secret
+        self.others: dict[str, Callable[[], Awaitable[str]]] = {}  # sources that are asked by other means than HTTP
         self._http: aiohttp.ClientSession | None = None
         self._lock = asyncio.Lock()
         self._merged = ""
@@ -64,6 +66,7 @@ class Scraper:
     def _sources(self) -> dict[str, tuple[dict[str, str], str]]:
         """id -> (labels, URL of its exposition); the own URL is empty."""
         found: dict[str, tuple[dict[str, str], str]] = {self._id: ({"gateway": self._id}, "")}
+        found |= {name: ({"source": name}, "") for name in self.others}
         for g in self._fleet.gateways:
             if g.id != self._id:
                 found[g.id] = ({"gateway": g.id}, g.url + "/metrics")
@@ -89,6 +92,8 @@ class Scraper:
             return self._metrics.text()
         assert self._http is not None
         try:
+            if source in self.others:
+                return await asyncio.wait_for(self.others[source](), TIMEOUT_S)
             async with self._http.get(url) as answer:
                 answer.raise_for_status()
                 return await answer.text()

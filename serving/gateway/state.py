@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import math
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import msgspec
 
-from serving.errors import UnknownModel
-from serving.fleet.endpoint import Endpoint, GatewayInfo, Snapshot, State
+from serving.errors import NoReplica, UnknownModel
+from serving.fleet.endpoint import START_TRIES, Endpoint, GatewayInfo, Snapshot, State, VersionFacts, retry_delay_s
 from serving.gateway.queue import VersionLine
+from serving.gateway.waking import ready_in_s
+
+log = logging.getLogger(__name__)
+
+UNKNOWN_START_S = 10.0  # a guess, for Retry-After and for how long a wake is remembered, where nothing is known
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -20,6 +29,7 @@ class Limits(msgspec.Struct, frozen=True):
     max_wait_s: float
     request_timeout_s: float
     max_body_bytes: int
+    keep_alive_after_s: float | None = 15.0  # a held stream's 200 and first keep-alive; None: never
 
 
 class Name(msgspec.Struct, frozen=True):
@@ -56,7 +66,13 @@ class Fleet:
         self.models: dict[str, ModelConfig] = {}
         self.lines: dict[str, VersionLine] = {}
         self.gateways: tuple[GatewayInfo, ...] = ()
+        self.asleep: frozenset[str] = frozenset()  # versions without a ready replica
+        self.on_hold: Callable[[], None] = lambda: None  # a version must be woken: whoever announces does it now
+        self.arrived: Counter[str] = Counter()  # version id -> requests that asked for a slot, ever
+        self.finished: Counter[str] = Counter()
         self._endpoints: dict[str, Endpoint] = {}
+        self._facts: dict[str, VersionFacts] = {}
+        self._wanted: dict[str, float] = {}  # version id -> monotonic seconds until which it shall be woken
 
     def set_catalog(self, config: dict[str, Any]) -> None:
         """Takes a new catalog; requests in progress finish under the old one."""
@@ -67,12 +83,14 @@ class Fleet:
             del self.lines[gone]
         for new in ids - self.lines.keys():
             self.lines[new] = VersionLine(new)
+        self._wanted = {v: until for v, until in self._wanted.items() if v in ids}
         self._distribute(only_add=False)
 
     def set_snapshot(self, snapshot: Snapshot) -> None:
         """Takes the directory's table. One that may be incomplete adds and changes, and removes nothing."""
         fresh = {e.id: e for e in snapshot.endpoints}
         self._endpoints = fresh if snapshot.complete else self._endpoints | fresh
+        self._facts = snapshot.versions if snapshot.complete else self._facts | snapshot.versions
         self.gateways = snapshot.gateways
         self._distribute(only_add=not snapshot.complete)
 
@@ -91,6 +109,34 @@ class Fleet:
         ids = (f"{model.name}@{v}" for v in model.versions)
         # `model` may be of an earlier catalog, and the version gone since.
         return sum(len(line) for i in ids if (line := self.lines.get(i)) is not None)
+
+    def held(self) -> dict[str, int]:
+        """Version id -> requests that wait for it here; at least one while it shall be woken."""
+        now, held = time.monotonic(), {v: len(line) for v, line in self.lines.items() if len(line)}
+        self._wanted = {v: until for v, until in self._wanted.items() if until > now and v in self.asleep}
+        return {v: 1 for v in self._wanted} | held
+
+    def wake(self, line: VersionLine, patience_s: float) -> None:
+        """A request for a version without a ready replica: wakes it. Raises NoReplica, with what is left of the start as
+        Retry-After, when that is known to take longer than the request may wait, or when the engine does not start."""
+        version_id = line.version_id
+        facts = self._facts.get(version_id, VersionFacts())
+        starting = [e for e in self._endpoints.values() if e.version_id == version_id]
+        left_s = ready_in_s(starting, facts, time.time())
+        self.on_hold()
+        broken = facts.failures >= START_TRIES
+        if not broken and (left_s is None or left_s <= patience_s):
+            return
+        left_s = max(left_s or 0.0, UNKNOWN_START_S if broken else 0.0)
+        self._wanted[version_id] = time.monotonic() + left_s + UNKNOWN_START_S
+        raise (
+            _does_not_start(version_id, left_s)
+            if broken
+            else NoReplica(
+                f"{version_id} has no ready replica; one is being started and needs about {math.ceil(left_s)} s",
+                retry_after_s=left_s,
+            )
+        )
 
     def endpoints(self) -> Iterator[Endpoint]:
         return iter(self._endpoints.values())
@@ -116,6 +162,18 @@ class Fleet:
                 by_version[e.version_id].append(e)
         for version, endpoints in by_version.items():
             self.lines[version].update(endpoints, only_add=only_add)
+        self.asleep = frozenset(v for v, line in self.lines.items() if not line.ready_ids())
+        for version in self.asleep & self._facts.keys():
+            facts = self._facts[version]
+            if facts.failures >= START_TRIES and len(self.lines[version]):
+                log.warning("%s: %d starts failed, nobody waits for it: %s", version, facts.failures, facts.reason)
+                left_s = max(UNKNOWN_START_S, facts.failed_at + retry_delay_s(facts) - time.time())
+                self.lines[version].refuse_all(functools.partial(_does_not_start, version, left_s))
+
+
+def _does_not_start(version_id: str, retry_after_s: float) -> NoReplica:
+    """Why is in the log and in `steelyard scale explain`: it may name paths and machines."""
+    return NoReplica(f"{version_id} has no ready replica: its engine does not start", retry_after_s=retry_after_s)
 
 
 def model_cards(catalog: CatalogConfig, endpoints: Iterable[Endpoint], visible: Iterable[str]) -> list[dict[str, Any]]:

@@ -266,6 +266,42 @@ class GatewayMetrics:
         return generate_latest(self.registry).decode()
 
 
+START_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 90.0, 120.0, 180.0, 300.0, 600.0, 1200.0)
+
+
+class DirectoryMetrics:
+    """What only the directory sees: every change of a replica count, and every start."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._registry = registry
+        version = ["model", "version"]
+        self.scale_decisions = Counter(
+            "steelyard_scale_decisions_total",
+            "Changes of a replica count, by direction and kind of reason: load, from_zero, to_zero, bounds.",
+            [*version, "direction", "reason"],
+            registry=registry,
+        )
+        self.cold_starts = Counter(
+            "steelyard_cold_starts_total", "Replicas that became ready.", version, registry=registry
+        )
+        self.cold_start = Histogram(
+            "steelyard_cold_start_seconds",
+            "Phases of a replica's start: spawn of the engine's process, until healthy, until its first token.",
+            ["model", "phase"],
+            buckets=START_S,
+            registry=registry,
+        )
+
+    def started(self, model: str, version: str, phases: Mapping[str, float]) -> None:
+        self.cold_starts.labels(model, version).inc()
+        for phase, seconds in phases.items():
+            self.cold_start.labels(model, phase).observe(seconds)
+
+    def text(self) -> str:
+        return generate_latest(self._registry).decode()
+
+
 def unrested_gauges(text: str) -> dict[str, float]:
     """In-flight gauges of an exposition that are not zero, as `name{model}`. Empty once every request has ended."""
     return {

@@ -97,7 +97,9 @@ def test_disconnect_frees_the_slot(real: Stack) -> None:
         assert in_flight() == 0
         with httpx.stream("POST", f"{real.url}/v1/completions", headers=real.headers, json=body, timeout=30) as r:
             assert r.status_code == 200
-            events = r.iter_bytes()  # named: a generator that nobody holds is closed at once, and the connection with it
+            events = (
+                r.iter_bytes()
+            )  # named: a generator that nobody holds is closed at once, and the connection with it
             next(events)
             assert in_flight() == 1
         until(lambda: in_flight() == 0, "the slot is free", 1.0)

@@ -15,6 +15,16 @@ V = "models.0.versions.0"
 SECOND = {"version": "x", "weights": {"source": "/srv/weights/x"}}
 
 # What the chart alone can know.
+ANOTHER = {
+    "name": "second",
+    "versions": [
+        {
+            "version": "v",
+            "weights": {"source": "/srv/weights/second"},
+            "resources": {"gpus": 1, "accelerator": "H100"},
+        }
+    ],
+}
 NONSENSE: list[tuple[dict[str, Any], str]] = [
     ({"image.repository": ""}, "image.repository is empty"),
     ({"models": []}, "models is empty"),
@@ -26,7 +36,8 @@ NONSENSE: list[tuple[dict[str, Any], str]] = [
     ({"profile": "cpu"}, "takes GPUs and profile is cpu"),
     ({f"{V}.resources.accelerator": "H200"}, "wants the accelerator H200 and no worker group has it"),
     ({f"{V}.resources.gpus": 2}, "wants 2 GPUs in one pod and the largest H100 worker has 1"),
-    ({f"{V}.scaling": {"min": 3, "max": 3}}, "models want 3 H100 GPUs and the workers have 1"),
+    ({f"{V}.scaling": {"min": 1, "max": 3}}, "scaling.max is 3, which wants 3 H100 GPUs, and the workers have 1"),
+    ({"models.1": ANOTHER}, "models want 2 H100 GPUs and the workers have 1"),
     ({f"{V}.weights.source": "/elsewhere/llama"}, "does not lie below weights.mountPath"),
     ({f"{V}.weights.source": "/srv/weights/../../etc"}, "does not lie below weights.mountPath"),
     ({f"{V}.weights.source": "models/llama"}, "does not lie below weights.mountPath"),
@@ -79,7 +90,8 @@ BAD_MODELS: list[tuple[dict[str, Any], str]] = [
     ({f"{V}.resources": {"gpus": -1}}, "gpus"),
     ({f"{V}.resources": {"gpus": 1}, f"{V}.engine.args": {"tensor-parallel-size": 4}}, "gpus is at least 4"),
     ({f"{V}.weights": None}, "has no weights"),
-    ({f"{V}.scaling": {"min": 2, "max": 1}}, "scaling.min is 2 and scaling.max 1"),
+    ({f"{V}.scaling": {"min": 2, "max": 1}}, "scaling.min is 2 and scaling.max 1: max is at least min"),
+    ({f"{V}.scaling": {"min": 1, "max": 1, "idle_to_zero_s": 60}}, "scaling.idle_to_zero_s needs min: 0 (min is 1)"),
     ({"models.0.versions": []}, "versions"),
     ({"models.0.versions.1": {**SECOND, "version": "2026-11-01"}}, "listed twice"),
     ({"models.0.versions.1": SECOND}, "no release.stable"),
@@ -115,11 +127,6 @@ def test_a_model_that_python_refuses_is_refused_by_the_chart(change: dict[str, A
         chart.render(given)
     with pytest.raises((ValidationError, NameClash)):
         Catalog(tuple(ModelSpec.model_validate(m) for m in given["models"]))
-
-
-def test_scaling_between_bounds_is_refused_until_it_is_built() -> None:
-    with pytest.raises(helm.HelmError, match="does not scale between bounds yet"):
-        chart.render(chart.changed("one-h100", {f"{V}.scaling": {"min": 0, "max": 1}}))
 
 
 def _literally(text: str) -> str:

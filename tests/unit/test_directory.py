@@ -8,6 +8,7 @@ import pytest
 
 from serving.fleet.directory import FAILED_KEPT_S, LEASE_S, SETTLE_S, Table
 from serving.fleet.endpoint import Endpoint, GatewayInfo, State, advance
+from serving.fleet.history import KEPT, Change, History
 
 READY, FAILED = State.READY, State.FAILED
 
@@ -132,3 +133,80 @@ def test_ready_again_after_draining_or_failure_is_refused() -> None:
     for now in (State.DRAINING, FAILED, State.STOPPED):
         with pytest.raises(RuntimeError, match="cannot go from"):
             advance(now, READY)
+
+
+def test_how_long_a_start_took_outlives_the_replica() -> None:
+    table = Table(0)
+    table.announce(endpoint(state=State.STARTING), 0)
+    table.announce(endpoint(ready_after_s=12.5), 0)
+    table.announce(endpoint(state=State.STOPPED), 0)
+    assert table.snapshot(0).versions["m@v"].ready_after_s == 12.5
+
+
+def test_the_newest_start_is_the_one_that_is_known() -> None:
+    table = Table(0)
+    for name, took in (("a", 10.0), ("b", 20.0)):
+        table.announce(endpoint(name, State.STARTING), 0)
+        table.announce(endpoint(name, ready_after_s=took), 0)
+    table.announce(endpoint("a", ready_after_s=10.0), 1)  # it is there, and says so twice a second
+    table.announce(endpoint("c", ready_after_s=30.0), 1)  # it was there before this directory was
+    assert table.facts("m@v").ready_after_s == 20.0
+
+
+def test_failed_starts_make_the_next_one_wait_longer_and_longer() -> None:
+    wall = [1000.0]
+    table = Table(0, wall=lambda: wall[0])
+    delays = []
+    for i in range(12):
+        table.announce(endpoint(f"r{i}", State.STARTING, spec="s"), 0)
+        for _ in range(3):  # told again and again, counted once
+            table.announce(endpoint(f"r{i}", FAILED, spec="s", reason="no weights"), 0)
+        delays.append(table.start_delay_s("m@v", "s"))
+    assert delays[:5] == [0, 0, 10, 20, 40] and delays[-1] == 300
+    assert table.facts("m@v").reason == "no weights"
+    wall[0] += 299
+    assert table.start_delay_s("m@v", "s") == 1
+
+
+def test_failures_are_forgotten_after_a_good_start_another_engine_or_a_word_of_the_operator() -> None:
+    def failed() -> Table:
+        table = Table(0)
+        for i in range(5):
+            table.announce(endpoint(f"r{i}", State.STARTING, spec="s"), 0)
+            table.announce(endpoint(f"r{i}", FAILED, spec="s"), 0)
+        assert table.start_delay_s("m@v", "s") > 0
+        return table
+
+    assert failed().start_delay_s("m@v", "other") == 0
+    table = failed()
+    table.forget_failures()
+    assert table.start_delay_s("m@v", "s") == 0
+    table = failed()
+    table.announce(endpoint("good", State.STARTING, spec="s"), 0)
+    table.announce(endpoint("good", ready_after_s=1.0, spec="s"), 0)
+    assert (table.start_delay_s("m@v", "s"), table.facts("m@v").failures) == (0, 0)
+
+
+def test_an_engine_that_dies_while_it_serves_is_no_failed_start() -> None:
+    table = Table(0)
+    table.announce(endpoint(ready_after_s=1.0), 0)
+    table.announce(endpoint(state=FAILED, ready_after_s=1.0), 0)
+    assert table.facts("m@v").failures == 0
+
+
+def test_a_gateway_that_begins_to_hold_is_news_and_one_that_holds_more_is_load() -> None:
+    table = Table(0)
+    gateway = lambda **held: GatewayInfo(id="g", url="", held=held)  # noqa: E731
+    assert table.announce_gateway(gateway(), 0)
+    assert table.announce_gateway(gateway(a=1), 0)
+    assert not table.announce_gateway(gateway(a=2), 0) and table.unpublished
+    table.publish()
+    assert not table.announce_gateway(gateway(a=2), 0) and not table.unpublished
+
+
+def test_the_history_is_bounded_and_keeps_the_last() -> None:
+    history = History()
+    for i in range(KEPT + 5):
+        history.add(Change(version_id="m@v", at=i, before=1, after=2, cause="load", reason=str(i)))
+    assert [c.at for c in history.of("m@v")] == list(range(5, KEPT + 5))
+    assert history.of("other@v") == []

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from serving.engine.door import STATUS_PATH, Door
+from serving.engine.door import CLOSE_PATH, STATUS_PATH, Door
 
 SECRET = "door-secret"
 CHAT = "/v1/chat/completions"
@@ -137,3 +137,16 @@ async def test_the_lifespan_passes(make: Made) -> None:
     engine.go.set()
     await ask(door, kind="lifespan", secret=None)
     assert engine.most == 1
+
+
+async def test_a_closed_door_lets_nobody_in_and_those_inside_finish(make: Made) -> None:
+    door, engine = make()
+    inside = asyncio.create_task(ask(door))
+    while not engine.inside:
+        await asyncio.sleep(0)
+    assert (await ask(door, CLOSE_PATH))[0] == 200
+    status, headers, _ = await ask(door)
+    assert (status, headers[b"x-steelyard-busy"]) == (503, b"1")
+    engine.go.set()
+    assert (await inside)[0] == 200
+    assert (await ask(door, CLOSE_PATH, secret="other"))[0] == 401

@@ -24,8 +24,11 @@ business; what concerns more than one key is refused here.
 {{- $resources := include "steelyard.with" (list $known.resources (default dict $given.resources)) | fromJson -}}
 {{- $scaling := include "steelyard.with" (list $known.scaling (default dict $given.scaling)) | fromJson -}}
 {{- if and (not $given.weights) (eq $engine.kind "vllm") -}}{{- fail (printf "models: %s has no weights (only the simulator runs without)" $where) -}}{{- end -}}
-{{- if ne (int $scaling.min) (int $scaling.max) -}}
-{{- fail (printf "models: %s: scaling.min is %d and scaling.max %d; this version of Steelyard does not scale between bounds yet: set both to the number of replicas" $where (int $scaling.min) (int $scaling.max)) -}}
+{{- if lt (int $scaling.max) (int $scaling.min) -}}
+{{- fail (printf "models: %s: scaling.min is %d and scaling.max %d: max is at least min" $where (int $scaling.min) (int $scaling.max)) -}}
+{{- end -}}
+{{- if and (ne $scaling.idle_to_zero_s nil) (gt (int $scaling.min) 0) -}}
+{{- fail (printf "models: %s: scaling.idle_to_zero_s needs min: 0 (min is %d)" $where (int $scaling.min)) -}}
 {{- end -}}
 {{- $world := 1 -}}
 {{- range $option := list "tensor-parallel-size" "pipeline-parallel-size" -}}
@@ -72,7 +75,7 @@ business; what concerns more than one key is refused here.
 {{- end -}}
 {{- $versions = append $versions (dict
     "version" $given.version "weights" (default $model.name $weights) "engine" $engine "adapters" $adapters "builds" $builds
-    "resources" $resources "replicas" $scaling.min "drain_s" $version.drain_s "start_timeout_s" $version.start_timeout_s) -}}
+    "resources" $resources "scaling" $scaling "drain_s" $version.drain_s "start_timeout_s" $version.start_timeout_s) -}}
 {{- end -}}
 {{- if not $ids -}}{{- fail (printf "models: %s has no versions" $model.name) -}}{{- end -}}
 {{- $stable := (default dict $model.release).stable -}}

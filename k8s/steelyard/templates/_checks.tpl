@@ -33,7 +33,11 @@
 {{- if gt $gpus (float64 (default 0 (get $largest $kind))) -}}
 {{- fail (printf "models: %s wants %v GPUs in one pod and the largest %sworker has %d" $id $gpus (ternary (printf "%s " $kind) "" (ne $kind "")) (int (default 0 (get $largest $kind)))) -}}
 {{- end -}}
-{{- $need := mulf $gpus $version.replicas -}}
+{{- $most := mulf $gpus $version.scaling.max -}}
+{{- if gt $most (float64 (default 0 (get $offered $kind))) -}}
+{{- fail (printf "models: %s: scaling.max is %d, which wants %v %sGPUs, and the workers have %d: raise replicas of a group, or lower scaling.max" $id (int $version.scaling.max) $most (ternary (printf "%s " $kind) "" (ne $kind "")) (int (default 0 (get $offered $kind)))) -}}
+{{- end -}}
+{{- $need := mulf $gpus $version.scaling.min -}}
 {{- range $key := uniq (list $kind "") -}}{{- $_ := set $wanted $key (addf (default 0 (get $wanted $key)) $need) -}}{{- end -}}
 {{- end -}}
 {{- end -}}

@@ -50,6 +50,8 @@ imagePullSecrets:
 # Ray's exporters would answer without a key. The dashboard's has no switch: a port that cannot be opened is one.
 - {name: RAY_enable_metrics_collection, value: "0"}
 - {name: RAY_SERVE_METRICS_EXPORT_INTERVAL_MS, value: "60000"}
+# Starts that may fail: a replica itself waits longer after each.
+- {name: RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT, value: "1000000"}
 - {name: RAY_event_stats, value: "0"}
 - {name: DASHBOARD_METRIC_PORT, value: "65536"}
 - {name: RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO, value: "0"}

@@ -18,7 +18,7 @@ files/catalog.json; a test compares the whole with `steelyard render`.
 {{- $id := printf "%s@%s" $model.name $version.version -}}
 {{- $drain = maxf $drain $version.drain_s -}}
 {{- $ids = append $ids $version.version -}}
-{{- if gt (int $version.replicas) 0 -}}{{- $required = append $required $version.version -}}{{- end -}}
+{{- if gt (int $version.scaling.min) 0 -}}{{- $required = append $required $version.version -}}{{- end -}}
 {{- if eq $version.version $model.stable -}}{{- $stable = $version -}}{{- end -}}
 {{- $options := dict "num_cpus" $version.resources.cpus -}}
 {{- if $version.resources.gpus -}}{{- $_ := set $options "num_gpus" $version.resources.gpus -}}{{- end -}}
@@ -30,7 +30,19 @@ files/catalog.json; a test compares the whole with `steelyard render`.
     "model" $model.name "version" $version.version "kind" $version.engine.kind "weights" $version.weights
     "served_names" (list $model.name $id) "args" $version.engine.args "env" $version.engine.env "adapters" $version.adapters) -}}
 {{- $deployment := index $app.deployments 0 -}}
-{{- $_ := set $deployment "num_replicas" $version.replicas -}}
+{{- $slots := $known.slots -}}
+{{- if hasKey $version.engine.args "max-num-seqs" -}}
+{{- $given := toString (index $version.engine.args "max-num-seqs") -}}
+{{- if regexMatch "^[0-9]+$" $given -}}{{- $slots = int $given -}}{{- end -}}
+{{- end -}}
+{{- $scaling := $deployment.autoscaling_config -}}
+{{- $_ := set $scaling "min_replicas" $version.scaling.min -}}
+{{- $_ := set $scaling "max_replicas" $version.scaling.max -}}
+{{- $_ := set $scaling "target_ongoing_requests" (default (max 1 (div (mul $slots 3) 4)) $version.scaling.target_ongoing) -}}
+{{- $_ := set $scaling "downscale_delay_s" $version.scaling.scale_down_after_s -}}
+{{- if ne $version.scaling.idle_to_zero_s nil -}}
+{{- $_ := set $scaling "downscale_to_zero_delay_s" $version.scaling.idle_to_zero_s -}}
+{{- end -}}
 {{- $config := dict "start_timeout_s" $version.start_timeout_s "drain_s" $version.drain_s -}}
 {{- if hasKey $deployment.user_config "builds" -}}
 {{- $builds := list -}}
@@ -55,7 +67,7 @@ files/catalog.json; a test compares the whole with `steelyard render`.
 {{- end -}}
 {{- $models = append $models (dict
     "name" $model.name "versions" $ids "required" $required "allow" $model.allow
-    "limits" (pick $model.limits "max_queue" "max_wait_s" "request_timeout_s" "max_body_bytes")) -}}
+    "limits" (pick $model.limits "max_queue" "max_wait_s" "request_timeout_s" "max_body_bytes" "keep_alive_after_s")) -}}
 {{- end -}}
 {{- $gateway := deepCopy $known.gatewayApp -}}
 {{- $deployment := index $gateway.deployments 0 -}}

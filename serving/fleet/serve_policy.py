@@ -1,0 +1,309 @@
+"""`scaling.decide` inside Ray Serve: the function that every version's `AutoscalingPolicy` names.
+
+Serve's controller calls it for each version in every round of its loop, ten times a second, and everything else waits
+meanwhile. So it never asks anybody: a daemon thread of the controller's process follows the directory and keeps the last
+table with its age; the function joins that with what Serve says of the deployment and calls `decide`.
+
+* Serve clips the answer to `min_replicas` and `max_replicas`. A directory that is away holds the count.
+* Serve's own delays would come on top of those of `decide`: the context handed back has none. The fields
+  `downscale_delay_s` and `downscale_to_zero_delay_s` are how `scaling:` of a model file gets here: they are no part of
+  the application's code version, so a change of them rolls nothing. Arguments of the policy would be.
+* A controller that restarts, and one that takes another config, has no memory: it goes on from Serve's own count, as if
+  that had been needed until now.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from serving.fleet import directory
+from serving.fleet.endpoint import RETRY_LONGEST_S, GatewayInfo, Snapshot, State
+from serving.fleet.history import Cause, Change
+from serving.fleet.scaling import Limits, Load, Memory, decide
+
+log = logging.getLogger(__name__)
+
+POLL_S = 2.0  # an answer at least so often: a table without news is as fresh as one with
+CALL_S = 5.0
+AGAIN_S = 0.25  # a table without news is decided on this often: delays pass all the same
+RATE_WINDOW_S, RATE_STEP_S = 10.0, 1.0
+AWAY_S = 1e9  # age of a table that never came
+REPORTS_KEPT = 1000
+_NO_DELAYS = {"upscale_delay_s": 0.0, "downscale_delay_s": 0.0, "downscale_to_zero_delay_s": 0.0}
+
+
+class Context(Protocol):
+    """Of `ray.serve.config.AutoscalingContext`, what is read here. `config` is an `AutoscalingConfig`."""
+
+    app_name: str | None
+    target_num_replicas: int
+    capacity_adjusted_min_replicas: int
+    capacity_adjusted_max_replicas: int
+    policy_state: dict[str, Any]
+    config: Any
+
+
+def policy(ctx: Any) -> tuple[int, dict[str, Any]]:
+    """What Serve calls. Serve pickles this function by value, so it imports all it needs, itself included."""
+    from serving.fleet import serve_policy
+
+    return serve_policy.here().replicas(ctx)
+
+
+class Rates(NamedTuple):
+    """Requests per second over the last `RATE_WINDOW_S`, through all gateways."""
+
+    arrived: float
+    finished: float
+
+
+class Table:
+    """The directory's last table as this process knows it; filled by `Follower`, by hand in tests."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.snapshot: Snapshot | None = None
+        self._clock = clock
+        self._at = -AWAY_S
+        # Per gateway, its counts at times of the window, the oldest first: differences of one gateway alone mean something.
+        self._counts: dict[str, deque[tuple[float, GatewayInfo]]] = {}
+
+    def put(self, snapshot: Snapshot) -> None:
+        now = self._clock()
+        counts = {g.id: self._counts.get(g.id) or deque[tuple[float, GatewayInfo]]() for g in snapshot.gateways}
+        for gateway in snapshot.gateways:
+            known = counts[gateway.id]
+            if not known or now - known[-1][0] >= RATE_STEP_S:
+                known.append((now, gateway))
+            while len(known) > 1 and now - known[1][0] >= RATE_WINDOW_S:
+                known.popleft()
+        self._counts = counts
+        self.snapshot, self._at = snapshot, now
+
+    def age_s(self) -> float:
+        return self._clock() - self._at
+
+    def rates(self, version_id: str) -> Rates | None:
+        """None until a gateway was watched for half a window."""
+        arrived = finished = 0.0
+        watched = False
+        for known in self._counts.values():
+            (began, first), (ended, last) = known[0], known[-1]
+            if ended - began >= RATE_WINDOW_S / 2:
+                watched = True
+                arrived += (last.arrived.get(version_id, 0) - first.arrived.get(version_id, 0)) / (ended - began)
+                finished += (last.finished.get(version_id, 0) - first.finished.get(version_id, 0)) / (ended - began)
+        return Rates(arrived, finished) if watched else None
+
+
+class Policy:
+    """One per controller process. Called from its event loop only; never blocks."""
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+        self.changes: deque[Change] = deque(maxlen=REPORTS_KEPT)  # for the directory; taken out by `Follower`
+        self.asleep: set[str] = set()  # versions that have no replica and want none
+        self._answers: dict[str, int] = {}
+        self._troubled: set[str] = set()
+
+    def replicas(self, ctx: Context, now: float | None = None) -> tuple[int, dict[str, Any]]:
+        """How many replicas Serve shall have, and what to hand back next time. `now` is Unix time. Whatever is wrong, it
+        raises nothing: an exception here would stop the controller's round for every application."""
+        version_id = ctx.app_name or ""
+        try:
+            answer = self._decide(ctx, version_id, time.time() if now is None else now)
+            self._troubled.discard(version_id)
+            return answer
+        except Exception:
+            if version_id not in self._troubled:
+                log.exception("%s: its policy failed; the number of replicas stays", version_id)
+            self._troubled.add(version_id)
+            return ctx.target_num_replicas, ctx.policy_state
+
+    def _decide(self, ctx: Context, version_id: str, now: float) -> tuple[int, dict[str, Any]]:
+        limits, target, state = limits_of(ctx), ctx.target_num_replicas, ctx.policy_state
+        ctx.config = ctx.config.model_copy(update=_NO_DELAYS)
+        self._notice_bounds(version_id, target)
+        (self.asleep.discard if target else self.asleep.add)(version_id)
+        snapshot = self._table.snapshot
+        seen = state.get("seen")
+        if seen == (snapshot and snapshot.number, target, limits) and 0 <= now - state["at"] < AGAIN_S:
+            return target, state
+        memory = state.get("memory") or Memory(needs=((now, target),), busy_at=now)
+        load = observe(snapshot, version_id, target, self._table.age_s(), self._table.rates(version_id))
+        decision = decide(load, limits, memory, now)
+        after = min(max(decision.replicas, ctx.capacity_adjusted_min_replicas), ctx.capacity_adjusted_max_replicas)
+        if snapshot is not None and not snapshot.complete:
+            after = max(after, target)  # replicas that have not told a restarted directory of themselves may be busy
+        if after < target:
+            after = max(after, min(1, target - 1))  # Serve goes to zero from one alone
+        if after != target:
+            self._report(version_id, target, after, decision.reason, load)
+        self._answers[version_id] = after
+        return after, {"memory": decision.memory, "seen": (snapshot and snapshot.number, target, limits), "at": now}
+
+    def _notice_bounds(self, version_id: str, target: int) -> None:
+        """Serve's count is another than the last answer: somebody gave the version other bounds."""
+        before = self._answers.get(version_id, target)
+        if before != target:
+            self._answers[version_id] = target
+            self._report(version_id, before, target, "other bounds were set", None)
+
+    def _report(self, version_id: str, before: int, after: int, reason: str, load: Load | None) -> None:
+        self.changes.append(
+            Change(
+                version_id=version_id,
+                at=time.time(),
+                before=before,
+                after=after,
+                cause=cause(before, after) if load is not None else "bounds",
+                reason=reason,
+                load=load,
+            )
+        )
+
+
+def cause(before: int, after: int) -> Cause:
+    """The kind of a change that the load asked for."""
+    if after == 0:
+        return "to_zero"
+    return "from_zero" if before == 0 else "load"
+
+
+def limits_of(ctx: Context) -> Limits:
+    """`scaling:` of the model file, out of Serve's own fields."""
+    config = ctx.config
+    return Limits(
+        min=ctx.capacity_adjusted_min_replicas,
+        max=ctx.capacity_adjusted_max_replicas,
+        target_ongoing=config.target_ongoing_requests,
+        scale_down_after_s=config.downscale_delay_s,
+        idle_to_zero_s=config.downscale_to_zero_delay_s,
+    )
+
+
+def observe(snapshot: Snapshot | None, version_id: str, asked: int, age_s: float, rates: Rates | None = None) -> Load:
+    """One version's load, out of the directory's table. `asked`: the replicas that Serve steers to now."""
+    if snapshot is None:
+        return Load(replicas=asked, ready=0, age_s=AWAY_S)
+    ready = [e for e in snapshot.endpoints if e.version_id == version_id and e.state is State.READY]
+    return Load(
+        replicas=asked,
+        ready=len(ready),
+        held=sum(g.held.get(version_id, 0) for g in snapshot.gateways),
+        running=sum(e.in_flight for e in ready),  # what drains ends by itself, on replicas that count no more
+        waiting=sum(e.waiting for e in ready),
+        slots=min((e.slots for e in ready), default=1),
+        kv_usage=max((e.kv_usage for e in ready), default=0.0),
+        finished_per_s=None if rates is None else rates.finished,
+        age_s=max(0.0, age_s),
+    )
+
+
+class Follower:
+    """The thread: follows the directory, and tells it of the changes. Ray's calls are good from any thread."""
+
+    def __init__(self, table: Table, policy: Policy) -> None:
+        self._table = table
+        self._policy = policy
+        self._actor: Any = None
+        self._warmed_at = 0.0  # monotonic seconds
+        self._spares: dict[str, Any] = {}  # node's address -> pid of its idle process, or the task that makes it one
+        threading.Thread(target=self._run, name="directory-follower", daemon=True).start()
+
+    def _run(self) -> None:
+        epoch, number, away = "", -1, False
+        while True:
+            try:
+                snapshot = self._call("wait", epoch, number, POLL_S)
+                self._table.put(snapshot)
+                epoch, number = snapshot.epoch, snapshot.number
+                if away:
+                    log.info("the directory is back")
+                away = False
+                self._tell()
+                self._keep_warm(snapshot)
+            except Exception as e:  # any Ray error: the last table ages, and decides nothing
+                if not away:
+                    log.warning("the directory is away, replica counts stay: %s", type(e).__name__)
+                away = True
+                time.sleep(AGAIN_S)
+
+    def _keep_warm(self, snapshot: Snapshot) -> None:
+        """While a version is at zero, each node that runs engines keeps one of Ray's processes idle with everything imported
+        that a replica needs: a start from zero takes it instead of a new one, which costs more than a second. Ray gives
+        an actor an idle process of the same job; replicas belong to the controller's, as this thread's tasks do."""
+        now = time.monotonic()
+        if now - self._warmed_at < POLL_S:
+            return
+        self._warmed_at = now
+        try:
+            self._replace_spares(snapshot)
+        except Exception as e:  # it is a comfort: without it starts are slower
+            log.warning("no warm process can be kept: %s: %s", type(e).__name__, e)
+            self._warmed_at = now + RETRY_LONGEST_S
+
+    def _replace_spares(self, snapshot: Snapshot) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        taken = {(e.node, e.pid) for e in snapshot.endpoints}
+        nodes = {n["NodeManagerAddress"]: n for n in ray.nodes() if n["Alive"]} if self._policy.asleep else {}
+        for address, spare in list(self._spares.items()):
+            if not isinstance(spare, int):
+                if not ray.wait([spare], timeout=0)[0]:
+                    continue
+                del self._spares[address]  # should it have failed, it is tried again, later
+                spare = self._spares[address] = int(ray.get(spare))
+            if (address, spare) in taken:
+                del self._spares[address]
+        gpus = any(n["Resources"].get("GPU") for n in nodes.values())
+        for address, node in nodes.items():
+            if address not in self._spares and (not gpus or node["Resources"].get("GPU")):
+                where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(imported)
+                self._spares[address] = task.remote()
+
+    def _tell(self) -> None:
+        while changes := [self._policy.changes[i] for i in range(min(100, len(self._policy.changes)))]:
+            self._call("scaled", changes)
+            for _ in changes:
+                self._policy.changes.popleft()
+
+    def _call(self, method: str, *args: Any) -> Any:
+        import ray
+
+        try:
+            if self._actor is None:
+                self._actor = directory.handle()
+            return ray.get(getattr(self._actor, method).remote(*args), timeout=POLL_S + CALL_S)
+        except ray.exceptions.ActorDiedError:  # gone for good, not restarting: another is made
+            self._actor = None
+            raise
+
+
+def imported() -> int:
+    """Runs in one of Ray's processes, and leaves it idle with what a replica imports; its pid."""
+    import importlib
+    import os
+
+    for name in ("ray.serve._private.replica", "serving.replica"):  # by name: a replica is no part of this room
+        importlib.import_module(name)
+    return os.getpid()
+
+
+_policy: Policy | None = None
+
+
+def here() -> Policy:
+    """This process's policy; the first call starts its thread."""
+    global _policy
+    if _policy is None:
+        table = Table()
+        _policy = Policy(table)
+        Follower(table, _policy)
+    return _policy

@@ -1,0 +1,68 @@
+"""Bounds set at run time: kept privately, laid over the catalog, and said."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving.catalog.spec import Catalog, ModelSpec
+from serving.cli import bounds
+from serving.cli.bounds import Bounds
+from serving.errors import OperatorError
+from serving.settings import Settings, load_settings
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return load_settings(state_dir=tmp_path)
+
+
+def catalog(**scaling: Any) -> Catalog:
+    versions = [{"version": v, "engine": {"kind": "simulator"}, "scaling": scaling} for v in ("a", "b")]
+    model = ModelSpec.model_validate({"name": "m", "versions": versions, "release": {"stable": "a"}})
+    return Catalog((model,), {"m": Path("/")})
+
+
+def test_they_are_kept_for_the_owner_alone_and_nothing_is_kept_of_none(settings: Settings) -> None:
+    bounds.write(settings, {"m@a": Bounds(min=0, max=3)})
+    assert bounds.read(settings) == {"m@a": Bounds(min=0, max=3)}
+    assert stat.S_IMODE(bounds.path(settings).stat().st_mode) == 0o600
+    bounds.write(settings, {})
+    assert not bounds.path(settings).exists() and bounds.read(settings) == {}
+
+
+def test_they_lie_over_the_model_file_and_are_said(settings: Settings) -> None:
+    bounds.write(settings, {"m@a": Bounds(min=2, max=5), "gone@a": Bounds(min=1, max=1)})
+    laid, said = bounds.laid_over(catalog(min=1, max=2), settings)
+    assert [(v.scaling.min, v.scaling.max) for _, v in laid.versions()] == [(2, 5), (1, 2)]
+    assert len(said) == 2 and "gone@a" in said[0]
+    assert "m@a: 2 to 5 replicas, set by `steelyard scale set`, not 1 to 2" in said[1]
+
+
+def test_a_version_that_keeps_a_replica_does_not_go_to_zero(settings: Settings) -> None:
+    bounds.write(settings, {"m@a": Bounds(min=1, max=2)})
+    laid, _ = bounds.laid_over(catalog(min=0, max=2, idle_to_zero_s=60), settings)
+    assert [v.scaling.idle_to_zero_s for _, v in laid.versions()] == [None, 60]
+
+
+def test_equal_bounds_are_not_worth_a_word(settings: Settings) -> None:
+    bounds.write(settings, {"m@a": Bounds(min=1, max=2)})
+    assert bounds.laid_over(catalog(min=1, max=2), settings)[1] == []
+
+
+@pytest.mark.parametrize(
+    "text", ["{", '{"m@a": {"min": 3, "max": 2}}', '{"m@a": {"min": 1}}', '{"m@a": {"min": 1, "max": 1, "x": 1}}']
+)
+def test_a_file_that_cannot_be_is_one_error_that_names_it(settings: Settings, text: str) -> None:
+    bounds.path(settings).write_text(text)
+    with pytest.raises(OperatorError, match=r"scaling\.json.*remove it"):
+        bounds.read(settings)
+
+
+@pytest.mark.parametrize(("min_", "max_"), [(-1, 1), (0, 0), (2, 1), (1, 257)])
+def test_impossible_bounds_are_refused(min_: int, max_: int) -> None:
+    with pytest.raises(ValueError, match=r"min|max"):
+        Bounds(min=min_, max=max_)

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from serving import __version__
 from serving.catalog import store
-from serving.cli import cluster, doctor, keys, node, up
+from serving.cli import cluster, doctor, keys, node, scale, up
 from serving.errors import OperatorError
 from serving.fleet import manifest
 from serving.fleet.endpoint import GATEWAY_APP
@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(keys.app, name="keys")
 app.add_typer(node.app, name="node")
+app.add_typer(scale.app, name="scale")
 
 Models = Annotated[str | None, typer.Option(help="Folder of model files, one file, or a comma list.")]
 ProfileOption = Annotated[str | None, typer.Option(help="cpu, gpu or sim; by default what this machine has.")]

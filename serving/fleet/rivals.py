@@ -74,7 +74,8 @@ class RayServe:
             desired, self.state = self._ray._apply_delay_logic(
                 max(0, desired), load.replicas, self.config, self.state, _now=now
             )
-        return min(max(math.ceil(desired), self.limits.min), self.limits.max)
+        wanted: int = math.ceil(desired)
+        return min(max(wanted, self.limits.min), self.limits.max)
 
 
 class Hpa:

@@ -5,7 +5,7 @@
 1. An observation that is old decides nothing. Bounds and scheduled floors hold all the same.
 2. `_demand`: requests that want a slot, from held + running, less what will clear by itself.
 3. `_need`: replicas for it. A load beyond what chance explains counts in full at once, a smaller excess by its mean.
-4. Up: at once, as many as needed. Down: when the whole window agrees. To zero: when idle long enough.
+4. Up at once, as many as needed. Down when the whole window agrees (`_fewer`), to zero when idle long enough (`_last`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import msgspec
 from cronsim import CronSim, CronSimError
 
 STALE_S = 5.0  # an older observation decides nothing: the count stays
-MEAN_S = 20.0  # time constant of the mean that small excesses are judged by
+MEAN_S = 60.0  # time constant of the mean that small excesses are judged by
+SERVICE_MEAN_S = 60.0  # of the means whose ratio is the service time; longer than most requests
 CHANCE = 2.0  # standard deviations of independent arrivals (Poisson: the root of their number) that are no breach
-TOLERANCE = 0.10  # replicas go only if what is left would carry so much more than the load
+NOISE = 0.10  # nor is so large a share, where numbers are so large that chance explains less
+TOLERANCE = 0.05  # replicas go only if what is left would carry so much more than the load
 KV_FULL = 0.90  # share of KV blocks in use beyond which vLLM soon preempts
 GPU_IDLE = 0.05  # share of time; more means that somebody works
 
@@ -88,6 +90,8 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     since: float | None = None  # fresh observations without a gap from here to `seen_at`
     demand: float = 0.0  # of the last observation
     mean: float = 0.0  # of demand, exponentially weighted
+    running: float = 0.0  # likewise of what runs,
+    finished: float = 0.0  # and of what finishes per second: their ratio is the seconds of service (Little's law)
     needs: tuple[tuple[float, int], ...] = ()  # maxima of the down window: newer ones are smaller
     busy_at: float | None = None  # when anything was last held or running
 
@@ -103,46 +107,54 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 def decide(load: Load, limits: Limits, memory: Memory, now: float) -> Decision:
     """Replicas for the load. `now` is Unix time, because floors are scheduled by it."""
     if not 0 <= load.age_s <= STALE_S:
-        return _bounded(load, limits, memory, now, load.replicas, f"holds: the load was last seen {load.age_s:.0f} s ago")
+        return _bounded(
+            load, limits, memory, now, load.replicas, f"holds: the load was last seen {load.age_s:.0f} s ago"
+        )
     memory, demand = _observed(load, limits, memory, now)
     need, why = _need(load, limits, memory, demand)
-    memory, floor = _window(load, limits, memory, demand, need, now)
+    memory, least = _window(load, limits, memory, need, now)
     if need > load.replicas:
         return _bounded(load, limits, memory, now, need, why)
-    if load.replicas == 0 or floor >= load.replicas:
-        return _bounded(load, limits, memory, now, load.replicas, why)
-    assert memory.since is not None
-    if now - memory.since < limits.scale_down_after_s:
-        why += f"; watched for {now - memory.since:.0f} of {limits.scale_down_after_s:g} s"
-        return _bounded(load, limits, memory, now, load.replicas, why)
-    if floor == 0 and not _idle(load, limits, memory, now):
-        floor, why = 1, f"{why}; the last one stays until idle for {limits.idle_to_zero_s or 0:g} s"
-    elif floor > need:
-        why += f"; the last {limits.scale_down_after_s:g} s, with a tenth to spare, needed {floor}"
-    return _bounded(load, limits, memory, now, floor, why)
+    if load.replicas == 1 and limits.idle_to_zero_s is not None:
+        kept, more = _last(limits, memory, now)
+    else:
+        kept, more = _fewer(load, limits, memory, least, now)
+    return _bounded(load, limits, memory, now, kept, why + more)
 
 
 def _observed(load: Load, limits: Limits, memory: Memory, now: float) -> tuple[Memory, float]:
     """Memory with this observation in it, and the demand to judge by: the smaller of the last two, so that one noisy
     sample moves nothing. Without a recent one (start, gap, a clock set back) this one counts, and the window starts."""
-    demand = _demand(load, limits)
     gap = None if memory.seen_at is None else now - memory.seen_at
     if gap is None or not 0 <= gap <= 2 * STALE_S:
-        return Memory(seen_at=now, since=now, demand=demand, mean=demand, busy_at=now), demand
-    weight = 1 - math.exp(-gap / MEAN_S)
-    busy = load.held > 0 or load.running > 0 or (load.gpu_busy or 0.0) > GPU_IDLE
+        running, finished = float(load.running), load.finished_per_s or 0.0
+        demand = _demand(load, limits, running, finished)
+        memory = Memory(
+            seen_at=now, since=now, demand=demand, mean=demand, running=running, finished=finished, busy_at=now
+        )
+        return memory, demand
+    weight = 1 - math.exp(-gap / SERVICE_MEAN_S)
+    running = memory.running + weight * (load.running - memory.running)
+    finished = memory.finished + weight * ((load.finished_per_s or 0.0) - memory.finished)
+    demand = _demand(load, limits, running, finished)
     judged = min(demand, memory.demand) if load.replicas else demand
-    return Memory(
+    mean = memory.mean + (1 - math.exp(-gap / MEAN_S)) * (judged - memory.mean)
+    if demand == 0 and mean < 0.5:
+        mean = 0.0  # less than a request: an exponential mean never gets there by itself
+    memory = Memory(
         seen_at=now,
         since=memory.since,
         demand=demand,
-        mean=memory.mean + weight * (judged - memory.mean),
+        mean=mean,
+        running=running,
+        finished=finished,
         needs=memory.needs,
-        busy_at=now if busy else memory.busy_at,
-    ), judged
+        busy_at=now if _busy(load) else memory.busy_at,
+    )
+    return memory, judged
 
 
-def _demand(load: Load, limits: Limits) -> float:
+def _demand(load: Load, limits: Limits, running: float, finished: float) -> float:
     """Requests that want a slot at once: all that run and all that are held, less what needs no slot of its own.
 
     While replicas start, the queue grows although enough are on their way. By Little's law, arrivals per second times
@@ -150,9 +162,9 @@ def _demand(load: Load, limits: Limits) -> float:
     one slot serves several requests if they are short. Both rates known, no more than this is asked for.
     """
     ongoing = float(load.held + load.running)
-    if not load.held or not load.running or not load.finished_per_s or load.arrived_per_s is None:
+    if not load.held or load.finished_per_s is None or load.arrived_per_s is None or running <= 0 or finished <= 0:
         return ongoing
-    service_s = load.running / load.finished_per_s
+    service_s = running / finished
     backlog = load.held * min(1.0, service_s / limits.wait_goal_s)
     return min(ongoing, max(load.running, load.arrived_per_s * service_s) + backlog)
 
@@ -175,9 +187,11 @@ def _need(load: Load, limits: Limits, memory: Memory, demand: float) -> tuple[in
 
 
 def _breach(load: Load, limits: Limits) -> float:
-    """Requests beyond which the load is too much now: chance does not explain it, or every slot is taken."""
+    """Requests beyond which the load is too much now: more than chance explains, or than what finishes in a second
+    takes from the queue when every slot is taken. A moment without a free slot is no breach."""
     fair = load.replicas * limits.target_ongoing
-    return max(fair, min(fair + CHANCE * math.sqrt(fair), load.replicas * load.slots - 1))
+    full = load.replicas * load.slots + (load.finished_per_s or 0.0)
+    return max(fair, min(fair + max(CHANCE * math.sqrt(fair), NOISE * fair), full))
 
 
 def _kv_need(load: Load) -> int:
@@ -186,22 +200,40 @@ def _kv_need(load: Load) -> int:
     return math.ceil(load.ready * mean / KV_FULL)
 
 
-def _window(
-    load: Load, limits: Limits, memory: Memory, demand: float, need: int, now: float
-) -> tuple[Memory, int]:
+def _window(load: Load, limits: Limits, memory: Memory, need: int, now: float) -> tuple[Memory, int]:
     """The least count that is safe to go down to: what the window needed at most, and never less than what is here."""
     roomy = math.ceil(memory.mean * (1 + TOLERANCE) / limits.target_ongoing)
-    kept = max(roomy, need, _kv_need(load) if load.running else 0)
+    kept = max(roomy, need, _kv_need(load) if load.running else 0, 1 if _busy(load) else 0)
     since = now - limits.scale_down_after_s
     needs = (*((t, n) for t, n in memory.needs if t >= since and n > kept), (now, kept))
     here = math.ceil(memory.demand / limits.target_ongoing)
     return msgspec.structs.replace(memory, needs=needs), max(needs[0][1], here)
 
 
-def _idle(load: Load, limits: Limits, memory: Memory, now: float) -> bool:
-    if load.held or load.running or (load.gpu_busy or 0.0) > GPU_IDLE:
-        return False
-    return limits.idle_to_zero_s is None or memory.busy_at is None or now - memory.busy_at >= limits.idle_to_zero_s
+def _fewer(load: Load, limits: Limits, memory: Memory, least: int, now: float) -> tuple[int, str]:
+    if least >= load.replicas:
+        return load.replicas, ""
+    watched = now - (now if memory.since is None else memory.since)
+    if watched < limits.scale_down_after_s:
+        return load.replicas, f"; watched for {watched:.0f} of {limits.scale_down_after_s:g} s"
+    if least == 0 and limits.idle_to_zero_s is not None:
+        return 1, ""  # the last one has a time of its own
+    return least, f"; the last {limits.scale_down_after_s:g} s, with {TOLERANCE:.0%} to spare, needed {least}"
+
+
+def _last(limits: Limits, memory: Memory, now: float) -> tuple[int, str]:
+    """The last replica goes by its own time alone, which may be shorter than the window, or longer."""
+    assert limits.idle_to_zero_s is not None
+    idle = now - (now if memory.busy_at is None else memory.busy_at)
+    if idle <= 0:
+        return 1, ""
+    if idle < limits.idle_to_zero_s:
+        return 1, f"; idle for {idle:.0f} of {limits.idle_to_zero_s:g} s"
+    return 0, f"; idle for {idle:.0f} s"
+
+
+def _busy(load: Load) -> bool:
+    return load.held > 0 or load.running > 0 or (load.gpu_busy or 0.0) > GPU_IDLE
 
 
 def _bounded(load: Load, limits: Limits, memory: Memory, now: float, wanted: int, why: str) -> Decision:

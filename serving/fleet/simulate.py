@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from serving.fleet.scaling import Decision, Limits, Load, Memory, decide
-from serving.fleet.trace import Floats, Ints, Trace
+from serving.fleet.trace import Ints, Trace
 
 RATE_WINDOW_S = 10.0  # what finished and arrived per second are means of
 
@@ -71,7 +71,7 @@ class Work(NamedTuple):
     steps: int  # of the trace; GPU-hours count within
     first_row: Ints  # of each step, and one past the last
     arrived: Ints  # requests of each step
-    count: Ints
+    times: Ints
     at: Ints  # arrival step of each row
     service: Ints  # steps of each row
     patience: Ints  # steps that each row may wait and still meet the goal; negative: never
@@ -82,21 +82,21 @@ def prepare(trace: Trace, service: Service, goal: Goal, step_s: float) -> Work:
     ttft = service.ttft_s + trace.prompt / service.prefill_per_s
     seconds = np.where(np.isnan(trace.service_s), ttft + trace.output * service.itl_s, trace.service_s)
     at = (trace.arrival_s / step_s).astype(np.int64)
-    steps = max(int(math.ceil(trace.span_s / step_s)), int(at[-1]) + 1)
+    steps = max(math.ceil(trace.span_s / step_s), int(at[-1]) + 1)
     lasting = np.maximum(1, np.ceil(seconds / step_s - 1e-9)).astype(np.int64)
     if goal.wait_s is not None:
         patience = np.full(len(at), math.floor(goal.wait_s / step_s + 1e-9), np.int64)
     else:
         assert goal.ttft_s is not None
         patience = np.floor((goal.ttft_s - ttft) / step_s + 1e-9).astype(np.int64)
-    change = np.bincount(at, trace.count, minlength=steps + 1)[: steps + 1]
-    ended = np.bincount(np.minimum(at + lasting, steps), trace.count, minlength=steps + 1)
+    change = np.bincount(at, trace.times, minlength=steps + 1)[: steps + 1]
+    ended = np.bincount(np.minimum(at + lasting, steps), trace.times, minlength=steps + 1)
     return Work(
         step_s=step_s,
         steps=steps,
         first_row=np.searchsorted(at, np.arange(steps + 1)).astype(np.int64),
         arrived=change[:steps].astype(np.int64),
-        count=trace.count,
+        times=trace.times,
         at=at,
         service=lasting,
         patience=patience,
@@ -120,7 +120,7 @@ class Fleet:
         self.drain_ends = np.zeros(size, np.int64)  # of replicas that drain
         self.longest = longest
         # The queue is what lies between two counts of admitted requests; `admitted` is their running sum by row.
-        self.admitted = np.zeros(len(work.count) + 1, np.int64)
+        self.admitted = np.zeros(len(work.times) + 1, np.int64)
         self.rows = 0  # admitted so far; a row that was refused in whole counts with nothing
         self.first = 0  # row in which the queue begins
         self.began = 0  # requests that left the queue
@@ -182,7 +182,7 @@ class Fleet:
 
     def _admit(self, now: int, arrived: int) -> None:
         first, last = self.work.first_row[now], self.work.first_row[now + 1]
-        counts = self.work.count[first:last]
+        counts = self.work.times[first:last]
         # What finds a slot free never queues, so the bound is on what would be left over.
         free = max(0, self.ready * self.service.slots - self.running)
         room = self.service.max_queue + free - self.held
@@ -211,7 +211,9 @@ class Fleet:
         if number <= 0:
             return
         work, upto = self.work, self.began + number
-        first = self.first + int(np.searchsorted(self.admitted[self.first + 1 : self.rows + 1], self.began, side="right"))
+        first = self.first + int(
+            np.searchsorted(self.admitted[self.first + 1 : self.rows + 1], self.began, side="right")
+        )
         last = first + int(np.searchsorted(self.admitted[first + 1 : self.rows + 1], upto, side="left")) + 1
         sums = self.admitted[first : last + 1]
         counts = np.minimum(sums[1:], upto) - np.maximum(sums[:-1], self.began)
@@ -278,7 +280,7 @@ def run(
             fleet.steer(wanted)
         fleet.step += 1
     fleet.refused += fleet.held
-    requests = int(work.count.sum())
+    requests = int(work.times.sum())
     hours = float(replicas_at.sum()) * work.step_s * service.gpus / 3600
     return Result(
         name=policy.name,
@@ -314,7 +316,7 @@ class Steelyard:
         return self.last.replicas
 
 
-def clairvoyant(work: Work, service: Service, goal: Goal, minimum: int) -> float:
+def clairvoyant(work: Work, service: Service, minimum: int) -> float:
     """GPU-hours that no policy can go below if every request is to start within the wait goal: a lower bound.
 
     A request that comes at a and lasts d must run from a + goal to a + d, whenever it starts; so many replicas must be
@@ -325,12 +327,12 @@ def clairvoyant(work: Work, service: Service, goal: Goal, minimum: int) -> float
     slack = np.maximum(work.patience, 0)
     begin, end = work.at + slack, work.at + work.service
     sure = (begin < end) & (begin < work.steps)
-    change = np.bincount(begin[sure], work.count[sure], minlength=work.steps + 1)
-    change -= np.bincount(np.minimum(end[sure], work.steps), work.count[sure], minlength=work.steps + 1)
+    change = np.bincount(begin[sure], work.times[sure], minlength=work.steps + 1)
+    change -= np.bincount(np.minimum(end[sure], work.steps), work.times[sure], minlength=work.steps + 1)
     needed = np.ceil(np.cumsum(change)[: work.steps] / service.slots - 1e-9).astype(np.int64)
     # Streams still open at the end of the trace are served later.
     within = np.minimum(work.at + work.service, work.steps + slack) - work.at
-    total = float((within.clip(0) * work.count).sum()) / service.slots
+    total = float((within.clip(0) * work.times).sum()) / service.slots
     least = max(_cover(np.maximum(needed, minimum), max(1, math.ceil(service.start_s / work.step_s))), total)
     return max(least, float(minimum * work.steps)) * work.step_s * service.gpus / 3600
 
@@ -362,9 +364,3 @@ def first(work: Work, target: float) -> int:
     steps = max(1, round(300 / work.step_s))
     lasting = int(np.median(work.service))
     return max(1, math.ceil(float(work.concurrency[min(lasting, len(work.concurrency) - 1) :][:steps].mean()) / target))
-
-
-__all__ = [
-    "Fleet", "Floats", "Goal", "Policy", "Result", "Service", "Steelyard", "Work", "cast", "clairvoyant", "first", "peak",
-    "prepare", "run",
-]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -27,19 +27,19 @@ COHORTS = 16  # rows that one step of a large synthetic trace is spread over; ea
 
 
 class Trace(NamedTuple):
-    """Requests in order of arrival; row i stands for `count[i]` like requests."""
+    """Requests in order of arrival; row i stands for `times[i]` like requests."""
 
     name: str
     arrival_s: Floats  # from the start of the trace
     prompt: Floats  # tokens
     output: Floats  # tokens
     service_s: Floats  # NaN where the service model is to say
-    count: Ints
+    times: Ints
     span_s: float
 
     @property
     def requests(self) -> int:
-        return int(self.count.sum())
+        return int(self.times.sum())
 
 
 def read(path: Path) -> Trace:
@@ -70,7 +70,7 @@ def _csv_rows(file: Any, path: Path) -> Iterator[tuple[float, float, float, floa
         columns = _columns(header, f"{path}:1")
         for cells in reader:
             if cells:
-                yield _row(lambda name, c=cells: c[header.index(name)], columns, f"{path}:{reader.line_num}")
+                yield _row(dict(zip(header, cells, strict=False)), columns, f"{path}:{reader.line_num}")
     except csv.Error as e:
         raise OperatorError(f"{path}:{reader.line_num}: is not CSV: {e}") from None
 
@@ -85,7 +85,7 @@ def _json_rows(file: Any, path: Path) -> Iterator[tuple[float, float, float, flo
             raise OperatorError(f"{path}:{number}: is not a JSON object") from None
         if not isinstance(record, dict):
             raise OperatorError(f"{path}:{number}: is not a JSON object")
-        yield _row(record.__getitem__, _columns(list(record), f"{path}:{number}"), f"{path}:{number}")
+        yield _row(record, _columns(list(record), f"{path}:{number}"), f"{path}:{number}")
 
 
 def _columns(names: list[str], where: str) -> tuple[str, str | None, str | None, str | None]:
@@ -106,12 +106,12 @@ def _columns(names: list[str], where: str) -> tuple[str, str | None, str | None,
 
 
 def _row(
-    get: Callable[[str], Any], columns: tuple[str, str | None, str | None, str | None], where: str
+    record: dict[str, Any], columns: tuple[str, str | None, str | None, str | None], where: str
 ) -> tuple[float, float, float, float]:
     def number(name: str | None, missing: float) -> float:
         if name is None:
             return missing
-        value = _value(get, name, where)
+        value = _value(record, name, where)
         try:
             found = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
@@ -121,14 +121,18 @@ def _row(
         return found
 
     arrival, prompt, output, service = columns
-    return _time(_value(get, arrival, where), arrival, where), number(prompt, 0), number(output, 0), number(service, math.nan)
+    return (
+        _time(_value(record, arrival, where), arrival, where),
+        number(prompt, 0),
+        number(output, 0),
+        number(service, math.nan),
+    )
 
 
-def _value(get: Callable[[str], Any], name: str, where: str) -> Any:
-    try:
-        return get(name)
-    except (KeyError, IndexError):
-        raise OperatorError(f"{where}: {name} is missing") from None
+def _value(record: dict[str, Any], name: str, where: str) -> Any:
+    if name not in record:
+        raise OperatorError(f"{where}: {name} is missing")
+    return record[name]
 
 
 def _time(value: Any, name: str, where: str) -> float:

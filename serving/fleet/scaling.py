@@ -19,8 +19,7 @@ import msgspec
 from cronsim import CronSim, CronSimError
 
 STALE_S = 5.0  # an older observation decides nothing: the count stays
-MEAN_S = 60.0  # time constant of the mean that small excesses are judged by
-SERVICE_MEAN_S = 60.0  # of the means whose ratio is the service time; longer than most requests
+MEAN_S = 60.0  # time constant of the means that small excesses are judged by
 CHANCE = 2.0  # standard deviations of independent arrivals (Poisson: the root of their number) that are no breach
 NOISE = 0.10  # nor is so large a share, where numbers are so large that chance explains less
 TOLERANCE = 0.05  # replicas go only if what is left would carry so much more than the load
@@ -90,8 +89,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     since: float | None = None  # fresh observations without a gap from here to `seen_at`
     demand: float = 0.0  # of the last observation
     mean: float = 0.0  # of demand, exponentially weighted
-    running: float = 0.0  # likewise of what runs,
-    finished: float = 0.0  # and of what finishes per second: their ratio is the seconds of service (Little's law)
+    service_s: float | None = None  # seconds of service of one request, likewise; None: nothing finished yet
     needs: tuple[tuple[float, int], ...] = ()  # maxima of the down window: newer ones are smaller
     busy_at: float | None = None  # when anything was last held or running
 
@@ -127,16 +125,11 @@ def _observed(load: Load, limits: Limits, memory: Memory, now: float) -> tuple[M
     sample moves nothing. Without a recent one (start, gap, a clock set back) this one counts, and the window starts."""
     gap = None if memory.seen_at is None else now - memory.seen_at
     if gap is None or not 0 <= gap <= 2 * STALE_S:
-        running, finished = float(load.running), load.finished_per_s or 0.0
-        demand = _demand(load, limits, running, finished)
-        memory = Memory(
-            seen_at=now, since=now, demand=demand, mean=demand, running=running, finished=finished, busy_at=now
-        )
-        return memory, demand
-    weight = 1 - math.exp(-gap / SERVICE_MEAN_S)
-    running = memory.running + weight * (load.running - memory.running)
-    finished = memory.finished + weight * ((load.finished_per_s or 0.0) - memory.finished)
-    demand = _demand(load, limits, running, finished)
+        service_s = _service_s(load, None, 0.0)
+        demand = _demand(load, limits, service_s)
+        return Memory(seen_at=now, since=now, demand=demand, mean=demand, service_s=service_s, busy_at=now), demand
+    service_s = _service_s(load, memory.service_s, gap)
+    demand = _demand(load, limits, service_s)
     judged = min(demand, memory.demand) if load.replicas else demand
     mean = memory.mean + (1 - math.exp(-gap / MEAN_S)) * (judged - memory.mean)
     if demand == 0 and mean < 0.5:
@@ -146,27 +139,36 @@ def _observed(load: Load, limits: Limits, memory: Memory, now: float) -> tuple[M
         since=memory.since,
         demand=demand,
         mean=mean,
-        running=running,
-        finished=finished,
+        service_s=service_s,
         needs=memory.needs,
         busy_at=now if _busy(load) else memory.busy_at,
     )
     return memory, judged
 
 
-def _demand(load: Load, limits: Limits, running: float, finished: float) -> float:
+def _service_s(load: Load, known: float | None, gap: float) -> float | None:
+    """Seconds of service of one request by Little's law: running over finished per second, in the mean. Where replicas
+    have just come, many run before any has finished, so one observation counts for twice or half of the mean at most."""
+    if not load.running or not load.finished_per_s:
+        return known
+    seen = load.running / load.finished_per_s
+    if known is None:
+        return seen
+    return known + (1 - math.exp(-gap / MEAN_S)) * (min(max(seen, known / 2), known * 2) - known)
+
+
+def _demand(load: Load, limits: Limits, service_s: float | None) -> float:
     """Requests that want a slot at once: all that run and all that are held, less what needs no slot of its own.
 
-    While replicas start, the queue grows although enough are on their way. By Little's law, arrivals per second times
-    seconds of service is what the queue-less load would be; the backlog is to be cleared in `wait_goal_s`, in which
-    one slot serves several requests if they are short. Both rates known, no more than this is asked for.
+    While replicas start, the queue grows although enough are on their way. Arrivals per second times seconds of service
+    is what would run if none were held; the backlog is to be cleared in `wait_goal_s`, in which one slot serves several
+    requests if they are short. Where both are known, no more than this is asked for.
     """
     ongoing = float(load.held + load.running)
-    if not load.held or load.finished_per_s is None or load.arrived_per_s is None or running <= 0 or finished <= 0:
+    if not load.held or load.arrived_per_s is None or service_s is None:
         return ongoing
-    service_s = running / finished
     backlog = load.held * min(1.0, service_s / limits.wait_goal_s)
-    return min(ongoing, max(load.running, load.arrived_per_s * service_s) + backlog)
+    return min(ongoing, max(load.running, load.arrived_per_s * service_s + backlog))
 
 
 def _need(load: Load, limits: Limits, memory: Memory, demand: float) -> tuple[int, str]:

@@ -83,7 +83,7 @@ def prepare(trace: Trace, service: Service, goal: Goal, step_s: float) -> Work:
     seconds = np.where(np.isnan(trace.service_s), ttft + trace.output * service.itl_s, trace.service_s)
     at = (trace.arrival_s / step_s).astype(np.int64)
     steps = max(math.ceil(trace.span_s / step_s), int(at[-1]) + 1)
-    lasting = np.maximum(1, np.ceil(seconds / step_s - 1e-9)).astype(np.int64)
+    lasting = np.maximum(1, np.rint(seconds / step_s)).astype(np.int64)
     if goal.wait_s is not None:
         patience = np.full(len(at), math.floor(goal.wait_s / step_s + 1e-9), np.int64)
     else:

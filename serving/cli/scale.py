@@ -55,6 +55,10 @@ def simulate(
         int | None, typer.Option("--max", min=1, help="Most replicas; by default twice what the peak needs.")
     ] = None,
     down_after: Annotated[float, typer.Option(min=0, max=86400, help="scale_down_after_s.")] = 300.0,
+    idle_to_zero: Annotated[
+        float | None,
+        typer.Option(min=0, help="idle_to_zero_s, with --min 0; by default the last one goes as any other."),
+    ] = None,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests held at most.")] = 512,
     max_wait: Annotated[float, typer.Option(min=0, max=3600, help="Seconds a request is held at most.")] = 60.0,
     goal_wait: Annotated[float | None, typer.Option(min=0, help="Served well: waited at most so many seconds.")] = None,
@@ -73,6 +77,8 @@ def simulate(
             raise OperatorError("--goal-wait and --goal-ttft are two goals", "Give one")
         if maximum is not None and maximum < minimum:
             raise OperatorError(f"--max {maximum} is below --min {minimum}")
+        if idle_to_zero is not None and minimum > 0:
+            raise OperatorError("--idle-to-zero needs --min 0")
         try:
             from serving.fleet import compare
             from serving.fleet import trace as traffic
@@ -96,6 +102,7 @@ def simulate(
             max=maximum or 0,
             target_ongoing=target or TARGET_SHARE * slots,
             scale_down_after_s=down_after,
+            idle_to_zero_s=idle_to_zero,
         )
         if goal_ttft is not None:
             goal = Goal(wait_s=None, ttft_s=goal_ttft)
@@ -137,7 +144,7 @@ def _print(found: Comparison) -> None:
         soft_wrap=True,
     )
     console.print(view)
-    console.print("over: GPU-hours against the clairvoyant bound; most: replicas that held GPUs at once", markup=False)
+    console.print("over: against the clairvoyant bound; most: replicas that held GPUs at once", markup=False)
     for note in found.notes:
         console.print(note, markup=False)
 

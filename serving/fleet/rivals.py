@@ -94,6 +94,8 @@ class Hpa:
         if now < self.next:
             return load.replicas
         self.next = now + self.PERIOD_S
+        if not self.wanted:
+            self.wanted.append((now, load.replicas))  # as Kubernetes does: a new HPA begins with what is there
         ongoing = load.held + load.running
         ratio = ongoing / (self.limits.target_ongoing * max(1, load.replicas))
         desired = load.replicas if abs(ratio - 1) <= self.TOLERANCE else math.ceil(ongoing / self.limits.target_ongoing)

@@ -104,13 +104,13 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 
 def decide(load: Load, limits: Limits, memory: Memory, now: float) -> Decision:
     """Replicas for the load. `now` is Unix time, because floors are scheduled by it."""
-    if not 0 <= load.age_s <= STALE_S:
+    if not load.age_s <= STALE_S:  # not a number is old, too
         return _bounded(
             load, limits, memory, now, load.replicas, f"holds: the load was last seen {load.age_s:.0f} s ago"
         )
     memory, demand = _observed(load, limits, memory, now)
     need, why = _need(load, limits, memory, demand)
-    memory, least = _window(load, limits, memory, need, now)
+    memory, least = _window(load, limits, memory, demand, need, now)
     if need > load.replicas:
         return _bounded(load, limits, memory, now, need, why)
     if load.replicas == 1 and limits.idle_to_zero_s is not None:
@@ -196,16 +196,26 @@ def _breach(load: Load, limits: Limits) -> float:
     return max(fair, min(fair + max(CHANCE * math.sqrt(fair), NOISE * fair), full))
 
 
+def _unbreached(load: Load, limits: Limits, demand: float) -> int:
+    """The fewest replicas at which this demand would be no breach: `_breach` solved for the count."""
+    by_chance = (math.sqrt(demand + (CHANCE / 2) ** 2) - CHANCE / 2) ** 2
+    fair = math.ceil(min(by_chance, demand / (1 + NOISE)) / limits.target_ongoing)
+    full = math.ceil(max(0.0, demand - (load.finished_per_s or 0.0)) / load.slots)
+    return max(fair, min(full, math.ceil(demand / limits.target_ongoing)))
+
+
 def _kv_need(load: Load) -> int:
     """Replicas that bring the KV cache below full. Judged by the ready ones: those that start have not taken any yet."""
     mean = load.kv_usage if load.kv_mean is None else load.kv_mean
     return math.ceil(load.ready * mean / KV_FULL)
 
 
-def _window(load: Load, limits: Limits, memory: Memory, need: int, now: float) -> tuple[Memory, int]:
+def _window(load: Load, limits: Limits, memory: Memory, demand: float, need: int, now: float) -> tuple[Memory, int]:
     """The least count that is safe to go down to: what the window needed at most, and never less than what is here."""
     roomy = math.ceil(memory.mean * (1 + TOLERANCE) / limits.target_ongoing)
-    kept = max(roomy, need, _kv_need(load) if load.running else 0, 1 if _busy(load) else 0)
+    kept = max(
+        roomy, need, _unbreached(load, limits, demand), _kv_need(load) if load.running else 0, 1 if _busy(load) else 0
+    )
     since = now - limits.scale_down_after_s
     needs = (*((t, n) for t, n in memory.needs if t >= since and n > kept), (now, kept))
     here = math.ceil(memory.demand / limits.target_ongoing)

@@ -135,7 +135,7 @@ def test_more_load_never_means_fewer_replicas(limits: Limits, load: Load, held: 
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(30, 20_000), st.sampled_from([8.0, 48.0, 200.0]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_no_flapping_under_ten_percent_noise(seed: int, ongoing: int, target: float) -> None:
     limits = Limits(min=1, max=3000, target_ongoing=target, scale_down_after_s=60)
     noise = np.random.default_rng(seed).uniform(0.9, 1.1, 400)
@@ -145,8 +145,8 @@ def test_no_flapping_under_ten_percent_noise(seed: int, ongoing: int, target: fl
         decision = decide(load, limits, memory, NOW + second)
         replicas, memory = decision.replicas, decision.memory
         course.append(replicas)
-    changes = np.diff(course)
-    assert (changes >= 0).all() or (changes <= 0).all(), "went up and down"
+    settled = np.diff(course[60:])  # without memory the first sample is the mean, which may be a tenth off
+    assert (settled <= 0).all(), "what was given up is never wanted back"
 
 
 def test_a_step_is_answered_at_the_second_sample_in_proportion() -> None:

@@ -57,6 +57,15 @@ def square(start_s: float) -> float:
     return simulate.clairvoyant(work(found, service), service, 0) * 3600
 
 
+def test_to_zero_between_two_requests_and_back() -> None:
+    service = Service(slots=4, start_s=10)
+    ready = work(made([(0, 5.0), (300, 5.0)], 400.0), service, wait_s=15)
+    ours = simulate.Steelyard(Limits(min=0, max=4, target_ongoing=3, scale_down_after_s=600, idle_to_zero_s=60))
+    result = simulate.run(ready, service, ours, replicas=1)
+    assert result.replicas[[0, 60, 70, 299, 302, 320, 399]].tolist() == [1, 1, 0, 0, 1, 1, 0]
+    assert (result.rejected, result.wait_p99_s, result.attainment) == (0, 10, 1.0)
+
+
 def test_the_clairvoyant_bound_of_a_square_wave() -> None:
     assert square(10) == 100 + 4 * 100 + 4 * 10, "every replica of the second wave is started anew"
     # The first one is kept through the gap of 300 s, the other three are started.
@@ -196,7 +205,7 @@ def test_our_policy_answers_a_step_within_two_seconds() -> None:
 
 def test_a_comparison_names_every_policy_and_its_bars(tmp_path: Path) -> None:
     found = compare.compare(
-        trace.synthetic("diurnal", rate=20, hours=2, seed=1),
+        trace.synthetic("diurnal", rate=20, hours=0.5, seed=1),
         Service(slots=16),
         Limits(min=1, max=0, target_ongoing=14),
         Goal(wait_s=None, ttft_s=3.0),
@@ -327,6 +336,7 @@ def test_the_command_prints_a_table_json_and_a_plot(tmp_path: Path) -> None:
         (["t.csv"], "t.csv: cannot be read"),
         (["--synthetic", "spike", "--goal-wait", "1", "--goal-ttft", "1"], "two goals"),
         (["--synthetic", "spike", "--min", "3", "--max", "2"], "--max 2 is below --min 3"),
+        (["--synthetic", "spike", "--idle-to-zero", "60"], "--idle-to-zero needs --min 0"),
     ],
 )
 def test_the_command_refuses_in_one_line(arguments: list[str], message: str) -> None:

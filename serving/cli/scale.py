@@ -65,7 +65,7 @@ def simulate(
     goal_ttft: Annotated[
         float | None, typer.Option(min=0, help="Or: had its first token within so many seconds.")
     ] = None,
-    step: Annotated[float, typer.Option(min=0.05, max=60, help="Seconds of one step of the simulation.")] = 1.0,
+    step: Annotated[float, typer.Option(min=0.05, max=5, help="Seconds of one step of the simulation.")] = 1.0,
     plot: Annotated[Path | None, typer.Option(help="Write the course of it as PNG.")] = None,
     as_json: Json = False,
 ) -> None:

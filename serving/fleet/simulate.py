@@ -15,9 +15,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from serving.errors import OperatorError
 from serving.fleet.scaling import Decision, Limits, Load, Memory, decide
 from serving.fleet.trace import Ints, Trace
 
+MOST_STEPS = 3_000_000  # a month in seconds: some minutes and a few hundred MiB
 RATE_WINDOW_S = 10.0  # what finished and arrived per second are means of
 
 
@@ -79,11 +81,18 @@ class Work(NamedTuple):
 
 
 def prepare(trace: Trace, service: Service, goal: Goal, step_s: float) -> Work:
+    """OperatorError if it would take too many steps, as when one time of a trace has another unit than the rest."""
     ttft = service.ttft_s + trace.prompt / service.prefill_per_s
     seconds = np.where(np.isnan(trace.service_s), ttft + trace.output * service.itl_s, trace.service_s)
     at = (trace.arrival_s / step_s).astype(np.int64)
     steps = max(math.ceil(trace.span_s / step_s), int(at[-1]) + 1)
     lasting = np.maximum(1, np.rint(seconds / step_s)).astype(np.int64)
+    if steps + int(lasting.max()) > MOST_STEPS:
+        raise OperatorError(
+            f"{trace.name}: {trace.span_s / 3600:,.0f} hours, and up to {float(seconds.max()):,.0f} s for a request, are more "
+            f"than {MOST_STEPS:,} steps of {step_s:g} s",
+            "Check the unit of its times, cut it, or give a larger --step",
+        )
     if goal.wait_s is not None:
         patience = np.full(len(at), math.floor(goal.wait_s / step_s + 1e-9), np.int64)
     else:

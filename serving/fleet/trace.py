@@ -177,6 +177,8 @@ def synthetic(kind: str, *, rate: float, hours: float, seed: int) -> Trace:
     else:
         raise OperatorError(f"--synthetic {kind} is not known", "Write diurnal, spike or bursty")
     arrivals = generator.poisson(rate * share)
+    if not arrivals.any():
+        raise OperatorError(f"--rate {rate:g} for {hours:g} hours makes no request", "Give more of one or the other")
     rows = np.minimum(arrivals, COHORTS)
     second = np.repeat(np.arange(span), rows)
     nth = np.arange(len(second)) - np.repeat(np.cumsum(rows) - rows, rows)

@@ -293,6 +293,12 @@ def test_a_bad_trace_is_refused_by_file_and_line(tmp_path: Path, name: str, text
     assert message in str(refused.value)
 
 
+def test_times_of_two_units_are_refused_before_they_fill_the_memory(tmp_path: Path) -> None:
+    found = trace.read(written(tmp_path, "mixed.csv", "arrival_s,output_tokens\n5,10\n1763800000000,10\n"))
+    with pytest.raises(OperatorError, match=r"mixed\.csv: .* hours.*Check the unit of its times"):
+        work(found, Service())
+
+
 def test_a_trace_that_is_not_there_or_not_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OperatorError, match="cannot be read: No such file"):
         trace.read(tmp_path / "none.csv")
@@ -334,6 +340,7 @@ def test_the_command_prints_a_table_json_and_a_plot(tmp_path: Path) -> None:
         (["t.csv", "--synthetic", "spike"], "give a trace file or --synthetic"),
         (["--synthetic", "square"], "--synthetic square is not known"),
         (["t.csv"], "t.csv: cannot be read"),
+        (["--synthetic", "spike", "--rate", "0.01", "--hours", "0.05"], "makes no request"),
         (["--synthetic", "spike", "--goal-wait", "1", "--goal-ttft", "1"], "two goals"),
         (["--synthetic", "spike", "--min", "3", "--max", "2"], "--max 2 is below --min 3"),
         (["--synthetic", "spike", "--idle-to-zero", "60"], "--idle-to-zero needs --min 0"),

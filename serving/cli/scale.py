@@ -15,6 +15,7 @@ import typer
 
 from serving.cli import bounds, cluster, up
 from serving.cli.bounds import Bounds
+from serving.cli.simulate import simulate
 from serving.errors import ClusterError, OperatorError
 from serving.fleet import manifest, serve_policy
 from serving.fleet.endpoint import GATEWAY_APP
@@ -22,6 +23,7 @@ from serving.fleet.history import Change
 from serving.settings import Settings, load_settings
 
 scale_app = typer.Typer(help="Replica counts: why they are what they are, and their bounds.", no_args_is_help=True)
+scale_app.command()(simulate)
 
 Model = Annotated[str, typer.Argument(help="MODEL or MODEL@VERSION.", metavar="MODEL[@VERSION]")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -8,8 +8,8 @@ table with its age; the function joins that with what Serve says of the deployme
 * Serve's own delays would come on top of those of `decide`: the context handed back has none. The fields
   `downscale_delay_s` and `downscale_to_zero_delay_s` are how `scaling:` of a model file gets here: they are no part of
   the application's code version, so a change of them rolls nothing. Arguments of the policy would be.
-* A controller that restarts, and one that takes another config, has no memory: it goes on from Serve's own count, as if
-  that had been needed until now.
+* A controller that restarts, and one that takes another config, has no memory: it goes on from Serve's own count, and
+  nothing goes down before a whole window was seen.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class Policy:
         seen = state.get("seen")
         if seen == (snapshot and snapshot.number, target, limits) and 0 <= now - state["at"] < AGAIN_S:
             return target, state
-        memory = state.get("memory") or Memory(needs=((now, target),), busy_at=now)
+        memory = state.get("memory") or Memory()
         load = observe(snapshot, version_id, target, self._table.age_s(), self._table.rates(version_id))
         decision = decide(load, limits, memory, now)
         after = min(max(decision.replicas, ctx.capacity_adjusted_min_replicas), ctx.capacity_adjusted_max_replicas)
@@ -199,6 +199,8 @@ def observe(snapshot: Snapshot | None, version_id: str, asked: int, age_s: float
         waiting=sum(e.waiting for e in ready),
         slots=min((e.slots for e in ready), default=1),
         kv_usage=max((e.kv_usage for e in ready), default=0.0),
+        kv_mean=sum(e.kv_usage for e in ready) / len(ready) if ready else None,
+        arrived_per_s=None if rates is None else rates.arrived,
         finished_per_s=None if rates is None else rates.finished,
         age_s=max(0.0, age_s),
     )

@@ -106,7 +106,7 @@ class Policy:
     def __init__(self, table: Table) -> None:
         self._table = table
         self.changes: deque[Change] = deque(maxlen=REPORTS_KEPT)  # for the directory; taken out by `Follower`
-        self.asleep: set[str] = set()  # versions that have no replica and want none
+        self.may_sleep: set[str] = set()  # versions that may be started from zero
         self._answers: dict[str, int] = {}
         self._troubled: set[str] = set()
 
@@ -128,7 +128,7 @@ class Policy:
         limits, target, state = limits_of(ctx), ctx.target_num_replicas, ctx.policy_state
         ctx.config = ctx.config.model_copy(update=_NO_DELAYS)
         self._notice_bounds(version_id, target)
-        (self.asleep.discard if target else self.asleep.add)(version_id)
+        (self.may_sleep.discard if limits.min else self.may_sleep.add)(version_id)
         snapshot = self._table.snapshot
         seen = state.get("seen")
         if seen == (snapshot and snapshot.number, target, limits) and 0 <= now - state["at"] < AGAIN_S:
@@ -236,7 +236,7 @@ class Follower:
                 time.sleep(AGAIN_S)
 
     def _keep_warm(self, snapshot: Snapshot) -> None:
-        """While a version is at zero, each node that runs engines keeps one of Ray's processes idle with everything imported
+        """While a version may be at zero, each node that runs engines keeps one of Ray's processes idle with everything imported
         that a replica needs: a start from zero takes it instead of a new one, which costs more than a second. Ray gives
         an actor an idle process of the same job; replicas belong to the controller's, as this thread's tasks do."""
         now = time.monotonic()
@@ -254,7 +254,7 @@ class Follower:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         taken = {(e.node, e.pid) for e in snapshot.endpoints}
-        nodes = {n["NodeManagerAddress"]: n for n in ray.nodes() if n["Alive"]} if self._policy.asleep else {}
+        nodes = {n["NodeManagerAddress"]: n for n in ray.nodes() if n["Alive"]} if self._policy.may_sleep else {}
         for address, spare in list(self._spares.items()):
             if not isinstance(spare, int):
                 if not ray.wait([spare], timeout=0)[0]:

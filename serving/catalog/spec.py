@@ -204,13 +204,15 @@ class Release(Spec):
 
 
 class Limits(Spec):
-    """Bounds of one model's requests at the gateway. `max_queue` 0 means: never wait."""
+    """Bounds of one model's requests, over all its versions. `max_queue` (of each gateway) 0 means: never wait. None: none."""
 
     max_queue: int = Field(default=512, ge=0, le=100_000)
     max_wait_s: float = Field(default=60, ge=0, le=3600)
     max_input_tokens: int | None = Field(default=None, ge=1)
     request_timeout_s: float = Field(default=600, gt=0, le=86400)
     max_body_bytes: int = Field(default=16 * 1024 * 1024, ge=1024, le=1024**3)
+    max_concurrent: int | None = Field(default=None, ge=1, le=1_000_000)
+    tokens_per_minute: int | None = Field(default=None, ge=1, le=10**12)
 
 
 class Placement(Spec):

@@ -66,10 +66,11 @@ class Table:
         return known is None or known[0].state is not endpoint.state or known[0].url != endpoint.url
 
     def announce_gateway(self, gateway: GatewayInfo, now: float) -> bool:
-        new = gateway.id not in self._gateways
+        """Upserts; True when it is new, so that pollers must hear of it at once. What it holds is load."""
+        known = self._gateways.get(gateway.id)
         self._gateways[gateway.id] = (gateway, now + LEASE_S)
-        self.unpublished |= new
-        return new
+        self.unpublished |= known is None or known[0] != gateway
+        return known is None
 
     def withdraw_gateway(self, gateway_id: str) -> bool:
         known = self._gateways.pop(gateway_id, None) is not None
@@ -125,15 +126,11 @@ class Directory:
 
     async def announce(self, endpoint: Endpoint) -> None:
         self._ensure_janitor()
-        if self._table.announce(endpoint, time.monotonic()):
-            self._wake()
-        elif self._table.unpublished and self._load_news is None:
-            self._load_news = asyncio.get_running_loop().call_later(LOAD_NEWS_EVERY_S, self._wake)
+        self._tell(self._table.announce(endpoint, time.monotonic()))
 
     async def announce_gateway(self, gateway: GatewayInfo) -> None:
         self._ensure_janitor()
-        if self._table.announce_gateway(gateway, time.monotonic()):
-            self._wake()
+        self._tell(self._table.announce_gateway(gateway, time.monotonic()))
 
     async def withdraw_gateway(self, gateway_id: str) -> None:
         if self._table.withdraw_gateway(gateway_id):
@@ -154,6 +151,12 @@ class Directory:
     async def keys(self) -> bytes:
         """The head's keys file, for the gateways of other nodes."""
         return self._keys_file.content if self._keys_file is not None else b""
+
+    def _tell(self, at_once: bool) -> None:
+        if at_once:
+            self._wake()
+        elif self._table.unpublished and self._load_news is None:
+            self._load_news = asyncio.get_running_loop().call_later(LOAD_NEWS_EVERY_S, self._wake)
 
     def _wake(self) -> None:
         if self._load_news is not None:

@@ -69,6 +69,9 @@ def gateway_config(catalog: Catalog) -> dict[str, Any]:
                 "max_wait_s": m.limits.max_wait_s,
                 "request_timeout_s": m.limits.request_timeout_s,
                 "max_body_bytes": m.limits.max_body_bytes,
+                "max_input_tokens": m.limits.max_input_tokens,
+                "max_concurrent": m.limits.max_concurrent,
+                "tokens_per_minute": m.limits.tokens_per_minute,
             },
         }
         for m in catalog.models

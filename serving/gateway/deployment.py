@@ -164,7 +164,7 @@ class GatewayReplica:
         while True:
             held = {m: self.gateway.fleet.waiting(c) for m, c in self.gateway.fleet.models.items()}
             try:
-                info = GatewayInfo(id=self._id, url=url, node=self._node, held=held)
+                info = GatewayInfo(id=self._id, url=url, node=self._node, held=held, demand=self.gateway.fleet.demand())
                 await self._directory.call("announce_gateway", info)
                 untold = False
             except Exception as e:  # any Ray error: told again in a moment

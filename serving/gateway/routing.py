@@ -2,61 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from serving.fleet.endpoint import Endpoint, State
 
 BUSY_PAUSE_S = 0.004  # after a `busy`, how long until one more request is tried there
+BUSY_PAUSE_MOST_S = 0.032  # after several in a row: each costs the engine's server a moment too
 BUSY_FORGOTTEN_S = 1.0  # without another one: then the door's word is too old to hold back a burst
+NOBODY: frozenset[str] = frozenset()
 
 
 class Upstream:
     """An endpoint as one gateway sees it: the directory's last word plus its own count of what it sent there."""
 
-    __slots__ = ("broken_until", "endpoint", "fits", "full_until", "sent")
+    __slots__ = ("broken_until", "endpoint", "fits", "full_until", "refusals", "sent", "tokens")
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.sent = 0  # this gateway's requests there now
+        self.tokens = 0  # of KV cache that they may take, as estimated
         self.fits = 0  # of them, so many were inside when its door last said busy: other gateways hold the rest
+        self.refusals = 0  # `busy` in a row
         self.full_until = -BUSY_FORGOTTEN_S  # monotonic seconds; from then on one more than `fits` is tried
         self.broken_until = 0.0  # monotonic seconds; it refused a connection and the directory has not spoken yet
 
     def load(self) -> float:
-        """Share of slots taken, by the larger of our own count and the reported one."""
-        return max(self.sent, self.endpoint.in_flight) / max(1, self.endpoint.slots)
+        """Share of slots or of KV cache taken, whichever is more, by the larger of our own count and the reported one."""
+        e = self.endpoint
+        load = max(self.sent, e.in_flight) / max(1, e.slots)
+        if e.kv_tokens:
+            load = max(load, max(self.tokens, e.tokens) / e.kv_tokens)
+        return load
 
-    def room(self, now: float) -> bool:
-        """Whether one more may be sent there."""
-        limit = self.endpoint.slots
+    def room(self, now: float, tokens: int = 0) -> bool:
+        """Whether one more of that size may be sent there. One that is larger than the whole cache goes alone."""
+        e = self.endpoint
+        limit = e.slots
         if now < self.full_until + BUSY_FORGOTTEN_S:
             limit = min(limit, self.fits if now < self.full_until else self.fits + 1)
-        return self.sent < limit and now >= self.broken_until
+        if self.sent >= limit or now < self.broken_until:
+            return False
+        return not e.kv_tokens or not self.sent or self.tokens + tokens <= e.kv_tokens
 
-    def bind(self, now: float) -> None:
+    def bind(self, now: float, tokens: int = 0) -> None:
         """One more is sent there. Beyond what fitted before, one at a time: a door that is full because of others would
         refuse a whole queue, again and again, on the time of the engine behind it."""
         self.sent += 1
+        self.tokens += tokens
         if self.sent > self.fits:
             self.fits = self.sent
             if now < self.full_until + BUSY_FORGOTTEN_S:
-                self.full_until = now + BUSY_PAUSE_S
+                self.full_until = now + self._pause_s()
+
+    def unbind(self, tokens: int = 0) -> None:
+        """One that was sent is there no more."""
+        self.sent -= 1
+        self.tokens -= tokens
+
+    def answered(self) -> None:
+        """One that was sent was let in."""
+        self.refusals = 0
 
     def busy(self, now: float) -> None:
-        """Its door refused one that was sent."""
-        self.sent -= 1
+        """Its door refused one, which is unbound already."""
         self.fits = self.sent
-        self.full_until = now + BUSY_PAUSE_S
+        self.full_until = now + self._pause_s()
+        self.refusals += 1
+
+    def _pause_s(self) -> float:
+        return min(BUSY_PAUSE_S * 2.0 ** min(self.refusals, 8), BUSY_PAUSE_MOST_S)
 
 
-def pick(upstreams: Iterable[Upstream], now: float, avoid: frozenset[str] = frozenset()) -> Upstream | None:
-    """The least loaded ready endpoint with a free slot, or None. `avoid` holds ids that already failed this request;
-    they are used only when nothing else is there to wait for."""
+def pick(
+    upstreams: Iterable[Upstream], now: float, avoid: Collection[str] = NOBODY, tokens: int = 0
+) -> Upstream | None:
+    """The least loaded ready endpoint with room for a request of that size, or None. `avoid` holds ids that already
+    failed this request; they are used only when nothing else is there to wait for."""
     best: Upstream | None = None
     best_load = 0.0
     for u in upstreams:
         e = u.endpoint
-        if e.state is not State.READY or e.id in avoid or not u.room(now):
+        if e.state is not State.READY or (avoid and e.id in avoid) or not u.room(now, tokens):
             continue
         load = u.load()
         if best is None or load < best_load or (load == best_load and u.sent < best.sent):

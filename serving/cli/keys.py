@@ -89,15 +89,14 @@ def list_(file: File = None, as_json: Json = False) -> None:
         if as_json:
             print(json.dumps([{**as_record(key), "state": _state(key, now).split()[0]} for key in keys]))
             return
-        table = Table("id", "name", "scopes", "options", "made", "state", box=None, pad_edge=False)
+        table = Table("id", "name", "scopes", "made", "state", box=None, pad_edge=False)
         for key in keys:
             table.add_row(
                 key.id,
                 _plain(key.name),
                 " ".join(sorted(key.scopes)),
-                _options(key),
                 _day(key.created_at),
-                _state(key, now),
+                f"{_state(key, now)}{_options(key)}",
             )
         Console(highlight=False).print(table)
 
@@ -152,7 +151,7 @@ def _state(key: Key, now: float) -> str:
 def _options(key: Key) -> str:
     """What is not as every key has it."""
     record, plain = as_record(key), {"class": "default", "weight": 1}
-    return " ".join(f"{name}={record[name]}" for name in ("class", *OPTIONS) if record[name] != plain.get(name))
+    return "".join(f", {name} {record[name]}" for name in ("class", *OPTIONS) if record[name] != plain.get(name))
 
 
 def _day(at: float) -> str:

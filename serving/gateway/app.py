@@ -196,7 +196,7 @@ class Gateway:
             try:
                 reply = await self._open(upstream, route, body, x.request_id, withhold_usage, ticket.tokens)
                 x.line.attempts += 1
-                upstream.answered()
+                line.entered(ticket)
                 await self._deliver(x, route, reply, metrics)
                 metrics.attempted("died" if reply.scan is not None and reply.scan.died else "ok")
                 return

@@ -9,8 +9,8 @@ class Pace:
     """How fast those who wait are served: requests per second of the time in which somebody waits, over the last
     `_COUNT` requests or `_SPAN_S` seconds, whichever is longer. Times are monotonic seconds."""
 
-    _COUNT, _SPAN_S = 32, 5.0
-    _ENOUGH = 4  # fewer tell nothing
+    _COUNT, _SPAN_S = 64, 5.0
+    _ENOUGH = 16  # fewer tell nothing
     _FORGOTTEN_S = 60.0  # without anybody waiting: replicas and requests are others by now
 
     __slots__ = ("_at", "_n", "_since", "_span_s", "_waiting")
@@ -38,10 +38,6 @@ class Pace:
         self._span_s = self._span_s * kept + self._since
         self._since = 0.0
 
-    def not_served(self) -> None:
-        """The last one was told `busy`: it waits again."""
-        self._n = max(0.0, self._n - 1)
-
     def per_s(self, now: float) -> float | None:
         """None while too little is known."""
         span = self._span_s + self._since + (now - self._at if self._waiting else 0.0)
@@ -52,32 +48,30 @@ class Holds:
     """How long requests hold their slots: a mean over the last `_COUNT` of them, and before the first has ended, what the
     age of those inside tells. Times are monotonic seconds."""
 
-    _COUNT = 32
-    __slots__ = ("_begun", "_inside", "_mean", "_n")
+    _COUNT = 128
+    __slots__ = ("_mean", "_n")
 
     def __init__(self) -> None:
         self._n = 0
-        self._mean = self._begun = 0.0
-        self._inside = 0
-
-    def began(self, at: float) -> None:
-        self._inside += 1
-        self._begun += at
-
-    def left(self, began: float) -> None:
-        """It holds none any more, whatever the reason."""
-        self._inside -= 1
-        self._begun = self._begun - began if self._inside else 0.0
+        self._mean = 0.0
 
     def ended(self, held_s: float) -> None:
-        """It was served."""
+        """One was served."""
         self._n += 1
         self._mean += (held_s - self._mean) / min(self._n, self._COUNT)
 
-    def pace(self, now: float) -> float | None:
-        """Requests per second that leave, if those inside are like those before. None while nothing is inside."""
-        if not self._inside:
+    def pace(self, inside: int, begun: float, now: float) -> float | None:
+        """Requests per second that leave of `inside`, whose begins add up to `begun`, if they are like those before. None
+        while nothing is inside."""
+        if not inside:
             return None
-        # Somebody who looks at a random moment sees half of what a request takes.
-        hold = self._mean if self._n else 2 * (now - self._begun / self._inside)
-        return self._inside / hold if hold > 0 else None
+        age = now - begun / inside
+        if not self._n:
+            hold = 2 * age  # somebody who looks at a random moment sees half of what a request takes
+        elif self._n < inside:
+            # The first to end are the short ones: those inside count for the time that they have taken already (the
+            # estimate of a mean from censored observations); bounded, for requests that all take the same.
+            hold = min(self._mean + age * inside / self._n, 4 * max(self._mean, age))
+        else:
+            hold = self._mean
+        return inside / hold if hold > 0 else None

@@ -23,13 +23,16 @@ from serving.gateway.routes import Route
 from serving.gateway.routing import NOBODY, Upstream, pick
 from serving.gateway.sizes import Sizes
 
-BROKEN_PAUSE_S = 1.0  # after a refused connection; the directory usually says why within half a second
 # Beyond its share, while others hold requests, a gateway tries one more this often: their last word may be old, and a slot
 # that nobody fills must not stay empty.
 OVERDRAFT_S = 0.05
+OVERDRAFT_LEAST_S = 0.004  # when such tries are let in, one after the other: then nobody else fills the slots
 OTHERS_FORGOTTEN_S = 3.0  # without news of the other gateways, everybody takes what there is
 RETRY_UNKNOWN_S = 1.0  # when nothing is known of how fast slots come free
 LONGEST_RETRY_S = 3600.0
+# A request enters when it will be served within this part of its longest wait, as far as can be told. The rest is for being
+# wrong: to wait for all of it and then be refused is the worst answer of all.
+HOPEFUL = 0.8
 
 
 class Ticket:
@@ -37,7 +40,7 @@ class Ticket:
 
     __slots__ = (
         *("at", "avoid", "cost", "deadline", "key", "rank", "since", "tokens", "upstream", "weight"),
-        *("_bound_at", "_future", "_paced", "_place"),
+        *("_bound_at", "_future", "_over", "_place"),
     )
 
     def __init__(
@@ -60,7 +63,7 @@ class Ticket:
         self._future: asyncio.Future[Upstream] | None = None  # while it waits
         self._place = -1  # among those that wait again
         self._bound_at = 0.0
-        self._paced = False
+        self._over = False  # bound beyond its gateway's share
 
 
 class VersionLine:
@@ -79,6 +82,7 @@ class VersionLine:
         self._by_key: dict[tuple[str, int], list[float]] = {}  # bound now: their number, and the key's weight
         self._paces = tuple(Pace() for _ in CLASSES)
         self._holds = Holds()
+        self._begun = 0.0  # sum of the times at which those that are bound were
         self._blocked = False  # somebody waits for more room than is free, and keeps it from others
         self._others: dict[str, tuple[KeyDemand, ...]] = {}
         self._others_until = -math.inf
@@ -86,6 +90,7 @@ class VersionLine:
         self._share: shares.Share | None = None  # None: take what there is
         self._share_at = -math.inf
         self._overdraft_at = 0.0
+        self._overdraft_s = OVERDRAFT_S
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0  # monotonic seconds
 
@@ -187,10 +192,19 @@ class VersionLine:
         finally:
             ticket._future = None
 
+    def entered(self, ticket: Ticket) -> None:
+        """Its door let it in."""
+        if ticket.upstream is not None:
+            ticket.upstream.refusals = 0
+        if ticket._over:
+            ticket._over = False
+            self._overdraft_s = max(OVERDRAFT_LEAST_S, self._overdraft_s / 2)
+            self._overdraft_at = min(self._overdraft_at, time.monotonic() + self._overdraft_s)
+
     def release(self, ticket: Ticket) -> None:
         """The slot is free again; whoever is next gets it."""
         now = time.monotonic()
-        self._unbind(ticket).refusals = 0
+        self._unbind(ticket)
         self._holds.ended(now - ticket._bound_at)
         if self:
             self.pump(now)
@@ -199,15 +213,17 @@ class VersionLine:
         """Its door said busy: other gateways fill it too."""
         now = time.monotonic()
         self._unbind(ticket).busy(now)
-        if ticket._paced:
-            self._paces[ticket.rank].not_served()
+        if ticket._over:
+            ticket._over = False
+            self._overdraft_s = OVERDRAFT_S
+            self._overdraft_at = now + OVERDRAFT_S
         if self:
             self._arm(now)
 
     def broken(self, ticket: Ticket) -> None:
         """Nothing answers there."""
         now = time.monotonic()
-        self._unbind(ticket).broken_until = now + BROKEN_PAUSE_S
+        self._unbind(ticket).broken(now)
         if self:
             self.pump(now)
 
@@ -263,9 +279,9 @@ class VersionLine:
 
     def _bind(self, ticket: Ticket, upstream: Upstream, now: float) -> None:
         upstream.bind(now, ticket.tokens)
-        ticket.upstream, ticket._bound_at, ticket._paced = upstream, now, False
+        ticket.upstream, ticket._bound_at = upstream, now
         self.running += 1
-        self._holds.began(now)
+        self._begun += now
         mine = self._by_key.get(ticket.at)
         if mine is None:
             self._by_key[ticket.at] = [1, ticket.weight]
@@ -278,7 +294,7 @@ class VersionLine:
         ticket.upstream = None
         upstream.unbind(ticket.tokens)
         self.running -= 1
-        self._holds.left(ticket._bound_at)
+        self._begun = self._begun - ticket._bound_at if self.running else 0.0
         mine = self._by_key[ticket.at]
         if mine[0] == 1:
             del self._by_key[ticket.at]
@@ -291,11 +307,12 @@ class VersionLine:
         self._bind(ticket, upstream, now)
         if not again:
             self._order.served(ticket)
-            ticket._paced = True
+            # Once for each: whoever is told `busy` now is the first to be served after that.
             self._paces[ticket.rank].served(now)
             self._paces[ticket.rank].mark(now, self._order.count(ticket.rank) > 0)
         if self._share is not None and self.running > self._share.slots:
-            self._overdraft_at = now + OVERDRAFT_S
+            ticket._over = True
+            self._overdraft_at = now + self._overdraft_s
         if ticket._future is not None:
             ticket._future.set_result(upstream)
 
@@ -312,24 +329,32 @@ class VersionLine:
             if loser is None:
                 raise error
             self._fail(loser, error)
-        pace = self._paces[ticket.rank].per_s(now)
-        ahead = self._order.ahead_of(ticket)
+        ahead, pace = self._outlook(ticket, now)
         # Who has nobody before it may always wait: were the pace misjudged, nobody else could find out.
-        if pace is not None and ahead and (ahead + 1) / pace > max_wait_s:
+        if pace is not None and ahead and (ahead + 1) / pace > HOPEFUL * max_wait_s:
             raise WaitTooLong(
-                f"{self.version_id}: {ahead} requests are before this one, which would take longer than {max_wait_s:g} s",
+                f"{self.version_id}: {ahead} requests are before this one: it would not be served within {max_wait_s:g} s",
                 retry_after_s=self._retry_after_s(ticket, now),
             )
 
+    def _outlook(self, ticket: Ticket, now: float) -> tuple[int, float | None]:
+        """How many would be served before a new one like it, and how many are a second; None while that is unknown."""
+        ahead = self._order.ahead_of(ticket) + self._returned_count
+        higher = sum(self._order.count(rank) for rank in range(ticket.rank))
+        measured, by_holds = self._paces[ticket.rank].per_s(now), self._holds.pace(self.running, self._begun, now)
+        if measured is not None and (higher or by_holds is None):
+            return ahead, measured
+        if measured is None:
+            ahead += higher
+        # Two measures that err in different ways: the one in the middle of a batch that ends together, the other after a
+        # change of what requests take.
+        known = [p for p in (measured, by_holds) if p is not None]
+        return ahead, sum(known) / len(known) if known else None
+
     def _retry_after_s(self, ticket: Ticket, now: float) -> float:
         """When what is before a new one like it will have been served."""
-        pace, ahead = self._paces[ticket.rank].per_s(now), self._order.ahead_of(ticket)
-        if pace is None:
-            pace = self._holds.pace(now)
-            ahead += sum(self._order.count(higher) for higher in range(ticket.rank))
-        if pace is None:
-            return RETRY_UNKNOWN_S
-        return min((ahead + 1) / pace, LONGEST_RETRY_S)
+        ahead, pace = self._outlook(ticket, now)
+        return RETRY_UNKNOWN_S if pace is None else min((ahead + 1) / pace, LONGEST_RETRY_S)
 
     def _join(self, ticket: Ticket, again: bool, now: float, *, back: bool = False) -> None:
         if again:
@@ -413,7 +438,7 @@ class VersionLine:
             if now < u.broken_until < at:
                 at = u.broken_until
         if self._share is not None and self.running >= self._share.slots:
-            at = min(at, max(self._overdraft_at, now + OVERDRAFT_S / 10))
+            at = min(at, max(self._overdraft_at, now + OVERDRAFT_LEAST_S))
         if self._timer is not None:
             if self._timer_at <= at:
                 return

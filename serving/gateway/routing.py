@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 
 from serving.fleet.endpoint import Endpoint, State
 
+BROKEN_PAUSE_S = 1.0  # after a refused connection; the directory usually says why within half a second
 BUSY_PAUSE_S = 0.004  # after a `busy`, how long until one more request is tried there
 BUSY_PAUSE_MOST_S = 0.032  # after several in a row: each costs the engine's server a moment too
 BUSY_FORGOTTEN_S = 1.0  # without another one: then the door's word is too old to hold back a burst
@@ -15,7 +16,7 @@ NOBODY: frozenset[str] = frozenset()
 class Upstream:
     """An endpoint as one gateway sees it: the directory's last word plus its own count of what it sent there."""
 
-    __slots__ = ("broken_until", "endpoint", "fits", "full_until", "refusals", "sent", "tokens")
+    __slots__ = ("broken_until", "careful_until", "endpoint", "fits", "full_until", "refusals", "sent", "tokens")
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
@@ -25,24 +26,29 @@ class Upstream:
         self.refusals = 0  # `busy` in a row
         self.full_until = -BUSY_FORGOTTEN_S  # monotonic seconds; from then on one more than `fits` is tried
         self.broken_until = 0.0  # monotonic seconds; it refused a connection and the directory has not spoken yet
+        self.careful_until = 0.0  # later than both: from then on only `sent` and `tokens` count
 
     def load(self) -> float:
         """Share of slots or of KV cache taken, whichever is more, by the larger of our own count and the reported one."""
-        e = self.endpoint
-        load = max(self.sent, e.in_flight) / max(1, e.slots)
+        e, sent = self.endpoint, self.sent
+        load = (sent if sent > e.in_flight else e.in_flight) / (e.slots or 1)
         if e.kv_tokens:
-            load = max(load, max(self.tokens, e.tokens) / e.kv_tokens)
+            kv = (self.tokens if self.tokens > e.tokens else e.tokens) / e.kv_tokens
+            return kv if kv > load else load
         return load
 
     def room(self, now: float, tokens: int = 0) -> bool:
         """Whether one more of that size may be sent there. One that is larger than the whole cache goes alone."""
-        e = self.endpoint
-        limit = e.slots
-        if now < self.full_until + BUSY_FORGOTTEN_S:
-            limit = min(limit, self.fits if now < self.full_until else self.fits + 1)
-        if self.sent >= limit or now < self.broken_until:
+        e, sent = self.endpoint, self.sent
+        if sent >= e.slots:
             return False
-        return not e.kv_tokens or not self.sent or self.tokens + tokens <= e.kv_tokens
+        if now < self.careful_until:
+            if now < self.broken_until:
+                return False
+            fits = self.fits if now < self.full_until else self.fits + 1
+            if now < self.full_until + BUSY_FORGOTTEN_S and sent >= fits:
+                return False
+        return not sent or not e.kv_tokens or self.tokens + tokens <= e.kv_tokens
 
     def bind(self, now: float, tokens: int = 0) -> None:
         """One more is sent there. Beyond what fitted before, one at a time: a door that is full because of others would
@@ -52,25 +58,27 @@ class Upstream:
         if self.sent > self.fits:
             self.fits = self.sent
             if now < self.full_until + BUSY_FORGOTTEN_S:
-                self.full_until = now + self._pause_s()
+                self._pause(now)
 
     def unbind(self, tokens: int = 0) -> None:
         """One that was sent is there no more."""
         self.sent -= 1
         self.tokens -= tokens
 
-    def answered(self) -> None:
-        """One that was sent was let in."""
-        self.refusals = 0
-
     def busy(self, now: float) -> None:
         """Its door refused one, which is unbound already."""
         self.fits = self.sent
-        self.full_until = now + self._pause_s()
+        self._pause(now)
         self.refusals += 1
 
-    def _pause_s(self) -> float:
-        return min(BUSY_PAUSE_S * 2.0 ** min(self.refusals, 8), BUSY_PAUSE_MOST_S)
+    def broken(self, now: float) -> None:
+        """Nothing answers there."""
+        self.broken_until = now + BROKEN_PAUSE_S
+        self.careful_until = max(self.careful_until, self.broken_until)
+
+    def _pause(self, now: float) -> None:
+        self.full_until = now + min(BUSY_PAUSE_S * 2.0 ** min(self.refusals, 8), BUSY_PAUSE_MOST_S)
+        self.careful_until = max(self.careful_until, self.full_until + BUSY_FORGOTTEN_S)
 
 
 def pick(
@@ -80,9 +88,10 @@ def pick(
     failed this request; they are used only when nothing else is there to wait for."""
     best: Upstream | None = None
     best_load = 0.0
+    ready = State.READY
     for u in upstreams:
         e = u.endpoint
-        if e.state is not State.READY or (avoid and e.id in avoid) or not u.room(now, tokens):
+        if e.state is not ready or (avoid and e.id in avoid) or not u.room(now, tokens):
             continue
         load = u.load()
         if best is None or load < best_load or (load == best_load and u.sent < best.sent):

@@ -189,7 +189,7 @@ async def test_a_busy_of_long_ago_does_not_hold_back_a_burst(monkeypatch: pytest
 async def test_a_failure_whose_client_left_still_wakes_those_behind_it(
     monkeypatch: pytest.MonkeyPatch, failure: str
 ) -> None:
-    monkeypatch.setattr(queue, "BROKEN_PAUSE_S", 0.01)
+    monkeypatch.setattr(routing, "BROKEN_PAUSE_S", 0.01)
     to = line(endpoint(slots=2))
     mine, _ = await take(to), await take(to)
     behind = await waiting(to)
@@ -204,7 +204,7 @@ async def test_a_long_pause_does_not_hide_a_short_one() -> None:
     task = await waiting(to)
     to.broken(broken)
     to.busy(busy)
-    assert at(await asyncio.wait_for(task, queue.BROKEN_PAUSE_S / 2)) == full
+    assert at(await asyncio.wait_for(task, routing.BROKEN_PAUSE_S / 2)) == full
 
 
 async def test_one_that_waits_for_better_does_not_keep_others_from_what_is_free() -> None:
@@ -398,7 +398,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule()
     def pauses_end(self) -> None:
         """Nothing but time is needed for every free slot to be used, one careful try after the other."""
-        self.loop.now += max(queue.BROKEN_PAUSE_S, queue.OTHERS_FORGOTTEN_S)
+        self.loop.now += max(routing.BROKEN_PAUSE_S, queue.OTHERS_FORGOTTEN_S)
         for _ in range(12):
             self.loop.now += routing.BUSY_PAUSE_MOST_S + 0.001
             self.step()

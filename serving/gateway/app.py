@@ -153,18 +153,17 @@ class Gateway:
         body, withhold_usage = _adapted(body, fields, route, name)
         metrics = self.metrics.of(model.name)
         metrics.held.inc()
-        entered, used = False, None
+        entered = False
         try:
             self._enter(key, model, ticket, metrics)
-            entered, used = True, 0  # what never reached an engine is not counted
+            entered = True
             with _Watch(x, ticket.deadline - x.t0):
                 await self._answer(x, route, line, model, metrics, ticket, body, withhold_usage)
-            used = _used(x)
             line.sizes.learn(len(body), x.line.prompt_tokens, x.line.completion_tokens)
         finally:
             metrics.held.dec()
             if entered:
-                self._admission.leave(key, model, ticket.tokens, None if x.started and not used else used)
+                self._admission.leave(key, model, ticket.tokens, _used(x))
             if x.line.queue_ms is not None:  # of all its attempts together: one that is told `busy` waits on
                 metrics.queue_wait.observe(x.line.queue_ms / 1e3)
 
@@ -422,8 +421,10 @@ def _ticket(x: Exchange, key: Key, model: ModelConfig, tokens: int) -> Ticket:
 
 
 def _used(x: Exchange) -> int | None:
-    """Tokens that the engine counted; None when it did not say."""
+    """Tokens that an ended request has used: none when it was refused, None when the engine did not say."""
     line = x.line
+    if not x.started or line.status >= 400:
+        return 0
     if line.prompt_tokens is None and line.completion_tokens is None:
         return None
     return (line.prompt_tokens or 0) + (line.completion_tokens or 0)

@@ -81,6 +81,7 @@ class EngineReplica:
             url="",
             state=State.STARTING,
             slots=self.spec.slots,
+            adapters=tuple(a.name for a in self.spec.adapters),
             node=self._host,
             started_at=time.time(),
         )

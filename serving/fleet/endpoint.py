@@ -51,6 +51,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int = 0  # of those, waiting in the engine's own queue
     kv_usage: float = 0.0  # share of KV cache blocks in use, 0..1
     max_model_len: int | None = None  # tokens
+    adapters: tuple[str, ...] | None = None  # that it has loaded; None: it does not say
     reason: str = ""  # why FAILED, one line
     node: str = ""
     started_at: float = 0.0  # epoch seconds

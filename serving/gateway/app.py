@@ -35,6 +35,7 @@ from serving.gateway.exchange import ClientGone, Exchange, Receive, Scope, Send,
 from serving.gateway.keys import Key, KeyRing
 from serving.gateway.order import RANK
 from serving.gateway.own import OwnRoutes, visible
+from serving.gateway.prefix import BLOCK_BYTES, blocks_of
 from serving.gateway.queue import Ticket, VersionLine, bound_wait
 from serving.gateway.relay import Broken, Busy, Engines, Reply, error_event
 from serving.gateway.routes import Route
@@ -54,6 +55,7 @@ LAST_WORD_S = 5.0  # for a client to take its error
 KEYS_CHECK_EVERY_S = 1.0
 CLASS_HEADER = b"x-steelyard-class"
 TIMEOUT_HEADER = b"x-steelyard-timeout"
+SESSION_HEADER = b"x-session-id"
 
 
 class Gateway:
@@ -149,6 +151,11 @@ class Gateway:
         check_input(model.limits.max_input_tokens, route, fields, len(body))
         line = self.fleet.line(name)
         ticket = _ticket(x, key, model, line.size_of(route, fields, len(body)))
+        ticket.adapter = name.adapter
+        if len(line.upstreams) > 1:  # else there is nothing to choose
+            if len(body) >= BLOCK_BYTES:
+                ticket.blocks = blocks_of(route, fields, name.adapter)
+            ticket.session = _session(x, key, fields)
         x.line.stream = bool(fields.get("stream"))
         body, withhold_usage = _adapted(body, fields, route, name)
         metrics = self.metrics.of(model.name)
@@ -418,6 +425,12 @@ def _ticket(x: Exchange, key: Key, model: ModelConfig, tokens: int) -> Ticket:
             raise BadRequest("`x-steelyard-timeout` is a number of seconds, above 0")
         timeout_s = min(timeout_s, wanted)
     return Ticket(since=x.t0, deadline=x.t0 + timeout_s, key=key.id, rank=rank, weight=float(key.weight), tokens=tokens)
+
+
+def _session(x: Exchange, key: Key, fields: dict[str, Any]) -> int | None:
+    """What requests of one conversation have in common, by the client's word; other keys' words are others."""
+    given = x.headers.get(SESSION_HEADER) or fields.get("prompt_cache_key")
+    return hash((key.id, given)) if isinstance(given, bytes | str) else None
 
 
 def _used(x: Exchange) -> int | None:

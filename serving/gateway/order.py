@@ -28,6 +28,8 @@ KEPT_SHARE = 10  # one `KEPT_SHARE`-th of a full queue is every class's own
 class Waits(Protocol):
     """What must be known of one who waits. None of it changes while it does."""
 
+    place: int  # among those of the same deadline and age; the order writes it
+
     @property
     def key(self) -> str: ...  # whose it is
     @property
@@ -126,8 +128,10 @@ class Order(Generic[W]):
                 flow.start = max(flow.start, c.clock)
                 flow.weight = one.weight
             c.weight += flow.weight
+        if not again:
+            one.place = next(self._numbers)
         flow.members[one] = None
-        heapq.heappush(flow.heap, (one.deadline, one.since, next(self._numbers), one))
+        heapq.heappush(flow.heap, (one.deadline, one.since, one.place, one))
         if not flow.listed:
             flow.listed = True
             heapq.heappush(c.heap, (flow.start, next(self._numbers), flow))

@@ -39,8 +39,8 @@ class Ticket:
     """One request's claim to a slot, from its arrival to its end, over all its attempts. Times are monotonic seconds."""
 
     __slots__ = (
-        *("at", "avoid", "cost", "deadline", "key", "rank", "since", "tokens", "upstream", "weight"),
-        *("_bound_at", "_future", "_over", "_place"),
+        *("adapter", "at", "avoid", "blocks", "cost", "deadline", "key", "place", "rank", "session", "since", "tokens"),
+        *("upstream", "weight", "_again_as", "_bound_at", "_future", "_over"),
     )
 
     def __init__(
@@ -52,16 +52,22 @@ class Ticket:
         rank: int = 1,
         weight: float = 1.0,
         tokens: int = 0,
+        adapter: str | None = None,
+        blocks: tuple[int, ...] = (),
+        session: int | None = None,
     ) -> None:
         self.key, self.rank, self.weight = key, rank, weight  # rank: of its class
         self.at = (key, rank)
         self.tokens = tokens  # of KV cache it may take
         self.cost = float(tokens or 1)
+        self.adapter = adapter  # only where it is loaded
+        self.blocks, self.session = blocks, session  # what of it an endpoint's cache may hold
         self.deadline, self.since = deadline, since
         self.avoid: frozenset[str] = NOBODY  # endpoints that failed it
         self.upstream: Upstream | None = None  # where it is bound
         self._future: asyncio.Future[Upstream] | None = None  # while it waits
-        self._place = -1  # among those that wait again
+        self.place = -1  # among those that wait, for `Order`
+        self._again_as = -1  # among those that wait again
         self._bound_at = 0.0
         self._over = False  # bound beyond its gateway's share
 
@@ -109,7 +115,7 @@ class VersionLine:
         """Who asks for how much here now."""
         held = self._order.by_key()
         for _, place, t in self._returned:
-            if t._place == place:
+            if t._again_as == place:
                 known = held.get(t.at, (0, t.weight))
                 held[t.at] = (known[0] + 1, known[1])
         return [
@@ -249,12 +255,13 @@ class VersionLine:
                 self._serve(ticket, found, again, now)
                 continue
             aside.append((ticket, again))
-            roomy = [u for u in self.upstreams.values() if self._takes(u, ticket, now, kept)]
+            lacking = self._lacking(ticket.adapter)
+            roomy = [u for u in self.upstreams.values() if self._takes(u, ticket, now, kept | lacking)]
             if roomy:  # slots are free, and only its size is in the way
                 kept.add(max(roomy, key=lambda u: (u.endpoint.kv_tokens or 0) - u.tokens).endpoint.id)
-            elif not ticket.avoid:
+            elif not ticket.avoid and ticket.adapter is None:
                 break  # nothing is free for those behind it either
-        for ticket, again in reversed(aside):
+        for ticket, again in aside:
             self._join(ticket, again, now, back=True)
         self._blocked = bool(kept)
         if self:
@@ -263,11 +270,22 @@ class VersionLine:
     # -- one ticket ----------------------------------------------------------------------------------------------
 
     def _pick(self, ticket: Ticket, now: float, kept: Iterable[str] = ()) -> Upstream | None:
-        avoid = ticket.avoid.union(kept) if kept else ticket.avoid
-        found = pick(self.upstreams.values(), now, avoid, ticket.tokens)
-        if found is None and ticket.avoid and not self.ready_ids() - ticket.avoid:
-            found = pick(self.upstreams.values(), now, frozenset(kept), ticket.tokens)
+        if ticket.adapter is not None:
+            kept = {*kept, *self._lacking(ticket.adapter)}
+        upstreams, size, blocks, session = self.upstreams.values(), ticket.tokens, ticket.blocks, ticket.session
+        if not ticket.avoid:
+            return pick(upstreams, now, frozenset(kept) if kept else NOBODY, size, blocks, session)
+        found = pick(upstreams, now, ticket.avoid.union(kept), size, blocks, session)
+        if found is None and not self.ready_ids() - ticket.avoid - self._lacking(ticket.adapter):
+            found = pick(upstreams, now, frozenset(kept), size, blocks, session)
         return found
+
+    def _lacking(self, adapter: str | None) -> set[str]:
+        """Endpoints without it, as there are while adapters change."""
+        if adapter is None:
+            return set()
+        known = (u.endpoint for u in self.upstreams.values())
+        return {e.id for e in known if e.adapters is not None and adapter not in e.adapters}
 
     def _any_room(self, now: float) -> bool:
         return any(u.room(now) and u.endpoint.state is State.READY for u in self.upstreams.values())
@@ -280,6 +298,8 @@ class VersionLine:
     def _bind(self, ticket: Ticket, upstream: Upstream, now: float) -> None:
         upstream.bind(now, ticket.tokens)
         ticket.upstream, ticket._bound_at = upstream, now
+        if ticket.blocks or ticket.session is not None:
+            upstream.remembered.add(ticket.blocks, ticket.session)
         self.running += 1
         self._begun += now
         mine = self._by_key.get(ticket.at)
@@ -358,8 +378,8 @@ class VersionLine:
 
     def _join(self, ticket: Ticket, again: bool, now: float, *, back: bool = False) -> None:
         if again:
-            ticket._place = next(self._numbers)
-            heapq.heappush(self._returned, (ticket.since, ticket._place, ticket))
+            ticket._again_as = next(self._numbers)
+            heapq.heappush(self._returned, (ticket.since, ticket._again_as, ticket))
             self._returned_count += 1
         else:
             self._order.add(ticket, again=back)
@@ -369,8 +389,8 @@ class VersionLine:
         """Whoever is next, taken out, and whether it had its turn before."""
         while self._returned:
             _, place, ticket = heapq.heappop(self._returned)
-            if ticket._place == place:
-                ticket._place = -1
+            if ticket._again_as == place:
+                ticket._again_as = -1
                 self._returned_count -= 1
                 return ticket, True
         return self._order.pop(), False
@@ -383,8 +403,8 @@ class VersionLine:
             if self:
                 self.pump(now)
             return
-        if ticket._place >= 0:
-            ticket._place = -1
+        if ticket._again_as >= 0:
+            ticket._again_as = -1
             self._returned_count -= 1
         elif self._order.remove(ticket):
             self._paces[ticket.rank].mark(now, self._order.count(ticket.rank) > 0)

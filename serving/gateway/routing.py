@@ -5,18 +5,33 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from serving.fleet.endpoint import Endpoint, State
+from serving.gateway.prefix import BLOCK_TOKENS, KEPT_BLOCKS, Remembered
 
 BROKEN_PAUSE_S = 1.0  # after a refused connection; the directory usually says why within half a second
 BUSY_PAUSE_S = 0.004  # after a `busy`, how long until one more request is tried there
 BUSY_PAUSE_MOST_S = 0.032  # after several in a row: each costs the engine's server a moment too
 BUSY_FORGOTTEN_S = 1.0  # without another one: then the door's word is too old to hold back a burst
+# What a wholly loaded engine costs against an idle one, in prompt tokens that could be computed meanwhile: a tenth of an engine's
+# load is worth as much as some 3,000 tokens found in a cache.
+LOAD_TOKENS = 32_768
+SESSION_TOKENS = 1024  # what it is worth to stay where the session was, beside the blocks that are known
 NOBODY: frozenset[str] = frozenset()
 
 
 class Upstream:
     """An endpoint as one gateway sees it: the directory's last word plus its own count of what it sent there."""
 
-    __slots__ = ("broken_until", "careful_until", "endpoint", "fits", "full_until", "refusals", "sent", "tokens")
+    __slots__ = (
+        "broken_until",
+        "careful_until",
+        "endpoint",
+        "fits",
+        "full_until",
+        "refusals",
+        "remembered",
+        "sent",
+        "tokens",
+    )
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
@@ -26,6 +41,8 @@ class Upstream:
         self.refusals = 0  # `busy` in a row
         self.full_until = -BUSY_FORGOTTEN_S  # monotonic seconds; from then on one more than `fits` is tried
         self.broken_until = 0.0  # monotonic seconds; it refused a connection and the directory has not spoken yet
+        room = endpoint.kv_tokens // BLOCK_TOKENS if endpoint.kv_tokens else KEPT_BLOCKS
+        self.remembered = Remembered(max(1, min(room, KEPT_BLOCKS)))  # what of prompts its cache may hold
         self.careful_until = 0.0  # later than both: from then on only `sent` and `tokens` count
 
     def load(self) -> float:
@@ -82,18 +99,28 @@ class Upstream:
 
 
 def pick(
-    upstreams: Iterable[Upstream], now: float, avoid: Collection[str] = NOBODY, tokens: int = 0
+    upstreams: Iterable[Upstream],
+    now: float,
+    avoid: Collection[str] = NOBODY,
+    tokens: int = 0,
+    blocks: tuple[int, ...] = (),
+    session: int | None = None,
 ) -> Upstream | None:
-    """The least loaded ready endpoint with room for a request of that size, or None. `avoid` holds ids that already
-    failed this request; they are used only when nothing else is there to wait for."""
+    """The ready endpoint with room for a request of that size that costs it least, or None: the least loaded, unless another
+    one has so much of the prompt (`blocks`) in its cache that its load is worth it. `avoid` holds ids that already failed
+    this request; they are used only when nothing else is there to wait for."""
     best: Upstream | None = None
-    best_load = 0.0
+    best_cost = 0.0
     ready = State.READY
     for u in upstreams:
         e = u.endpoint
         if e.state is not ready or (avoid and e.id in avoid) or not u.room(now, tokens):
             continue
-        load = u.load()
-        if best is None or load < best_load or (load == best_load and u.sent < best.sent):
-            best, best_load = u, load
+        cost = u.load()
+        if blocks:
+            cost -= u.remembered.shared(blocks) * (BLOCK_TOKENS / LOAD_TOKENS)
+        if session is not None and u.remembered.knows(session):
+            cost -= SESSION_TOKENS / LOAD_TOKENS
+        if best is None or cost < best_cost or (cost == best_cost and u.sent < best.sent):
+            best, best_cost = u, cost
     return best

@@ -23,6 +23,7 @@ class One:
     cost: float = 1
     deadline: float = float("inf")
     since: float = 0
+    place: int = -1
 
     def __post_init__(self) -> None:
         self.since = self.since or next(_ages)
@@ -109,6 +110,16 @@ def test_one_that_was_popped_and_not_served_costs_its_key_nothing() -> None:
     assert first is not None
     order.add(first, again=True)
     assert served(order)[0] is first
+
+
+def test_nor_its_place_among_those_of_the_same_age() -> None:
+    ones = [One(since=5) for _ in range(4)]
+    order = filled(*ones)
+    first, second = order.pop(), order.pop()
+    assert first is not None and second is not None
+    order.add(second, again=True)
+    order.add(first, again=True)
+    assert served(order) == ones
 
 
 def test_who_leaves_is_not_served_and_leaves_no_trace() -> None:

@@ -225,6 +225,46 @@ async def test_what_failed_a_request_is_used_again_when_nothing_else_is_left() -
     assert at(await picky) == "a"
 
 
+async def test_an_adapter_is_asked_for_only_where_it_is_loaded() -> None:
+    to = line(endpoint("old", 9, adapters=()), endpoint("new", 1, adapters=("pirate",)))
+    assert at(await take(to, adapter="pirate")) == "new"
+    held = await waiting(to, adapter="pirate")
+    assert at(await asyncio.wait_for(take(to), 1)) == "old", "others are not kept waiting"
+    to.update([endpoint("old", 9, adapters=("pirate",)), endpoint("new", 1, adapters=("pirate",))], only_add=False)
+    assert at(await held) == "old"
+
+
+async def test_a_large_one_gets_its_turn_among_small_ones() -> None:
+    to = line(endpoint("a", 10, kv_tokens=100), endpoint("b", 10, kv_tokens=100))
+    small = [await take(to, tokens=40) for _ in range(4)]
+    large = await waiting(to, tokens=90)
+    on = {name: [one for one in small if at(one) == name] for name in "ab"}
+    behind = [await waiting(to, tokens=40) for _ in range(2)]
+    to.release(on["a"][0])
+    to.release(on["b"][0])
+    await settled()
+    assert [t.done() for t in (large, *behind)] == [False, True, False], "one endpoint goes on, one is kept"
+    kept = "a" if at(await behind[0]) == "b" else "b"
+    to.release(on[kept][1])
+    assert at(await asyncio.wait_for(large, 1)) == kept
+    behind[1].cancel()
+
+
+async def test_ten_times_as_many_from_one_key_do_not_keep_out_another() -> None:
+    to = line(endpoint(slots=1))
+    taken = await take(to)
+    heavy = [await waiting(to, key="heavy") for _ in range(50)]
+    light = await waiting(to, key="light")
+    for _ in range(2):
+        to.release(taken)
+        await settled()
+        taken = next(t for t in (light, *heavy) if t.done()).result()
+        heavy = [t for t in heavy if not t.done()]
+    assert light.done()
+    for task in heavy:
+        task.cancel()
+
+
 async def test_a_slot_bound_in_the_instant_of_a_cancel_is_given_back() -> None:
     to = line(endpoint(slots=1))
     taken = await take(to)

@@ -160,9 +160,11 @@ def conclude(result: Report, rows: list[Row], plan: Plan) -> None:
 
 
 def pin(bench: Bench, raw: Side, stack: Side) -> str:
-    """Pin both engines, the gateways and the client; Ray's own processes stay with the scheduler."""
+    """Pin both engines and the client, alike. What only the stack has, gateways and Ray's processes, stays with the
+    scheduler, as it does in production: on the core that the API server and the client fill already, a gateway would be
+    measured for where it was put."""
     processes = stack.processes()
-    chosen = procs.engine_pids(processes) | procs.gateway_pids(processes)
+    chosen = procs.engine_pids(processes)
     done = procs.pin_engines([*raw.processes(), *(p for p in processes if p.pid in chosen)])
     if done != "none":
         procs.pin(bench.client.pid, {min(os.sched_getaffinity(0))})

@@ -170,8 +170,8 @@ def pss_mib(pids: Iterable[int]) -> float:
 
 
 def pin_engines(processes: Iterable[psutil.Process]) -> str:
-    """Put engine backends (EngineCore, Worker) on the last core and their API servers, gateways and everything given
-    besides on the first; what was done, for the report.
+    """Put engine backends (EngineCore, Worker) on the last core and everything else given, their API servers, on the
+    first; what was done, for the report.
 
     On two cores the first token of an unpinned engine is bimodal: EngineCore polls, and the server waits for its core.
     With more than four cores the scheduler has room and nothing is pinned.
@@ -183,7 +183,7 @@ def pin_engines(processes: Iterable[psutil.Process]) -> str:
     for process in listed:
         is_backend = any(t in title(process) for t in _BACKEND_TITLES)
         pin(process.pid, {cores[-1]} if is_backend else {cores[0]})
-    return f"engine cores on {cores[-1]}; API servers, gateways and the client on {cores[0]}"
+    return f"engine cores on {cores[-1]}; API servers and the client on {cores[0]}; gateways free"
 
 
 def pin(pid: int, cores: set[int]) -> None:

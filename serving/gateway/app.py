@@ -278,20 +278,12 @@ class Gateway:
         """Bytes as they come. After the first one left, trouble is one error event and the end."""
         scan = reply.scan
         assert scan is not None
-        send, count, now = x.push, meter.chunk, time.monotonic
-
-        def push(data: bytes) -> Awaitable[None] | None:
-            slow = send(data)
-            count(now())
-            return slow
-
         await x.start(reply.status, reply.content_type, [(b"cache-control", b"no-cache")])
-        await reply.relay(push)
+        await reply.relay(_Client(x, meter))
         if reply.error is not None:
             log.warning("stream broken: %s", reply.error, extra={"request_id": x.request_id})
-        if scan.complete and not scan.died:
+        if reply.finished:
             x.line.reason = "ok"
-            await x.end()
             return
         scan.died = True
         error = EngineBroken("the engine died while it generated; what came before is incomplete")
@@ -327,6 +319,8 @@ class Gateway:
         return name, model
 
     async def _failed(self, x: Exchange, error: RequestError) -> None:
+        if x.ended:  # all was sent; only the engine's own end is missing
+            return
         x.line.reason = error.code
         # Bounded: a client that does not read would hold the last word, and the request, for ever.
         with contextlib.suppress(ClientGone, TimeoutError):
@@ -357,6 +351,34 @@ class Gateway:
             error = self.keys.reload_if_changed()
             if error is not None:
                 log.error("the keys file cannot be used, the last good keys stay: %s", error)
+
+
+class _Client:
+    """The client as a stream's sink (`relay.Sink`), with the times of its pieces."""
+
+    __slots__ = ("_chunk", "_count", "_x")
+
+    def __init__(self, x: Exchange, meter: StreamMeter) -> None:
+        self._x = x
+        self._chunk = x.chunks()
+        self._count = meter.chunk
+
+    def push(self, data: bytes) -> Awaitable[None] | None:
+        slow = self._x.push(data)
+        self._count(time.monotonic())
+        return slow
+
+    def chunk(self, data: bytes) -> bool:
+        if self._chunk is None or not self._chunk(data):
+            return False
+        self._count(time.monotonic())
+        return True
+
+    def end(self, data: bytes) -> Awaitable[None] | None:
+        slow = self._x.push_end(data)
+        if data:
+            self._count(time.monotonic())
+        return slow
 
 
 class _Watch:
@@ -393,6 +415,8 @@ class _Watch:
     async def _until_disconnect(self) -> None:
         while (await self._x.receive())["type"] != "http.disconnect":
             pass
+        if self._x.ended:  # the server says the same when all is sent
+            return
         self._x.line.client_gone = True
         self._cancel(ClientGone)
 

@@ -17,6 +17,10 @@ CONNECT_TIMEOUT_S = 2.0
 IDLE_S = 4.0  # vLLM closes connections idle for 5 s: one used at that moment would look like an engine that died
 _ONE_WRITE_BYTES = 64 * 1024
 
+# Sizes of chunks as uvicorn writes them, by a look-up: what is not among them goes through the parser, and size 0 must.
+_SIZES = {b"%x" % n: n for n in range(1, 4096)}
+_LONGEST_SIZE = 3 + len(b"\r\n")
+
 # A node that loses its power says nothing. Silence on a stream is asked about after 5 s and believed after 11 s; bytes that
 # nobody takes are given up after 30 s.
 _VANISHED = {
@@ -31,13 +35,18 @@ Address = tuple[str, int]
 
 
 class Receiver(Protocol):
-    """Takes one answer: `answered` once, `received` for every read that brought some of the body, `ended` exactly once."""
+    """Takes one answer: `answered` once, `received` or `chunk` for every read that brought some of the body, `ended`
+    exactly once."""
 
     def answered(self, status: int, headers: dict[bytes, bytes]) -> None:
         """The final status line and headers are here; names in lower case."""
 
     def received(self, data: bytes) -> None:
         """A piece of the body, without its framing."""
+
+    def chunk(self, data: bytes, start: int, end: int) -> None:
+        """A read that is one whole chunk of the body: `data[start:end]`, with its framing around it, as HTTP/1.1 would
+        have it from us too."""
 
     def ended(self, error: str | None) -> None:
         """The answer is whole (None), or the connection broke under it."""
@@ -56,6 +65,7 @@ class Connection(asyncio.Protocol):
         self._headers: dict[bytes, bytes] = {}
         self._parts: list[bytes] = []
         self._complete = self._keep_alive = self._paused = False
+        self._between_chunks = False  # the parser is, as far as its last callback tells
 
     @property
     def open(self) -> bool:
@@ -102,11 +112,19 @@ class Connection(asyncio.Protocol):
         if self._receiver is None:
             self.abort()  # nobody asked: what comes here unasked must not become the next answer
             return
+        if self._between_chunks:
+            # A chunk alone, as nearly every event of a stream comes. The parser ends where it began, so it need not know.
+            size = data.find(b"\r\n", 1, _LONGEST_SIZE)
+            if size > 0 and data.endswith(b"\r\n") and _SIZES.get(data[:size]) == len(data) - size - 4:
+                self._receiver.chunk(data, size + 2, len(data) - 2)
+                return
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as e:
             self._break(f"malformed HTTP: {e}")
             return
+        if self._between_chunks and not data.endswith(b"\r\n"):
+            self._between_chunks = False  # half of the next one's size came with it
         parts = self._parts
         if parts:
             body = parts[0] if len(parts) == 1 else b"".join(parts)
@@ -146,7 +164,14 @@ class Connection(asyncio.Protocol):
         if not self._complete:
             self._parts.append(body)
 
+    def on_chunk_header(self) -> None:
+        self._between_chunks = False
+
+    def on_chunk_complete(self) -> None:
+        self._between_chunks = True
+
     def on_message_complete(self) -> None:
+        self._between_chunks = False
         if self._complete or self._parser.get_status_code() < 200:
             return
         self._complete = True

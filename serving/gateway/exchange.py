@@ -11,6 +11,7 @@ from random import getrandbits
 from typing import Any, TypeVar
 
 import msgspec
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from serving.errors import BadRequest, BodyTooLarge, Dialect, RequestError
 from serving.gateway.routes import dialect_of
@@ -35,7 +36,7 @@ class Exchange:
 
     __slots__ = (
         *("dialect", "headers", "line", "method", "path", "receive", "request_id", "send"),
-        *("started", "t0", "_scope"),
+        *("ended", "started", "t0", "_scope"),
     )
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,6 +49,7 @@ class Exchange:
         self.request_id = _request_id(self.headers.get(b"x-request-id", b""))
         self.t0 = time.monotonic()
         self.started = False  # the response's status line left
+        self.ended = False  # the response's last byte left
         self.line = RequestLine(ts=time.time(), request_id=self.request_id, route=self.path)
 
     @property
@@ -107,19 +109,37 @@ class Exchange:
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
     def push(self, data: bytes) -> Awaitable[None] | None:
-        """A piece of the body, sent at once where the client keeps up; else what to await before the next piece.
+        """A piece of the body, sent at once where the client keeps up; else what to await before the next piece."""
+        return _first_step(self.send({"type": "http.response.body", "body": data, "more_body": True}))
 
-        The server's `send` suspends only for a client that is slow, so its first step runs here, in whatever callback
-        the bytes came by; no task needs to wake for them.
+    def push_end(self, data: bytes) -> Awaitable[None] | None:
+        """The last piece of the body, as `push`."""
+        self.ended = True
+        return _first_step(self.send({"type": "http.response.body", "body": data, "more_body": False}))
+
+    def chunks(self) -> Callable[[bytes], bool] | None:
+        """After `start`: what writes one whole HTTP/1.1 chunk, framing and all, straight to the client's connection. It
+        returns False, and has done nothing, when the client is slow or gone, where `push` knows what to do. None: this
+        response is not chunked, or the server is none that we know from inside.
+
+        An event that comes from the engine as a chunk need not be unwrapped and wrapped again, and passes by a dictionary, a
+        coroutine and the server's checks.
         """
-        sending = self.send({"type": "http.response.body", "body": data, "more_body": True})
-        try:
-            waits_for = sending.send(None)
-        except StopIteration:
+        cycle = getattr(self.send, "__self__", None)
+        if not isinstance(cycle, RequestResponseCycle) or not cycle.chunked_encoding or self.method == "HEAD":
             return None
-        return rest(sending, waits_for)
+        flow, write = cycle.flow, cycle.transport.write
+
+        def chunk(data: bytes) -> bool:
+            if flow.write_paused or cycle.disconnected:
+                return False
+            write(data)
+            return True
+
+        return chunk
 
     async def end(self, data: bytes = b"") -> None:
+        self.ended = True
         await self.send({"type": "http.response.body", "body": data, "more_body": False})
 
     async def answer(
@@ -136,6 +156,16 @@ class Exchange:
         more = error.headers() + ([(b"connection", b"close")] if close else [])
         self.line.reason = error.code
         await self.answer(error.status, msgspec.json.encode(error.body(self.dialect, self.request_id)), JSON, more)
+
+
+def _first_step(sending: Coroutine[Any, Any, None]) -> Awaitable[None] | None:
+    """The server's `send` suspends only for a client that is slow, so its first step runs here, in whatever callback the
+    bytes came by; no task needs to wake for them."""
+    try:
+        waits_for = sending.send(None)
+    except StopIteration:
+        return None
+    return rest(sending, waits_for)
 
 
 @types.coroutine

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from functools import lru_cache
+from typing import Protocol
 from urllib.parse import urlsplit
 
 import msgspec
@@ -93,15 +94,7 @@ class StreamScan:
 
     def feed(self, data: bytes) -> bytes:
         """The whole events in what came so far that the client may have; the rest is kept for the next call."""
-        if (
-            # One token of one choice, alone, as nearly everything is: no end, no error, no usage. Cheap to tell.
-            data.startswith(_TOKEN)
-            and data.endswith(b"\n\n")
-            and data.count(b"\n") == 2
-            and data.rfind(_UNFINISHED) > 0
-            and self._usage_by_option
-            and not self._tail
-        ):
+        if self.is_token(data, 0, len(data)):
             self.events += 1
             return data
         if self._tail:
@@ -129,6 +122,18 @@ class StreamScan:
         self.events += data.count(b"\n\n")
         return data
 
+    def is_token(self, data: bytes, start: int, end: int) -> bool:
+        """Whether that piece, coming now, is one token of one choice, alone, as nearly everything is: no end, no error, no
+        usage. Cheap to tell."""
+        return (
+            data.startswith(_TOKEN, start)
+            and data.endswith(b"\n\n", start, end)
+            and data.count(b"\n", start, end) == 2
+            and data.rfind(_UNFINISHED, start, end) > 0
+            and self._usage_by_option
+            and not self._tail
+        )
+
     def _until_error(self, data: bytes) -> bytes:
         for frame in _ERROR_FRAMES:
             at = data.find(frame)
@@ -151,8 +156,17 @@ class StreamScan:
         return b"".join(kept)
 
 
-# Hands a piece to the client: None when it was sent at once, else what to await before the next piece.
-Push = Callable[[bytes], Awaitable[None] | None]
+class Sink(Protocol):
+    """Takes a stream's events for the client. A piece was sent at once, or there is something to await before the next."""
+
+    def push(self, data: bytes) -> Awaitable[None] | None:
+        """Whole events."""
+
+    def chunk(self, data: bytes) -> bool:
+        """Whole events framed as one HTTP/1.1 chunk; False, and nothing was sent, where only `push` will do."""
+
+    def end(self, data: bytes) -> Awaitable[None] | None:
+        """The last events, and the end of the answer."""
 
 
 class Reply:
@@ -163,7 +177,7 @@ class Reply:
     """
 
     __slots__ = (
-        *("body", "content_type", "error", "scan", "status"),
+        *("body", "content_type", "error", "finished", "scan", "status"),
         *(
             "_busy",
             "_connection",
@@ -171,8 +185,8 @@ class Reply:
             "_fault",
             "_held",
             "_news",
-            "_push",
             "_route",
+            "_sink",
             "_size",
             "_slow",
             "_withhold",
@@ -185,12 +199,13 @@ class Reply:
         self.body: bytes | None = None
         self.scan: StreamScan | None = None  # of a stream
         self.error: str | None = None  # how the connection broke
+        self.finished = False  # the stream's end was handed to the sink
         self._connection = connection
         self._route, self._withhold = route, withhold_usage
         self._busy = self._ended = False
         self._held: list[bytes] = []
         self._size = 0  # bytes in `_held`
-        self._push: Push | None = None
+        self._sink: Sink | None = None
         self._slow: Awaitable[None] | None = None
         self._fault: Exception | None = None
         self._news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -209,10 +224,11 @@ class Reply:
         if self.scan is None:
             self.body = self._taken()
 
-    async def relay(self, push: Push) -> None:
-        """Hands the stream's events to `push` as they come, and returns at its end, however it ended."""
+    async def relay(self, sink: Sink) -> None:
+        """Hands the stream's events to `sink` as they come, its end included where it is the right one, and returns when
+        the engine has ended it, however it did."""
         assert self.scan is not None
-        self._push = push
+        self._sink = sink
         if self._held:
             self._emit(self._taken())
         while self._fault is None:
@@ -243,11 +259,11 @@ class Reply:
 
     def received(self, data: bytes) -> None:
         scan = self.scan
-        if self._fault is not None or (scan is not None and scan.died):
+        if self._fault is not None or self.finished or (scan is not None and scan.died):
             return  # nothing after an error frame is the client's, above all no `[DONE]`
         if scan is not None:
             data = scan.feed(data)
-            if self._push is not None:
+            if self._sink is not None:
                 if data or scan.died:
                     self._emit(data)
                 return
@@ -259,14 +275,28 @@ class Reply:
         if self.scan is not None or self._fault is not None:
             self._wake()
 
+    def chunk(self, data: bytes, start: int, end: int) -> None:
+        sink, scan = self._sink, self.scan
+        if sink is None or scan is None or scan.complete or scan.died or self._fault is not None:
+            self.received(data[start:end])
+        elif scan.is_token(data, start, end) and sink.chunk(data):
+            scan.events += 1
+        else:
+            self.received(data[start:end])
+
     def ended(self, error: str | None) -> None:
         self._ended, self.error = True, error
         self._wake()
 
     def _emit(self, data: bytes) -> None:
-        assert self._push is not None and self.scan is not None
+        sink, scan = self._sink, self.scan
+        assert sink is not None and scan is not None
         try:
-            slow = self._push(data) if data else None
+            if scan.complete and not scan.died:
+                self.finished = True
+                slow = sink.end(data)
+            else:
+                slow = sink.push(data) if data else None
         except Exception as e:  # raised by whoever awaits, not in the socket's callback
             self._fault, slow = e, None
             self._wake()
@@ -274,7 +304,7 @@ class Reply:
             self._slow = slow
             self._connection.pause()
             self._wake()
-        elif self.scan.died:
+        elif scan.died:
             self._wake()
 
     def _taken(self) -> bytes:

@@ -16,7 +16,8 @@ def test_a_killed_main_process_takes_its_real_engines_along(real: Stack) -> None
     body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "stream": True, "ignore_eos": True}
     url = f"{real.url}/v1/chat/completions"
     with httpx.stream("POST", url, headers=real.headers, json=body | {"max_tokens": 1500}, timeout=60) as stream:
-        assert next(stream.iter_lines()).startswith("data: ")
+        lines = stream.iter_lines()  # held: a generator that is dropped closes the connection, and the engines idle
+        assert next(lines).startswith("data: ")
         assert len(real.processes()) > 8  # Ray's, gateway, directory, replicas, and three of each engine
         real.main.kill()
         real.main.wait()

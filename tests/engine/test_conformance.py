@@ -51,13 +51,23 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             yield running
     else:
         flags = ("--served-model-name", *NAMES, "--max-model-len", str(CONTEXT), "--enable-request-id-headers")
-        with simulator(*flags) as running:
+        with simulator(*flags, "--sim-itl-ms", "5") as running:  # `long` takes ten seconds
             yield running
 
 
 def chat(**fields: Any) -> dict[str, Any]:
     """A chat request whose answer is as long as it may be: the tiny model would stop when its answer is said."""
     return {"model": "tiny", "messages": QUESTION, "max_tokens": 5, "temperature": 0, "ignore_eos": True} | fields
+
+
+def long(engine: Engine) -> dict[str, Any]:
+    """Fields of a request that still runs when it is looked at, though the machine may stall whoever looks for seconds:
+    all the context, and on the real engine many choices at once. It counts as `sequences(engine)` running ones."""
+    return {"max_tokens": 1900} | ({"n": 32, "temperature": 1.0} if engine.kind == "vllm" else {})
+
+
+def sequences(engine: Engine) -> int:
+    return int(long(engine).get("n", 1))
 
 
 def completion(**fields: Any) -> dict[str, Any]:
@@ -394,10 +404,10 @@ def test_a_hang_up_frees_the_slot_and_is_not_counted_as_served(engine: Engine) -
         return [engine.metric("vllm:request_success_total", finished_reason=r) for r in ("stop", "length")]
 
     before = served()
-    for path, body in ((CHAT, chat(stream=True, max_tokens=1900)), (COMPLETION, completion(max_tokens=1900))):
+    for path, body in ((CHAT, chat(stream=True, **long(engine))), (COMPLETION, completion(**long(engine)))):
         connection = http.client.HTTPConnection(HOST, engine.port)
         connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-        eventually("the request runs", lambda: engine.load() == (1, 0))
+        eventually("the request runs", lambda: engine.load() == (sequences(engine), 0))
         assert engine.metric("vllm:kv_cache_usage_perc") > 0
         assert connection.sock is not None
         connection.sock.close()
@@ -436,12 +446,12 @@ def test_sigterm_cuts_open_answers_short(engine: Engine) -> None:
     """Last, for it ends the engine. vLLM races with the death of its own core, and an open answer gets one of three
     ends: finish reason "abort" and DONE as if all were well, the dead-engine error, or not another word (and then the
     process stays). The simulator always takes the first; its sins have the others."""
-    long = chat(max_tokens=1900)
+    body = chat(**long(engine))
     whole = http.client.HTTPConnection(HOST, engine.port, timeout=10)
-    whole.request("POST", CHAT, json.dumps(long), {"Content-Type": "application/json"})
+    whole.request("POST", CHAT, json.dumps(body), {"Content-Type": "application/json"})
     ends = []
-    with engine.stream(CHAT, long | {"stream": True}, timeout_s=10) as stream:
-        eventually("both run", lambda: engine.load() == (2, 0))
+    with engine.stream(CHAT, body | {"stream": True}, timeout_s=10) as stream:
+        eventually("both run", lambda: engine.load() == (2 * sequences(engine), 0))
         engine.process.send_signal(signal.SIGTERM)
         with suppress(TimeoutError):
             *_, last, done, nothing = stream.rest().split(b"\n\n")

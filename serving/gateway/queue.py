@@ -138,9 +138,7 @@ class VersionLine:
             if known is None:
                 self.upstreams[e.id] = Upstream(e)
             else:
-                if known.endpoint.url != e.url:
-                    known.broken_until = 0.0
-                known.endpoint = e
+                known.heard(e)
         if not only_add:
             for gone in self.upstreams.keys() - seen:
                 del self.upstreams[gone]

@@ -41,9 +41,17 @@ class Upstream:
         self.refusals = 0  # `busy` in a row
         self.full_until = -BUSY_FORGOTTEN_S  # monotonic seconds; from then on one more than `fits` is tried
         self.broken_until = 0.0  # monotonic seconds; it refused a connection and the directory has not spoken yet
-        room = endpoint.kv_tokens // BLOCK_TOKENS if endpoint.kv_tokens else KEPT_BLOCKS
-        self.remembered = Remembered(max(1, min(room, KEPT_BLOCKS)))  # what of prompts its cache may hold
+        self.remembered = Remembered(_blocks(endpoint))  # what of prompts its cache may hold
         self.careful_until = 0.0  # later than both: from then on only `sent` and `tokens` count
+
+    def heard(self, endpoint: Endpoint) -> None:
+        """The directory's next word of it."""
+        if endpoint.url != self.endpoint.url:  # another engine
+            self.broken_until = 0.0
+            self.remembered = Remembered(_blocks(endpoint))
+        elif endpoint.kv_tokens != self.endpoint.kv_tokens:
+            self.remembered.room = _blocks(endpoint)
+        self.endpoint = endpoint
 
     def load(self) -> float:
         """Share of slots or of KV cache taken, whichever is more, by the larger of our own count and the reported one."""
@@ -96,6 +104,10 @@ class Upstream:
     def _pause(self, now: float) -> None:
         self.full_until = now + min(BUSY_PAUSE_S * 2.0 ** min(self.refusals, 8), BUSY_PAUSE_MOST_S)
         self.careful_until = max(self.careful_until, self.full_until + BUSY_FORGOTTEN_S)
+
+
+def _blocks(e: Endpoint) -> int:
+    return max(1, min(e.kv_tokens // BLOCK_TOKENS, KEPT_BLOCKS)) if e.kv_tokens else KEPT_BLOCKS
 
 
 def pick(

@@ -122,3 +122,11 @@ def test_what_is_remembered_is_bounded_and_the_latest() -> None:
     memory.add(tuple(range(1000, 1020)), 5)
     assert (memory.shared(tuple(range(1000, 1020))), memory.knows(5)) == (9, True)
     assert len(blocks_of(CHAT, said("x" * (MOST_BLOCKS + 9) * BLOCK_BYTES), None)) == MOST_BLOCKS
+
+
+def test_another_engine_under_the_same_name_remembers_nothing() -> None:
+    u = upstream("a")
+    u.remembered.add((1, 2), None)
+    u.broken(0)
+    u.heard(upstream("b", kv_tokens=512).endpoint)
+    assert (len(u.remembered), u.remembered.room, u.room(0)) == (0, 2, True)

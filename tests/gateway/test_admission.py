@@ -177,3 +177,31 @@ async def test_a_door_that_is_full_of_tokens_costs_no_place(front: Front, room: 
         asked = [asyncio.create_task(front.ask(body=chat(max_tokens=60, ignore_eos=True))) for _ in range(10)]
         assert {(await task).status for task in asked} == {200}
     assert front.metric("steelyard_upstream_attempts_total", outcome="busy") > 0
+
+
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        (chat(), {"x-session-id": "one"}),
+        (chat(prompt_cache_key="one"), {}),
+        (chat("a long beginning that many share " * 200), {}),
+    ],
+)
+async def test_a_conversation_stays_where_it_is_known(
+    front: Front, room: EngineRoom, body: dict[str, Any], headers: dict[str, str]
+) -> None:
+    first, second = room.shared(slots=50, sim_itl_ms=3), room.shared(slots=50, sim_itl_ms=3.5)
+    front.serve(first, second)
+
+    async def replica(number: int, of: dict[str, Any], **how: Any) -> str:
+        request_id = f"req-{number}-{front.port}"
+        assert (await front.ask(body=of, headers={"x-request-id": request_id, **how})).status == 200
+        return str((await front.line(request_id))["replica"])
+
+    async with front.hung_up(endless()):
+        await first.inside(1)
+        assert await replica(1, body, **headers) == second.endpoint.id
+    await first.inside(0)
+    await eventually("its slot is free", lambda: front.gateway.requests == 0)
+    assert await replica(2, body, **headers) == second.endpoint.id
+    assert await replica(3, chat("something else")) == first.endpoint.id

@@ -48,14 +48,9 @@ class Admission:
 
     def enter(self, key: Key, model: ModelConfig, tokens: int, now: float) -> None:
         """Raises LimitReached with the time to come back; else the caller must `leave`."""
-        limits = model.limits
-        if (
-            key.max_concurrent is None
-            and key.tokens_per_minute is None
-            and limits.max_concurrent is None
-            and limits.tokens_per_minute is None
-        ):
+        if _unlimited(key, model):
             return
+        limits = model.limits
         mine, models = f"key {key.id}", f"model {model.name}"
         for whose, limit, at in (
             (mine, key.max_concurrent, (key.id, None)),
@@ -86,6 +81,8 @@ class Admission:
 
     def leave(self, key: Key, model: ModelConfig, tokens: int, used: int | None) -> None:
         """The request ended. `used`: what the engine counted; None when it did not say."""
+        if _unlimited(key, model):
+            return
         for whose, limited in (
             (f"key {key.id}", key.max_concurrent),
             (f"model {model.name}", model.limits.max_concurrent),
@@ -101,3 +98,12 @@ class Admission:
             bucket = self._buckets.get(whose)
             if limited is not None and bucket is not None and used is not None:
                 bucket.take(used - tokens)
+
+
+def _unlimited(key: Key, model: ModelConfig) -> bool:
+    return (
+        key.max_concurrent is None
+        and key.tokens_per_minute is None
+        and model.limits.max_concurrent is None
+        and model.limits.tokens_per_minute is None
+    )

@@ -108,7 +108,11 @@ class VersionLine:
 
     def size_of(self, route: Route, fields: Mapping[str, Any], body_bytes: int) -> int:
         """Tokens of KV cache that a request may take, as estimated."""
-        context = next((e.max_model_len for u in self.upstreams.values() if (e := u.endpoint).max_model_len), None)
+        context = None
+        for u in self.upstreams.values():
+            if u.endpoint.max_model_len:
+                context = u.endpoint.max_model_len
+                break
         return self.sizes.estimate(route, fields, body_bytes, context)
 
     def demand(self) -> list[KeyDemand]:

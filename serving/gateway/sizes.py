@@ -37,8 +37,7 @@ class Sizes:
         return min(tokens, context) if context else tokens
 
     def prompt(self, route: Route, fields: Mapping[str, Any], body_bytes: int) -> int:
-        ids = _token_ids(fields)
-        if ids:
+        if type(fields.get("prompt")) is list and (ids := _token_ids(fields)):
             return ids
         media = 0
         if body_bytes > _MEDIA_BODY_BYTES:
@@ -51,17 +50,27 @@ class Sizes:
         there is and get a sentence."""
         if not route.answer:
             return 0
-        asked = next((v for f in route.answer if type(v := fields.get(f)) is int and v > 0), route.answer_default)
+        asked = route.answer_default
+        for name in route.answer:
+            value = fields.get(name)
+            if type(value) is int and value > 0:
+                asked = value
+                break
+        common = self._FIRST_ANSWER
         if self._answers >= self._ENOUGH:
             common = max(self._LEAST_ANSWER, int(self._mean + 3 * self._deviation))
+        if asked is None or asked > common:
+            tokens = common
+            if asked is not None:
+                least = fields.get("min_tokens")
+                if fields.get("ignore_eos") is True:
+                    tokens = asked
+                elif type(least) is int and least > common:
+                    tokens = min(least, asked)
         else:
-            common = self._FIRST_ANSWER
-        least = fields.get("min_tokens")
-        tokens = common if asked is None else asked if fields.get("ignore_eos") is True else min(asked, common)
-        if type(least) is int and asked is not None:
-            tokens = max(tokens, min(least, asked))
+            tokens = asked
         n = fields.get("n")
-        return tokens * (min(n, 128) if type(n) is int and n > 1 else 1)
+        return tokens * min(n, 128) if type(n) is int and n > 1 else tokens
 
     def learn(self, body_bytes: int, prompt: int | None, answer: int | None) -> None:
         """What an answered request turned out to be."""

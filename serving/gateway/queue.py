@@ -28,6 +28,9 @@ from serving.gateway.sizes import Sizes
 OVERDRAFT_S = 0.05
 OVERDRAFT_LEAST_S = 0.004  # when such tries are let in, one after the other: then nobody else fills the slots
 OTHERS_FORGOTTEN_S = 3.0  # without news of the other gateways, everybody takes what there is
+MOST_ASIDE = (
+    64  # that are looked past for one who can take what is free: the work for an event must not grow with the line
+)
 RETRY_UNKNOWN_S = 1.0  # when nothing is known of how fast slots come free
 LONGEST_RETRY_S = 3600.0
 # A request enters when it will be served within this part of its longest wait, as far as can be told. The rest is for being
@@ -115,9 +118,12 @@ class VersionLine:
                 break
         return self.sizes.estimate(route, fields, body_bytes, context)
 
-    def demand(self) -> list[KeyDemand]:
-        """Who asks for how much here now."""
+    def demand(self, newcomer: Ticket | None = None) -> list[KeyDemand]:
+        """Who asks for how much here now, with one who is not in the line yet."""
         held = self._order.by_key()
+        if newcomer is not None:
+            count, weight = held.get(newcomer.at, (0, newcomer.weight))
+            held[newcomer.at] = (count + 1, weight)
         for _, place, t in self._returned:
             if t._again_as == place:
                 known = held.get(t.at, (0, t.weight))
@@ -171,7 +177,9 @@ class VersionLine:
         before all others. Raises QueueFull (429), WaitTooLong (429) or NoReplica (503), each with a Retry-After.
         """
         now = time.monotonic()
-        if (again or not (self._order or self._returned_count)) and now >= self._others_until:
+        if (again or not (self._order or self._returned_count)) and (
+            now >= self._others_until or self._may_bind(now, ticket)
+        ):
             found = self._pick(ticket, now)
             if found is not None:
                 self._bind(ticket, found, now)
@@ -244,7 +252,7 @@ class VersionLine:
         now = time.monotonic() if now is None else now
         aside: list[tuple[Ticket, bool]] = []
         kept: set[str] = set()
-        while self and self._may_bind(now) and self._any_room(now):
+        while self and len(aside) < MOST_ASIDE and self._may_bind(now) and self._any_room(now):
             ticket, again = self._next()
             if ticket is None:
                 break
@@ -303,6 +311,9 @@ class VersionLine:
         if ticket.blocks or ticket.session is not None:
             upstream.remembered.add(ticket.blocks, ticket.session)
         self.running += 1
+        if self._share is not None and self.running > self._share.slots:
+            ticket._over = True
+            self._overdraft_at = now + self._overdraft_s
         self._begun += now
         mine = self._by_key.get(ticket.at)
         if mine is None:
@@ -332,9 +343,6 @@ class VersionLine:
             # Once for each: whoever is told `busy` now is the first to be served after that.
             self._paces[ticket.rank].served(now)
             self._paces[ticket.rank].mark(now, self._order.count(ticket.rank) > 0)
-        if self._share is not None and self.running > self._share.slots:
-            ticket._over = True
-            self._overdraft_at = now + self._overdraft_s
         if ticket._future is not None:
             ticket._future.set_result(upstream)
 
@@ -424,19 +432,22 @@ class VersionLine:
 
     # -- shares --------------------------------------------------------------------------------------------------
 
-    def _may_bind(self, now: float) -> bool:
+    def _may_bind(self, now: float, newcomer: Ticket | None = None) -> bool:
+        """Whether one more is this gateway's to send."""
         if now >= self._others_until:
             if self._share is not None:
                 self._unshare()
             return True
         if now - self._share_at >= OVERDRAFT_S:
-            self._reshare(now)
+            self._reshare(now, newcomer)
         assert self._share is not None
         return self.running < self._share.slots or now >= self._overdraft_at
 
-    def _reshare(self, now: float) -> None:
+    def _reshare(self, now: float, newcomer: Ticket | None) -> None:
         ready = (u.endpoint for u in self.upstreams.values() if u.endpoint.state is State.READY)
-        share = shares.share(sum(e.slots for e in ready), self._gateway_id, self.demand(), self._others, self._turn)
+        share = shares.share(
+            sum(e.slots for e in ready), self._gateway_id, self.demand(newcomer), self._others, self._turn
+        )
         self._share, self._share_at = share, now
         held = self._order.by_key()
         granted = sum(share.weights.get(at, 0.0) for at in held)

@@ -265,6 +265,12 @@ async def test_ten_times_as_many_from_one_key_do_not_keep_out_another() -> None:
         task.cancel()
 
 
+async def test_a_line_that_never_waits_binds_what_is_its_part_while_others_hold() -> None:
+    to = line(endpoint(slots=4))
+    to.others({"other": (KeyDemand("b", 1, 1.0, 9, 2),)}, 1)
+    assert at(await take(to, key="a", max_queue=0)) == "a"
+
+
 async def test_a_slot_bound_in_the_instant_of_a_cancel_is_given_back() -> None:
     to = line(endpoint(slots=1))
     taken = await take(to)

@@ -17,6 +17,7 @@
         ├── BodyTooLarge       413  request_too_large
         ├── QueueFull          429  queue_full              with Retry-After
         ├── WaitTooLong        429  queue_timeout           with Retry-After
+        ├── LimitReached       429  limit_reached           a limit of the key or the model; with Retry-After
         ├── EngineBroken       502  engine_error            died or misbehaved, and no other replica could take it
         ├── NoReplica          503  model_unavailable       nothing serves this model now; with Retry-After
         ├── ShuttingDown       503  shutting_down           this gateway drains; with Retry-After
@@ -165,9 +166,15 @@ class QueueFull(RequestError):
 
 
 class WaitTooLong(RequestError):
-    """The request was held for its longest allowed wait and no slot came free."""
+    """No slot came free within the longest allowed wait, or none will."""
 
     status, type, code, anthropic_type = 429, "rate_limit_error", "queue_timeout", "rate_limit_error"
+
+
+class LimitReached(RequestError):
+    """The key or the model has as many requests, or has used as many tokens, as it may."""
+
+    status, type, code, anthropic_type = 429, "rate_limit_error", "limit_reached", "rate_limit_error"
 
 
 class EngineBroken(RequestError):

@@ -28,7 +28,7 @@ import ray
 from ray import serve
 
 from serving.catalog import weights
-from serving.engine import command
+from serving.engine import command, stats
 from serving.engine.command import EngineSpec
 from serving.engine.door import CLOSE_PATH, SECRET_HEADER, STATUS_PATH
 from serving.engine.process import EngineProcess
@@ -84,6 +84,7 @@ class EngineReplica:
             url="",
             state=State.STARTING,
             slots=self.spec.slots,
+            adapters=tuple(a.name for a in self.spec.adapters),
             node=self._host,
             pid=os.getpid(),
             started_at=time.time(),
@@ -201,10 +202,12 @@ class EngineReplica:
         url = f"http://{self._host}:{port}"
         healthy, max_len = await self._until_it_generates(engine, url, began + self._knobs.start_timeout_s)
         ready = time.monotonic()
+        room = await self._kv_tokens(url)
         self._set(
             state=State.READY,
             url=url,
             max_model_len=max_len,
+            kv_tokens=room,
             ready_after_s=round(ready - began, 3),
             phases={
                 "spawn": round(spawned - began, 3),
@@ -255,6 +258,20 @@ class EngineReplica:
         value = cards[0].get("max_model_len") if cards else None
         return int(value) if value is not None else None
 
+    async def _kv_tokens(self, url: str) -> int | None:
+        """Tokens of its KV cache; its door is told, and enforces them from now on. None, and only slots count, for an
+        engine that does not say."""
+        assert self._http is not None
+        try:
+            async with self._http.get(url + "/metrics") as r:
+                room = stats.kv_tokens(await r.text())
+            if room is not None:
+                async with self._http.post(f"{url}{STATUS_PATH}?tokens={room}"):
+                    return room
+        except (aiohttp.ClientError, TimeoutError, OSError) as e:
+            log.warning("%s: the size of its KV cache is not known: %s", self._id, type(e).__name__)
+        return None
+
     # -- run -----------------------------------------------------------------------------------------------------
 
     def _engine_exited(self, how: str) -> None:
@@ -273,8 +290,8 @@ class EngineReplica:
         while True:
             if self._endpoint.state in (State.READY, State.DRAINING):
                 with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError, KeyError, ValueError):
-                    in_flight = await self._in_flight()
-                    self._endpoint = msgspec.structs.replace(self._endpoint, in_flight=in_flight)
+                    in_flight, tokens = await self._inside()
+                    self._endpoint = msgspec.structs.replace(self._endpoint, in_flight=in_flight, tokens=tokens)
                     if in_flight and time.monotonic() - scraped > SCRAPE_EVERY_S:
                         scraped = time.monotonic()
                         await self._scrape()
@@ -285,10 +302,12 @@ class EngineReplica:
                 await asyncio.wait_for(self._changed.wait(), directory.REPORT_EVERY_S)
             self._changed.clear()
 
-    async def _in_flight(self) -> int:
+    async def _inside(self) -> tuple[int, int]:
+        """Generations behind the door, and the tokens that they may take."""
         assert self._http is not None
         async with self._http.get(self._endpoint.url + STATUS_PATH) as r:
-            return int((await r.json())["in_flight"])
+            door = await r.json()
+        return int(door["in_flight"]), int(door["tokens"])
 
     async def _scrape(self) -> None:
         assert self._http is not None
@@ -331,7 +350,7 @@ class EngineReplica:
         deadline = time.monotonic() + self._knobs.drain_s
         while time.monotonic() < deadline and self._engine is not None and self._engine.alive:
             try:
-                if await self._in_flight() == 0:
+                if (await self._inside())[0] == 0:
                     return
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
                 return

@@ -204,8 +204,8 @@ class Release(Spec):
 
 
 class Limits(Spec):
-    """Bounds of one model's requests at the gateway. `max_queue` 0 means: never wait. A held stream gets its 200 and
-    keep-alives from `keep_alive_after_s` seconds on; null: never before its first token."""
+    """Bounds of one model's requests, over all its versions. `max_queue` (of each gateway) 0 means: never wait. None: none. A
+    held stream gets its 200 and keep-alives from `keep_alive_after_s` seconds on; None: never before its first token."""
 
     max_queue: int = Field(default=512, ge=0, le=100_000)
     max_wait_s: float = Field(default=60, ge=0, le=3600)
@@ -213,6 +213,8 @@ class Limits(Spec):
     request_timeout_s: float = Field(default=600, gt=0, le=86400)
     keep_alive_after_s: float | None = Field(default=15, ge=0, le=3600)
     max_body_bytes: int = Field(default=16 * 1024 * 1024, ge=1024, le=1024**3)
+    max_concurrent: int | None = Field(default=None, ge=1, le=1_000_000)
+    tokens_per_minute: int | None = Field(default=None, ge=1, le=10**12)
 
 
 class Placement(Spec):

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from serving.errors import OperatorError
-from serving.gateway.keys import Key, as_record, create_key, list_keys, revoke_key
+from serving.gateway.keys import OPTIONS, Key, as_record, create_key, list_keys, revoke_key
 
 app = typer.Typer(help="API keys: make, list, revoke.", no_args_is_help=True)
 
@@ -42,6 +42,15 @@ def create(
         list[str], typer.Option(help="infer:MODEL, infer:MODEL@VERSION, infer:*, metrics, admin. Repeat.")
     ],
     expires: Annotated[str | None, typer.Option(help="Lifetime: 90m, 12h, 30d, 8w. Without it: no end.")] = None,
+    weight: Annotated[
+        int | None, typer.Option(help="Its part of a busy model, against other keys; 1 without it.")
+    ] = None,
+    class_: Annotated[
+        str, typer.Option("--class", help="Highest class of its requests: interactive, default or batch.")
+    ] = "default",
+    max_concurrent: Annotated[int | None, typer.Option(help="Requests at once, waiting ones included.")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(help="Tokens a minute, of prompts and answers.")] = None,
+    max_body_bytes: Annotated[int | None, typer.Option(help="Size of one request.")] = None,
     file: File = None,
     as_json: Json = False,
 ) -> None:
@@ -49,7 +58,18 @@ def create(
     with _one_line_errors():
         now = time.time()
         expires_at = None if expires is None else now + parse_duration(expires)
-        key, token = create_key(_keys_file(file, write=True), name=name, scopes=scope, now=now, expires_at=expires_at)
+        key, token = create_key(
+            _keys_file(file, write=True),
+            name=name,
+            scopes=scope,
+            now=now,
+            expires_at=expires_at,
+            class_=class_,
+            weight=weight,
+            max_concurrent=max_concurrent,
+            tokens_per_minute=tokens_per_minute,
+            max_body_bytes=max_body_bytes,
+        )
         if as_json:
             print(json.dumps({**as_record(key), "token": token}))
             return
@@ -72,7 +92,11 @@ def list_(file: File = None, as_json: Json = False) -> None:
         table = Table("id", "name", "scopes", "made", "state", box=None, pad_edge=False)
         for key in keys:
             table.add_row(
-                key.id, _plain(key.name), " ".join(sorted(key.scopes)), _day(key.created_at), _state(key, now)
+                key.id,
+                _plain(key.name),
+                " ".join(sorted(key.scopes)),
+                _day(key.created_at),
+                f"{_state(key, now)}{_options(key)}",
             )
         Console(highlight=False).print(table)
 
@@ -122,6 +146,12 @@ def _state(key: Key, now: float) -> str:
     if key.expires_at is None:
         return "active"
     return f"{'active until' if now < key.expires_at else 'expired'} {_day(key.expires_at)}"
+
+
+def _options(key: Key) -> str:
+    """What is not as every key has it."""
+    record, plain = as_record(key), {"class": "default", "weight": 1}
+    return "".join(f", {name} {record[name]}" for name in ("class", *OPTIONS) if record[name] != plain.get(name))
 
 
 def _day(at: float) -> str:

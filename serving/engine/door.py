@@ -13,6 +13,7 @@ from __future__ import annotations
 import hmac
 import json
 import os
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -22,8 +23,12 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 SECRET_HEADER = b"x-steelyard-secret"
 BUSY_HEADER = b"x-steelyard-busy"
+TOKENS_HEADER = b"x-steelyard-tokens"
 STATUS_PATH = "/-/door"
 CLOSE_PATH = "/-/door/close"  # POST: nothing more comes in; what is inside ends
+# A request that was refused for its size keeps smaller ones out for this long, until it tries again: else it would wait for
+# as long as there are smaller ones.
+CLAIM_S = 0.15
 
 # Everything that runs the model takes a slot; what only counts tokens does not.
 _TAKES_SLOT = ("/v1/", "/pooling", "/classify", "/score", "/rerank", "/v2/rerank")
@@ -41,45 +46,74 @@ class Door:
         self.slots = int(os.environ.get("STEELYARD_DOOR_SLOTS", "256"))
         self.in_flight = 0
         self.refused = 0
+        self.budget = 0  # tokens of KV cache; 0: not known, so not enforced
+        self.tokens = 0  # that those inside may take
+        self._claim, self._claim_until = 0, 0.0  # tokens of the largest that waits for room, monotonic seconds
         self._secret = secret.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        given = b""
+        given = tokens = b""
         for name, value in scope["headers"]:
             if name == SECRET_HEADER:
                 given = value
-                break
+            elif name == TOKENS_HEADER:
+                tokens = value
         if not hmac.compare_digest(given, self._secret):
             await self._refuse(scope, send)
             return
         path: str = scope["path"]
         if path == STATUS_PATH:
+            if scope.get("method") == "POST":
+                self._learn_budget(scope.get("query_string", b""))
             await _answer(
                 send,
                 200,
-                {"in_flight": self.in_flight, "slots": self.slots, "refused": self.refused, "pid": os.getpid()},
+                {"in_flight": self.in_flight, "slots": self.slots, "tokens": self.tokens, "budget": self.budget}
+                | {"refused": self.refused, "pid": os.getpid()},
             )
         elif scope.get("method") == "POST" and path == CLOSE_PATH:
             self.slots = 0  # `busy` from now on: gateways that have not heard of the drain yet try elsewhere
             await _answer(send, 200, {"in_flight": self.in_flight})
         elif scope.get("method") == "POST" and path.startswith(_TAKES_SLOT) and path not in _FREE:
-            await self._through(scope, receive, send)
+            await self._through(scope, receive, send, int(tokens) if tokens.isdigit() and len(tokens) < 16 else 0)
         else:
             await self.app(scope, receive, send)
 
-    async def _through(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.in_flight >= self.slots:
+    async def _through(self, scope: Scope, receive: Receive, send: Send, tokens: int) -> None:
+        if self.in_flight >= self.slots or not self._fits(tokens):
             self.refused += 1
             await _answer(send, 503, {"error": {"message": "all slots are taken", "code": "busy"}}, busy=True)
             return
         self.in_flight += 1
+        self.tokens += tokens
         try:
             await self.app(scope, receive, send)
         finally:
             self.in_flight -= 1
+            self.tokens -= tokens
+
+    def _fits(self, tokens: int) -> bool:
+        """Whether the KV cache has room. What is larger than all of it goes alone: the estimate may be wrong, and if it is
+        not, the engine has the say."""
+        if not self.budget or not tokens:
+            return True
+        now = time.monotonic()
+        if now >= self._claim_until:
+            self._claim = 0
+        if tokens >= self._claim:
+            if not self.in_flight or self.tokens + tokens <= self.budget:
+                self._claim = 0
+                return True
+            self._claim, self._claim_until = tokens, now + CLAIM_S
+        return False
+
+    def _learn_budget(self, query: bytes) -> None:
+        name, _, value = query.partition(b"=")
+        if name == b"tokens" and value.isdigit() and len(value) < 16:
+            self.budget = int(value)
 
     async def _refuse(self, scope: Scope, send: Send) -> None:
         if scope["type"] == "websocket":

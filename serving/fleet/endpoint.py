@@ -45,10 +45,13 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     state: State
     slots: int
+    kv_tokens: int | None = None  # that the engine's KV cache holds; None where it does not say
     in_flight: int = 0  # generations inside the door, whoever sent them
+    tokens: int = 0  # that they may take at most, as their gateways estimated
     waiting: int = 0  # of those, waiting in the engine's own queue
     kv_usage: float = 0.0  # share of KV cache blocks in use, 0..1
     max_model_len: int | None = None  # tokens
+    adapters: tuple[str, ...] | None = None  # that it has loaded; None: it does not say
     reason: str = ""  # why FAILED, one line
     node: str = ""
     pid: int = 0  # of the replica's own process, on that node
@@ -63,6 +66,16 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.model}@{self.version}"
 
 
+class KeyDemand(msgspec.Struct, frozen=True, array_like=True):
+    """One API key's requests of one class at one gateway, for one version."""
+
+    key: str  # id
+    rank: int  # of the class, 0 first
+    weight: float
+    held: int
+    running: int
+
+
 class GatewayInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A gateway's own entry: where its private listener answers metrics scrapes (cluster secret needed)."""
 
@@ -72,6 +85,7 @@ class GatewayInfo(msgspec.Struct, frozen=True, kw_only=True):
     held: dict[str, int] = {}  # version id -> requests that wait for it here, or were told to come back when it is up
     arrived: dict[str, int] = {}  # version id -> requests that asked for a slot since this gateway started
     finished: dict[str, int] = {}  # of them, answered by an engine to the end
+    demand: dict[str, tuple[KeyDemand, ...]] = {}  # version id -> who asks for how much, bounded
 
 
 class VersionFacts(msgspec.Struct, frozen=True, kw_only=True):

@@ -71,6 +71,9 @@ def gateway_config(catalog: Catalog) -> dict[str, Any]:
                 "request_timeout_s": m.limits.request_timeout_s,
                 "max_body_bytes": m.limits.max_body_bytes,
                 "keep_alive_after_s": m.limits.keep_alive_after_s,
+                "max_input_tokens": m.limits.max_input_tokens,
+                "max_concurrent": m.limits.max_concurrent,
+                "tokens_per_minute": m.limits.tokens_per_minute,
             },
         }
         for m in catalog.models

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Awaitable
 from typing import Any
@@ -16,10 +17,10 @@ import msgspec
 
 from serving.errors import (
     BadRequest,
-    BodyTooLarge,
     DeadlinePassed,
     EngineBroken,
     Internal,
+    LimitReached,
     NoReplica,
     QueueFull,
     RequestError,
@@ -29,14 +30,18 @@ from serving.errors import (
     WaitTooLong,
 )
 from serving.gateway import routes
+from serving.gateway.admission import Admission
 from serving.gateway.exchange import ClientGone, Exchange, Receive, Scope, Send, rest
 from serving.gateway.hold import NO_CACHE, KeepAlive
 from serving.gateway.keys import Key, KeyRing
+from serving.gateway.order import RANK
 from serving.gateway.own import OwnRoutes, visible
-from serving.gateway.queue import VersionLine, bound_wait
+from serving.gateway.prefix import BLOCK_BYTES, blocks_of
+from serving.gateway.queue import Ticket, VersionLine, bound_wait
 from serving.gateway.relay import Broken, Busy, Engines, Reply, error_event
 from serving.gateway.routes import Route
 from serving.gateway.routing import Upstream
+from serving.gateway.sizes import check_input
 from serving.gateway.state import Fleet, ModelConfig, Name
 from serving.telemetry.logs import RequestLog
 from serving.telemetry.metrics import UNKNOWN_MODEL, GatewayMetrics, ModelMetrics, StreamMeter
@@ -49,6 +54,9 @@ FUSE = 2  # a request under which this many engines died is not tried again
 BODY_TIMEOUT_S = 60.0  # for the whole request body to arrive
 LAST_WORD_S = 5.0  # for a client to take its error
 KEYS_CHECK_EVERY_S = 1.0
+CLASS_HEADER = b"x-steelyard-class"
+TIMEOUT_HEADER = b"x-steelyard-timeout"
+SESSION_HEADER = b"x-session-id"
 
 
 class Gateway:
@@ -58,7 +66,8 @@ class Gateway:
         self, *, gateway_id: str, keys: KeyRing, secret: str, metrics: GatewayMetrics, log: RequestLog
     ) -> None:
         self.id = gateway_id
-        self.fleet = Fleet()
+        self.fleet = Fleet(gateway_id)
+        self._admission = Admission(self.fleet.elsewhere)
         self.metrics = metrics
         self.requests = 0  # inside now
         self.draining = False
@@ -139,96 +148,105 @@ class Gateway:
         body = await self._body(x)
         fields = routes.parse(body)
         name, model = self._admit(x, key, fields["model"])
-        if len(body) > model.limits.max_body_bytes:
-            raise BodyTooLarge(
-                f"the body has {len(body)} bytes; the limit of {model.name} is {model.limits.max_body_bytes}"
-            )
+        self._admission.check_body(key, model, len(body))
         routes.check(route, fields, model.allow)
+        check_input(model.limits.max_input_tokens, route, fields, len(body))
+        line = self.fleet.line(name)
+        ticket = _ticket(x, key, model, line.size_of(route, fields, len(body)))
+        ticket.adapter = name.adapter
+        if len(line.upstreams) > 1:  # else there is nothing to choose
+            if len(body) >= BLOCK_BYTES:
+                ticket.blocks = blocks_of(route, fields, name.adapter)
+            ticket.session = _session(x, key, fields)
         x.line.stream = bool(fields.get("stream"))
         body, withhold_usage = _adapted(body, fields, route, name)
         metrics = self.metrics.of(model.name)
         metrics.held.inc()
+        entered = False
         try:
-            with _Watch(x, model.limits.request_timeout_s):
-                await self._answer(x, route, name, model, metrics, body, withhold_usage)
+            self._enter(key, model, ticket, metrics)
+            entered = True
+            with _Watch(x, ticket.deadline - x.t0):
+                await self._answer(x, route, line, model, metrics, ticket, body, withhold_usage)
+            line.sizes.learn(len(body), x.line.prompt_tokens, x.line.completion_tokens)
         finally:
             metrics.held.dec()
+            if entered:
+                self._admission.leave(key, model, ticket.tokens, _used(x))
             if x.line.queue_ms is not None:  # of all its attempts together: one that is told `busy` waits on
                 metrics.queue_wait.observe(x.line.queue_ms / 1e3)
+
+    def _enter(self, key: Key, model: ModelConfig, ticket: Ticket, metrics: ModelMetrics) -> None:
+        try:
+            self._admission.enter(key, model, ticket.tokens, time.monotonic())
+        except LimitReached as e:
+            metrics.rejected(e.code)
+            raise
 
     async def _answer(
         self,
         x: Exchange,
         route: Route,
-        name: Name,
+        line: VersionLine,
         model: ModelConfig,
         metrics: ModelMetrics,
+        ticket: Ticket,
         body: bytes,
         withhold_usage: bool,
     ) -> None:
         """Binds the request to a replica and relays; failures before the first byte are tried elsewhere."""
-        line = self.fleet.line(name)
         self.fleet.arrived[line.version_id] += 1
-        avoid: frozenset[str] = frozenset()
-        killed, front = 0, False
-        deadline = x.t0 + model.limits.request_timeout_s
+        killed, again = 0, False
         while True:
-            upstream = await self._slot(x, line, model, metrics, deadline, avoid, front)
+            upstream = await self._slot(x, line, model, metrics, ticket, again)
             x.line.replica = upstream.endpoint.id
             settle = line.release
             metrics.running.inc()
             try:
-                reply = await self._open(upstream, route, body, x.request_id, withhold_usage)
+                reply = await self._open(upstream, route, body, x.request_id, withhold_usage, ticket.tokens)
                 x.line.attempts += 1
+                line.entered(ticket)
                 await self._deliver(x, route, reply, metrics)
                 self.fleet.finished[line.version_id] += 1
                 metrics.attempted("died" if reply.scan is not None and reply.scan.died else "ok")
                 return
             except Busy:
                 metrics.attempted("busy")
-                settle, front = line.busy, True
+                settle, again = line.busy, True
             except Broken as e:
                 x.line.attempts += 1
                 metrics.attempted(e.outcome)
                 log.warning("attempt %d failed: %s", x.line.attempts, e, extra={"request_id": x.request_id})
-                settle, front = (line.broken if e.gone else line.release), True
-                avoid |= {upstream.endpoint.id}
+                settle, again = (line.broken if e.gone else line.release), True
+                ticket.avoid |= {upstream.endpoint.id}
                 killed += e.killed
                 if killed >= FUSE or x.line.attempts >= MAX_ATTEMPTS:
                     raise EngineBroken(f"{line.version_id}: {x.line.attempts} attempts failed") from None
-                if e.answered and not line.ready_ids() - avoid:
+                if e.answered and not line.ready_ids() - ticket.avoid:
                     raise EngineBroken(f"{line.version_id}: its engine answered with an internal error") from None
             except asyncio.CancelledError:
                 metrics.attempted("client_gone" if x.line.client_gone else "timeout")
                 raise
             finally:
                 metrics.running.dec()
-                settle(upstream)
+                settle(ticket)
 
     async def _slot(
-        self,
-        x: Exchange,
-        line: VersionLine,
-        model: ModelConfig,
-        metrics: ModelMetrics,
-        deadline: float,
-        avoid: frozenset[str],
-        front: bool,
+        self, x: Exchange, line: VersionLine, model: ModelConfig, metrics: ModelMetrics, ticket: Ticket, again: bool
     ) -> Upstream:
         began = time.monotonic()
-        patience_s = bound_wait(model.limits.max_wait_s, deadline)
+        patience_s = bound_wait(model.limits.max_wait_s, ticket.deadline)
         metrics.waiting.inc()
         try:
             if line.version_id in self.fleet.asleep:
                 self.fleet.wake(line, patience_s)
             async with KeepAlive(x, model.limits.keep_alive_after_s if x.line.stream else None):
                 return await line.take(
+                    ticket,
                     others=self.fleet.waiting(model) - len(line),
                     max_queue=model.limits.max_queue,
                     max_wait_s=patience_s,
-                    avoid=avoid,
-                    since=x.t0,
-                    front=front,
+                    again=again,
                 )
         except (QueueFull, WaitTooLong, NoReplica) as e:
             metrics.rejected(e.code)
@@ -238,10 +256,10 @@ class Gateway:
             x.line.queue_ms = round((x.line.queue_ms or 0.0) + (time.monotonic() - began) * 1e3, 3)
 
     async def _open(
-        self, upstream: Upstream, route: Route, body: bytes, request_id: str, withhold_usage: bool
+        self, upstream: Upstream, route: Route, body: bytes, request_id: str, withhold_usage: bool, tokens: int
     ) -> Reply:
         assert self._engines is not None
-        return await self._engines.open(upstream, route, body, request_id, withhold_usage=withhold_usage)
+        return await self._engines.open(upstream, route, body, request_id, withhold_usage=withhold_usage, tokens=tokens)
 
     async def _deliver(self, x: Exchange, route: Route, reply: Reply, metrics: ModelMetrics) -> None:
         meter = metrics.stream(x.t0)
@@ -417,6 +435,47 @@ class _Watch:
         if self._why is None:
             self._why = why
             self._task.cancel()
+
+
+def _ticket(x: Exchange, key: Key, model: ModelConfig, tokens: int) -> Ticket:
+    """The request's claim to a slot. Its client may ask for less than its key and model grant: a lower class by
+    `x-steelyard-class`, a shorter time by `x-steelyard-timeout` (seconds)."""
+    rank = RANK[key.class_]
+    asked = x.headers.get(CLASS_HEADER)
+    if asked is not None:
+        lower = RANK.get(asked.decode("latin-1"))
+        if lower is None:
+            raise BadRequest(f"`x-steelyard-class` is one of {', '.join(RANK)}")
+        if lower < rank:
+            raise ScopeMissing(f"this key's requests are `{key.class_}`: `x-steelyard-class` can only lower that")
+        rank = lower
+    timeout_s = model.limits.request_timeout_s
+    given = x.headers.get(TIMEOUT_HEADER)
+    if given is not None:
+        try:
+            wanted = float(given)
+        except ValueError:
+            wanted = math.nan
+        if not 0 < wanted < math.inf:
+            raise BadRequest("`x-steelyard-timeout` is a number of seconds, above 0")
+        timeout_s = min(timeout_s, wanted)
+    return Ticket(since=x.t0, deadline=x.t0 + timeout_s, key=key.id, rank=rank, weight=float(key.weight), tokens=tokens)
+
+
+def _session(x: Exchange, key: Key, fields: dict[str, Any]) -> int | None:
+    """What requests of one conversation have in common, by the client's word; other keys' words are others."""
+    given = x.headers.get(SESSION_HEADER) or fields.get("prompt_cache_key")
+    return hash((key.id, given)) if isinstance(given, bytes | str) else None
+
+
+def _used(x: Exchange) -> int | None:
+    """Tokens that an ended request has used: none when it was refused, None when the engine did not say."""
+    line = x.line
+    if not x.started or line.status >= 400:
+        return 0
+    if line.prompt_tokens is None and line.completion_tokens is None:
+        return None
+    return (line.prompt_tokens or 0) + (line.completion_tokens or 0)
 
 
 def _adapted(body: bytes, fields: dict[str, Any], route: Route, name: Name) -> tuple[bytes, bool]:

@@ -187,6 +187,7 @@ class GatewayReplica:
                     held=held,
                     arrived=dict(fleet.arrived),
                     finished=dict(fleet.finished),
+                    demand=fleet.demand(),
                 )
                 await self._directory.call("announce_gateway", info)
                 untold = False

@@ -3,6 +3,8 @@
 A token is `sk-steelyard-<8 hex id>-<43 characters>`. The secret part is 256 random bits, so one SHA-256 keeps it at
 rest: slow password hashes protect guessable secrets, and this one cannot be guessed. The id is public (logs, `revoke`).
 
+A key may have options: its class and weight among those that wait, and limits of its own (`OPTIONS`).
+
 Scopes: `infer:*`, `infer:<model>` (all its versions and adapters), `infer:<model>@<version>`, `metrics`, `admin`.
 None implies another. Times are epoch seconds in memory, UTC ISO 8601 in the file.
 """
@@ -16,7 +18,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +28,7 @@ from filelock import FileLock
 
 from serving.catalog.spec import NAME, VERSION
 from serving.errors import InvalidKey, OperatorError
+from serving.gateway.order import CLASSES
 from serving.settings import readable_by_others
 
 _TOKEN = re.compile(r"sk-steelyard-([0-9a-f]{8})-[A-Za-z0-9_-]{43}", re.ASCII)
@@ -35,6 +38,14 @@ _MAX_FILE_BYTES = 16 * 1024 * 1024
 _REFUSED = (
     "no valid API key: send `Authorization: Bearer sk-steelyard-...`; unknown, expired and revoked keys are refused"
 )
+
+# Options of a key, as the file names them, with the bounds of the numbers; `class` is one of `CLASSES`.
+OPTIONS: Mapping[str, tuple[int, int]] = {
+    "weight": (1, 1000),
+    "max_concurrent": (1, 1_000_000),
+    "tokens_per_minute": (1, 10**12),
+    "max_body_bytes": (1024, 1024**3),
+}
 
 Signature = tuple[int, int, int] | None
 
@@ -50,6 +61,11 @@ class Key:
     created_at: float
     expires_at: float | None = None
     revoked_at: float | None = None
+    weight: int = 1  # its part of a contended model, against other keys of its class
+    class_: str = "default"  # the highest that its requests can have
+    max_concurrent: int | None = None  # requests inside, waiting or running
+    tokens_per_minute: int | None = None
+    max_body_bytes: int | None = None
 
     def allows(self, scope: str) -> bool:
         """Whether the key covers `metrics`, `admin`, `infer:<model>` or `infer:<model>@<version>`.
@@ -127,9 +143,17 @@ def adopt(path: Path, content: bytes) -> bool:
 
 
 def create_key(
-    path: Path, *, name: str, scopes: Iterable[str], now: float, expires_at: float | None = None
+    path: Path,
+    *,
+    name: str,
+    scopes: Iterable[str],
+    now: float,
+    expires_at: float | None = None,
+    class_: str = "default",
+    **numbers: int | None,
 ) -> tuple[Key, str]:
-    """Add a key to the file (made when it is not there). Returns it with its token, which is never shown again."""
+    """Add a key to the file (made when it is not there). Returns it with its token, which is never shown again. `numbers`
+    are of `OPTIONS`; None is the default."""
     wanted = frozenset(scopes)
     if not (1 <= len(name) <= 64 and name.isprintable()):
         raise OperatorError(f"{name!r} cannot name a key", "Use 1 to 64 printable characters")
@@ -142,6 +166,11 @@ def create_key(
             )
     if expires_at is not None and expires_at <= now:
         raise OperatorError("the key would be expired already", "Give an expiry in the future")
+    given = {k: v for k, v in numbers.items() if v is not None}
+    try:
+        _check_options(class_, given)
+    except ValueError as wrong:
+        raise OperatorError(str(wrong)) from None
 
     made: list[tuple[Key, str]] = []
 
@@ -149,7 +178,7 @@ def create_key(
         while (key_id := secrets.token_hex(4)) in keys:
             pass
         token = f"sk-steelyard-{key_id}-{secrets.token_urlsafe(32)}"
-        keys[key_id] = Key(key_id, name, _digest(token), wanted, now, expires_at)
+        keys[key_id] = Key(key_id, name, _digest(token), wanted, now, expires_at, class_=class_, **given)
         made.append((keys[key_id], token))
 
     _change(path, add)
@@ -182,6 +211,8 @@ def as_record(key: Key) -> dict[str, Any]:
         "created_at": _iso(key.created_at),
         "expires_at": _iso(key.expires_at),
         "revoked_at": _iso(key.revoked_at),
+        "class": key.class_,
+        **{name: getattr(key, name) for name in OPTIONS},
     }
 
 
@@ -234,6 +265,7 @@ def _parse(record: dict[str, Any]) -> Key:
     created = _epoch(record["created_at"])
     if created is None:
         raise ValueError(f"no creation time of key {record['id']}")
+    numbers = {name: record[name] for name in OPTIONS if record.get(name) is not None}
     # `expires_at` and `revoked_at` must be there: a record cut by hand must not become a key that lives for ever.
     return Key(
         id=record["id"],
@@ -243,7 +275,21 @@ def _parse(record: dict[str, Any]) -> Key:
         created_at=created,
         expires_at=_epoch(record["expires_at"]),
         revoked_at=_epoch(record["revoked_at"]),
+        # Absent in files of earlier versions.
+        class_=_check_options(record.get("class", "default"), numbers),
+        **numbers,
     )
+
+
+def _check_options(class_: str, numbers: Mapping[str, int]) -> str:
+    """The class; ValueError for an option that cannot be."""
+    if class_ not in CLASSES:
+        raise ValueError(f"{class_!r} is no class: use {', '.join(CLASSES)}")
+    for name, value in numbers.items():
+        low, high = OPTIONS[name]
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError(f"{name} is a whole number from {low} to {high}, not {value!r}")
+    return class_
 
 
 def _change(path: Path, change: Callable[[dict[str, Key]], None]) -> dict[str, Key]:

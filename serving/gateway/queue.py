@@ -1,49 +1,143 @@
-"""Late binding: a request waits here, in order of arrival, and is bound to an endpoint only where a slot is free.
+"""Late binding: a request waits here and is bound to an endpoint only where a slot is free.
 
-A new replica takes queued work at once, and a `busy` attempt goes back to the front of its line: it costs a
-millisecond, not its place.
+A new replica takes queued work at once, and a `busy` attempt goes back to the front: it costs a millisecond, not its place.
+Who goes first among those that wait is `order.Order`'s to say; how much of the fleet is this gateway's, `shares.share`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
+import heapq
 import itertools
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from serving.errors import NoReplica, QueueFull, RequestError, WaitTooLong
-from serving.fleet.endpoint import Endpoint, State
-from serving.gateway.routing import Upstream, pick
+from serving.fleet.endpoint import Endpoint, KeyDemand, State
+from serving.gateway import shares
+from serving.gateway.order import CLASSES, Order
+from serving.gateway.pace import Holds, Pace
+from serving.gateway.routes import Route
+from serving.gateway.routing import NOBODY, Upstream, pick
+from serving.gateway.sizes import Sizes
 
-BROKEN_PAUSE_S = 1.0  # after a refused connection; the directory usually says why within half a second
+# Beyond its share, while others hold requests, a gateway tries one more this often: their last word may be old, and a slot
+# that nobody fills must not stay empty.
+OVERDRAFT_S = 0.05
+OVERDRAFT_LEAST_S = 0.004  # when such tries are let in, one after the other: then nobody else fills the slots
+OTHERS_FORGOTTEN_S = 3.0  # without news of the other gateways, everybody takes what there is
+MOST_ASIDE = (
+    64  # that are looked past for one who can take what is free: the work for an event must not grow with the line
+)
+RETRY_UNKNOWN_S = 1.0  # when nothing is known of how fast slots come free
+LONGEST_RETRY_S = 3600.0
+# A request enters when it will be served within this part of its longest wait, as far as can be told. The rest is for being
+# wrong: to wait for all of it and then be refused is the worst answer of all.
+HOPEFUL = 0.8
 
 
-class _Waiter:
-    __slots__ = ("avoid", "future", "since")
+class Ticket:
+    """One request's claim to a slot, from its arrival to its end, over all its attempts. Times are monotonic seconds."""
 
-    def __init__(self, future: asyncio.Future[Upstream], avoid: frozenset[str], since: float) -> None:
-        self.future = future
-        self.avoid = avoid
-        self.since = since
+    __slots__ = (
+        *("adapter", "at", "avoid", "blocks", "cost", "deadline", "key", "place", "rank", "session", "since", "tokens"),
+        *("upstream", "weight", "_again_as", "_bound_at", "_future", "_over"),
+    )
+
+    def __init__(
+        self,
+        *,
+        since: float,
+        deadline: float = math.inf,
+        key: str = "",
+        rank: int = 1,
+        weight: float = 1.0,
+        tokens: int = 0,
+        adapter: str | None = None,
+        blocks: tuple[int, ...] = (),
+        session: int | None = None,
+    ) -> None:
+        self.key, self.rank, self.weight = key, rank, weight  # rank: of its class
+        self.at = (key, rank)
+        self.tokens = tokens  # of KV cache it may take
+        self.cost = float(tokens or 1)
+        self.adapter = adapter  # only where it is loaded
+        self.blocks, self.session = blocks, session  # what of it an endpoint's cache may hold
+        self.deadline, self.since = deadline, since
+        self.avoid: frozenset[str] = NOBODY  # endpoints that failed it
+        self.upstream: Upstream | None = None  # where it is bound
+        self._future: asyncio.Future[Upstream] | None = None  # while it waits
+        self.place = -1  # among those that wait, for `Order`
+        self._again_as = -1  # among those that wait again
+        self._bound_at = 0.0
+        self._over = False  # bound beyond its gateway's share
 
 
 class VersionLine:
     """One version's endpoints and the requests that wait for a slot there. Used from one event loop only."""
 
-    def __init__(self, version_id: str) -> None:
+    def __init__(self, version_id: str, gateway_id: str = "") -> None:
         self.version_id = version_id
         self.upstreams: dict[str, Upstream] = {}
-        self._waiters: deque[_Waiter] = deque()
+        self.sizes = Sizes()
+        self.running = 0  # bound now
+        self._gateway_id = gateway_id
+        self._order: Order[Ticket] = Order()
+        self._returned: list[tuple[float, int, Ticket]] = []  # had their turn already: before all others, by arrival
+        self._returned_count = 0
+        self._numbers = itertools.count()
+        self._by_key: dict[tuple[str, int], list[float]] = {}  # bound now: their number, and the key's weight
+        self._paces = tuple(Pace() for _ in CLASSES)
+        self._holds = Holds()
+        self._begun = 0.0  # sum of the times at which those that are bound were
+        self._blocked = False  # somebody waits for more room than is free, and keeps it from others
+        self._others: dict[str, tuple[KeyDemand, ...]] = {}
+        self._others_until = -math.inf
+        self._turn = 0
+        self._share: shares.Share | None = None  # None: take what there is
+        self._share_at = -math.inf
+        self._overdraft_at = 0.0
+        self._overdraft_s = OVERDRAFT_S
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0  # monotonic seconds
 
     def __len__(self) -> int:
-        return len(self._waiters)
+        return len(self._order) + self._returned_count
 
     def ready_ids(self) -> frozenset[str]:
         return frozenset(i for i, u in self.upstreams.items() if u.endpoint.state is State.READY)
+
+    def size_of(self, route: Route, fields: Mapping[str, Any], body_bytes: int) -> int:
+        """Tokens of KV cache that a request may take, as estimated."""
+        context = None
+        for u in self.upstreams.values():
+            if u.endpoint.max_model_len:
+                context = u.endpoint.max_model_len
+                break
+        return self.sizes.estimate(route, fields, body_bytes, context)
+
+    def demand(self, newcomer: Ticket | None = None) -> list[KeyDemand]:
+        """Who asks for how much here now, with one who is not in the line yet."""
+        held = self._order.by_key()
+        if newcomer is not None:
+            count, weight = held.get(newcomer.at, (0, newcomer.weight))
+            held[newcomer.at] = (count + 1, weight)
+        for _, place, t in self._returned:
+            if t._again_as == place:
+                known = held.get(t.at, (0, t.weight))
+                held[t.at] = (known[0] + 1, known[1])
+        return [
+            KeyDemand(
+                at[0],
+                at[1],
+                held[at][1] if at in held else self._by_key[at][1],
+                held[at][0] if at in held else 0,
+                int(self._by_key[at][0]) if at in self._by_key else 0,
+            )
+            for at in held.keys() | self._by_key.keys()
+        ]
 
     def update(self, endpoints: Iterable[Endpoint], *, only_add: bool) -> None:
         """The directory spoke. `only_add`: its table may still be incomplete, so nothing is removed."""
@@ -54,120 +148,339 @@ class VersionLine:
             if known is None:
                 self.upstreams[e.id] = Upstream(e)
             else:
-                if known.endpoint.url != e.url:
-                    known.broken_until = 0.0
-                known.endpoint = e
+                known.heard(e)
         if not only_add:
             for gone in self.upstreams.keys() - seen:
                 del self.upstreams[gone]
         self.pump()
 
-    async def take(
-        self, *, others: int, max_queue: int, max_wait_s: float, avoid: frozenset[str], since: float, front: bool
-    ) -> Upstream:
-        """Binds to an endpoint with a free slot, waiting for one if need be; the caller must `release` it.
+    def others(self, demand: Mapping[str, tuple[KeyDemand, ...]], turn: int) -> None:
+        """What the other gateways hold and run, by gateway. `turn`: the number of the table that says so."""
+        now = time.monotonic()
+        self._others, self._turn = dict(demand), turn
+        contended = any(d.held for told in self._others.values() for d in told)
+        self._others_until = now + OTHERS_FORGOTTEN_S if contended else -math.inf
+        if contended:
+            self._share_at = -math.inf
+        elif self._share is not None:
+            self._unshare()
+        if self:
+            self.pump()
 
-        `others` is how many wait in the model's other lines: they share `max_queue`. `front`: it had its turn and goes
-        before all that arrived after it, at `since` (monotonic seconds). Raises QueueFull (429), WaitTooLong (429) or
-        NoReplica (503), each with a Retry-After.
+    async def take(
+        self, ticket: Ticket, *, others: int, max_queue: int, max_wait_s: float, again: bool = False
+    ) -> Upstream:
+        """Binds to an endpoint with a free slot, waiting for one if need be; the caller must `release` the ticket, or tell
+        `busy` or `broken`.
+
+        `others` is how many wait in the model's other lines: they share `max_queue`. `again`: it had its turn, and goes
+        before all others. Raises QueueFull (429), WaitTooLong (429) or NoReplica (503), each with a Retry-After.
         """
-        if front or not self._waiters:
-            now = time.monotonic()
-            found = self._pick(avoid, now)
+        now = time.monotonic()
+        if (again or not (self._order or self._returned_count)) and (
+            now >= self._others_until or self._may_bind(now, ticket)
+        ):
+            found = self._pick(ticket, now)
             if found is not None:
-                found.bind(now)
+                self._bind(ticket, found, now)
                 return found
         self._refuse_hopeless()
-        if not front and len(self) + others >= max_queue:
-            raise QueueFull(
-                f"{self.version_id}: {len(self) + others} requests already wait (max_queue {max_queue})",
-                retry_after_s=1,
-            )
-        waiter = _Waiter(asyncio.get_running_loop().create_future(), avoid, since)
-        if front:
-            earlier = itertools.takewhile(lambda w: w.since <= since, self._waiters)
-            self._waiters.insert(sum(1 for _ in earlier), waiter)
-        else:
-            self._waiters.append(waiter)
+        if not again:
+            self._admit(ticket, others, max_queue, max_wait_s, now)
+        future = ticket._future = asyncio.get_running_loop().create_future()
+        self._join(ticket, again, now)
         self.pump()  # those ahead may all be waiting for something better than what is free
         try:
             async with asyncio.timeout(max_wait_s):
-                return await self._bound(waiter)
+                bound: Upstream = await future
+                return bound
         except TimeoutError:
+            self._leave(ticket)
             if not self.ready_ids():
                 raise NoReplica(f"{self.version_id} has no ready replica", retry_after_s=5) from None
             raise WaitTooLong(
-                f"{self.version_id}: no slot came free within {max_wait_s:g} s", retry_after_s=max(1.0, max_wait_s / 2)
+                f"{self.version_id}: no slot came free within {max_wait_s:g} s",
+                retry_after_s=self._retry_after_s(ticket, time.monotonic()),
             ) from None
-
-    async def _bound(self, waiter: _Waiter) -> Upstream:
-        try:
-            return await waiter.future
-        except asyncio.CancelledError:
-            # Client gone, or too late: leave the line, and give back a slot that was bound in the same instant.
-            if waiter.future.done() and not waiter.future.cancelled():
-                self.release(waiter.future.result())
-            elif waiter in self._waiters:
-                self._waiters.remove(waiter)
+        except asyncio.CancelledError:  # its client is gone, or its time is up
+            self._leave(ticket)
             raise
+        finally:
+            ticket._future = None
 
     def refuse_all(self, why: Callable[[], RequestError]) -> None:
         """No replica will come: everybody who waits is told now."""
-        for waiter in self._waiters:
-            if not waiter.future.done():
-                waiter.future.set_exception(why())
-        self._waiters.clear()
+        now = time.monotonic()
+        while (ticket := self._next()[0]) is not None:
+            if ticket._future is not None and not ticket._future.done():
+                ticket._future.set_exception(why())
+        for pace in self._paces:
+            pace.mark(now, False)
 
-    def release(self, upstream: Upstream) -> None:
-        """The slot is free again; whoever waits first gets it."""
-        upstream.sent -= 1
-        if self._waiters:
-            self.pump()
+    def entered(self, ticket: Ticket) -> None:
+        """Its door let it in."""
+        if ticket.upstream is not None:
+            ticket.upstream.refusals = 0
+        if ticket._over:
+            ticket._over = False
+            self._overdraft_s = max(OVERDRAFT_LEAST_S, self._overdraft_s / 2)
+            self._overdraft_at = min(self._overdraft_at, time.monotonic() + self._overdraft_s)
 
-    def busy(self, upstream: Upstream) -> None:
+    def release(self, ticket: Ticket) -> None:
+        """The slot is free again; whoever is next gets it."""
+        now = time.monotonic()
+        self._unbind(ticket)
+        self._holds.ended(now - ticket._bound_at)
+        if self:
+            self.pump(now)
+
+    def busy(self, ticket: Ticket) -> None:
         """Its door said busy: other gateways fill it too."""
         now = time.monotonic()
-        upstream.busy(now)
-        if self._waiters:
+        self._unbind(ticket).busy(now)
+        if ticket._over:
+            ticket._over = False
+            self._overdraft_s = OVERDRAFT_S
+            self._overdraft_at = now + OVERDRAFT_S
+        if self:
             self._arm(now)
 
-    def broken(self, upstream: Upstream) -> None:
+    def broken(self, ticket: Ticket) -> None:
         """Nothing answers there."""
-        upstream.sent -= 1
-        upstream.broken_until = time.monotonic() + BROKEN_PAUSE_S
-        if self._waiters:
-            self.pump()
-
-    def pump(self) -> None:
-        """Binds as many waiters as there are free slots, in order."""
         now = time.monotonic()
-        passed: list[_Waiter] = []  # wait for another endpoint than those that are free; others may take these
-        while self._waiters:
-            waiter = self._waiters[0]
-            if not waiter.future.done():
-                found = self._pick(waiter.avoid, now)
-                if found is None and not waiter.avoid:
-                    break  # nothing is free for those behind it either
-                if found is None:
-                    passed.append(waiter)
-                else:
-                    found.bind(now)
-                    waiter.future.set_result(found)
-            self._waiters.popleft()
-        self._waiters.extendleft(reversed(passed))
-        if self._waiters:
+        self._unbind(ticket).broken(now)
+        if self:
+            self.pump(now)
+
+    def pump(self, now: float | None = None) -> None:
+        """Binds as many of those who wait as there are free slots, in order.
+
+        One that needs more KV cache than is free anywhere waits for the endpoint with the most of it, which takes nobody
+        else meanwhile: so it gets its turn however small the others are, and they go on elsewhere.
+        """
+        now = time.monotonic() if now is None else now
+        aside: list[tuple[Ticket, bool]] = []
+        kept: set[str] = set()
+        while self and len(aside) < MOST_ASIDE and self._may_bind(now) and self._any_room(now):
+            ticket, again = self._next()
+            if ticket is None:
+                break
+            assert ticket._future is not None
+            if ticket._future.done():  # it is leaving in this instant
+                self._paces[ticket.rank].mark(now, self._order.count(ticket.rank) > 0)
+                continue
+            found = self._pick(ticket, now, kept)
+            if found is not None:
+                self._serve(ticket, found, again, now)
+                continue
+            aside.append((ticket, again))
+            lacking = self._lacking(ticket.adapter)
+            roomy = [u for u in self.upstreams.values() if self._takes(u, ticket, now, kept | lacking)]
+            if roomy:  # slots are free, and only its size is in the way
+                kept.add(max(roomy, key=lambda u: (u.endpoint.kv_tokens or 0) - u.tokens).endpoint.id)
+            elif not ticket.avoid and ticket.adapter is None:
+                break  # nothing is free for those behind it either
+        for ticket, again in aside:
+            self._join(ticket, again, now, back=True)
+        self._blocked = bool(kept)
+        if self:
             self._arm(now)
 
-    def _pick(self, avoid: frozenset[str], now: float) -> Upstream | None:
-        found = pick(self.upstreams.values(), now, avoid)
-        if found is None and avoid and not self.ready_ids() - avoid:
-            found = pick(self.upstreams.values(), now)
+    # -- one ticket ----------------------------------------------------------------------------------------------
+
+    def _pick(self, ticket: Ticket, now: float, kept: Iterable[str] = ()) -> Upstream | None:
+        if ticket.adapter is not None:
+            kept = {*kept, *self._lacking(ticket.adapter)}
+        upstreams, size, blocks, session = self.upstreams.values(), ticket.tokens, ticket.blocks, ticket.session
+        if not ticket.avoid:
+            return pick(upstreams, now, frozenset(kept) if kept else NOBODY, size, blocks, session)
+        found = pick(upstreams, now, ticket.avoid.union(kept), size, blocks, session)
+        if found is None and not self.ready_ids() - ticket.avoid - self._lacking(ticket.adapter):
+            found = pick(upstreams, now, frozenset(kept), size, blocks, session)
         return found
+
+    def _lacking(self, adapter: str | None) -> set[str]:
+        """Endpoints without it, as there are while adapters change."""
+        if adapter is None:
+            return set()
+        known = (u.endpoint for u in self.upstreams.values())
+        return {e.id for e in known if e.adapters is not None and adapter not in e.adapters}
+
+    def _any_room(self, now: float) -> bool:
+        return any(u.room(now) and u.endpoint.state is State.READY for u in self.upstreams.values())
+
+    def _takes(self, u: Upstream, ticket: Ticket, now: float, kept: set[str]) -> bool:
+        """Whether a slot is free there for it, its size apart."""
+        e = u.endpoint
+        return e.state is State.READY and e.id not in kept and e.id not in ticket.avoid and u.room(now)
+
+    def _bind(self, ticket: Ticket, upstream: Upstream, now: float) -> None:
+        upstream.bind(now, ticket.tokens)
+        ticket.upstream, ticket._bound_at = upstream, now
+        if ticket.blocks or ticket.session is not None:
+            upstream.remembered.add(ticket.blocks, ticket.session)
+        self.running += 1
+        if self._share is not None and self.running > self._share.slots:
+            ticket._over = True
+            self._overdraft_at = now + self._overdraft_s
+        self._begun += now
+        mine = self._by_key.get(ticket.at)
+        if mine is None:
+            self._by_key[ticket.at] = [1, ticket.weight]
+        else:
+            mine[0] += 1
+
+    def _unbind(self, ticket: Ticket) -> Upstream:
+        upstream = ticket.upstream
+        assert upstream is not None
+        ticket.upstream = None
+        upstream.unbind(ticket.tokens)
+        self.running -= 1
+        self._begun = self._begun - ticket._bound_at if self.running else 0.0
+        mine = self._by_key[ticket.at]
+        if mine[0] == 1:
+            del self._by_key[ticket.at]
+        else:
+            mine[0] -= 1
+        return upstream
+
+    def _serve(self, ticket: Ticket, upstream: Upstream, again: bool, now: float) -> None:
+        """It waited and is bound."""
+        self._bind(ticket, upstream, now)
+        if not again:
+            self._order.served(ticket)
+            # Once for each: whoever is told `busy` now is the first to be served after that.
+            self._paces[ticket.rank].served(now)
+            self._paces[ticket.rank].mark(now, self._order.count(ticket.rank) > 0)
+        if ticket._future is not None:
+            ticket._future.set_result(upstream)
+
+    # -- who waits -----------------------------------------------------------------------------------------------
+
+    def _admit(self, ticket: Ticket, others: int, max_queue: int, max_wait_s: float, now: float) -> None:
+        """Raises what is refused at once: a full queue, unless somebody must give way, and a wait without hope."""
+        if len(self) + others >= max_queue:
+            loser = self._order.give_way(ticket, max_queue) if max_queue else None
+            error = QueueFull(
+                f"{self.version_id}: {len(self) + others} requests already wait (max_queue {max_queue})",
+                retry_after_s=self._retry_after_s(loser or ticket, now),
+            )
+            if loser is None:
+                raise error
+            self._fail(loser, error)
+        ahead, pace = self._outlook(ticket, now)
+        # Who has nobody before it may always wait: were the pace misjudged, nobody else could find out.
+        if pace is not None and ahead and (ahead + 1) / pace > HOPEFUL * max_wait_s:
+            raise WaitTooLong(
+                f"{self.version_id}: {ahead} requests are before this one: it would not be served within {max_wait_s:g} s",
+                retry_after_s=self._retry_after_s(ticket, now),
+            )
+
+    def _outlook(self, ticket: Ticket, now: float) -> tuple[int, float | None]:
+        """How many would be served before a new one like it, and how many are a second; None while that is unknown."""
+        ahead = self._order.ahead_of(ticket) + self._returned_count
+        higher = sum(self._order.count(rank) for rank in range(ticket.rank))
+        measured, by_holds = self._paces[ticket.rank].per_s(now), self._holds.pace(self.running, self._begun, now)
+        if measured is not None and (higher or by_holds is None):
+            return ahead, measured
+        if measured is None:
+            ahead += higher
+        # Two measures that err in different ways: the one in the middle of a batch that ends together, the other after a
+        # change of what requests take.
+        known = [p for p in (measured, by_holds) if p is not None]
+        return ahead, sum(known) / len(known) if known else None
+
+    def _retry_after_s(self, ticket: Ticket, now: float) -> float:
+        """When what is before a new one like it will have been served."""
+        ahead, pace = self._outlook(ticket, now)
+        return RETRY_UNKNOWN_S if pace is None else min((ahead + 1) / pace, LONGEST_RETRY_S)
+
+    def _join(self, ticket: Ticket, again: bool, now: float, *, back: bool = False) -> None:
+        if again:
+            ticket._again_as = next(self._numbers)
+            heapq.heappush(self._returned, (ticket.since, ticket._again_as, ticket))
+            self._returned_count += 1
+        else:
+            self._order.add(ticket, again=back)
+            self._paces[ticket.rank].mark(now, True)
+
+    def _next(self) -> tuple[Ticket | None, bool]:
+        """Whoever is next, taken out, and whether it had its turn before."""
+        while self._returned:
+            _, place, ticket = heapq.heappop(self._returned)
+            if ticket._again_as == place:
+                ticket._again_as = -1
+                self._returned_count -= 1
+                return ticket, True
+        return self._order.pop(), False
+
+    def _leave(self, ticket: Ticket) -> None:
+        """It waits no more; a slot that was bound in the same instant is given back."""
+        now = time.monotonic()
+        if ticket.upstream is not None:
+            self._unbind(ticket)
+            if self:
+                self.pump(now)
+            return
+        if ticket._again_as >= 0:
+            ticket._again_as = -1
+            self._returned_count -= 1
+        elif self._order.remove(ticket):
+            self._paces[ticket.rank].mark(now, self._order.count(ticket.rank) > 0)
+        elif ticket._future is not None and ticket._future.done() and not ticket._future.cancelled():
+            ticket._future.exception()  # refused in the same instant: nobody will ask
+        if self._blocked:
+            self.pump(now)
+
+    def _fail(self, ticket: Ticket, error: RequestError) -> None:
+        """Somebody who waits is refused after all."""
+        self._order.remove(ticket)
+        self._paces[ticket.rank].mark(time.monotonic(), self._order.count(ticket.rank) > 0)
+        if ticket._future is not None and not ticket._future.done():
+            ticket._future.set_exception(error)
+
+    # -- shares --------------------------------------------------------------------------------------------------
+
+    def _may_bind(self, now: float, newcomer: Ticket | None = None) -> bool:
+        """Whether one more is this gateway's to send."""
+        if now >= self._others_until:
+            if self._share is not None:
+                self._unshare()
+            return True
+        if now - self._share_at >= OVERDRAFT_S:
+            self._reshare(now, newcomer)
+        assert self._share is not None
+        return self.running < self._share.slots or now >= self._overdraft_at
+
+    def _reshare(self, now: float, newcomer: Ticket | None) -> None:
+        ready = (u.endpoint for u in self.upstreams.values() if u.endpoint.state is State.READY)
+        share = shares.share(
+            sum(e.slots for e in ready), self._gateway_id, self.demand(newcomer), self._others, self._turn
+        )
+        self._share, self._share_at = share, now
+        held = self._order.by_key()
+        granted = sum(share.weights.get(at, 0.0) for at in held)
+        if granted > 0:
+            scale = sum(weight for _, weight in held.values()) / granted
+            self._order.weigh({at: w * scale for at, w in share.weights.items()})
+
+    def _unshare(self) -> None:
+        self._share = None
+        self._overdraft_at = 0.0
+        self._order.weigh({at: weight for at, (_, weight) in self._order.by_key().items()})
+
+    # -- time ----------------------------------------------------------------------------------------------------
 
     def _arm(self, now: float) -> None:
         """While somebody waits, look again when the earliest pause ends."""
-        pauses = [t for u in self.upstreams.values() for t in (u.full_until, u.broken_until) if t > now]
-        at = min(pauses, default=math.inf)
+        at = math.inf
+        for u in self.upstreams.values():
+            if now < u.full_until < at:
+                at = u.full_until
+            if now < u.broken_until < at:
+                at = u.broken_until
+        if self._share is not None and self.running >= self._share.slots:
+            at = min(at, max(self._overdraft_at, now + OVERDRAFT_LEAST_S))
         if self._timer is not None:
             if self._timer_at <= at:
                 return
@@ -179,7 +492,7 @@ class VersionLine:
 
     def _again(self) -> None:
         self._timer = None
-        if self._waiters:
+        if self:
             self.pump()
 
     def _refuse_hopeless(self) -> None:

@@ -328,18 +328,18 @@ class Engines:
         self._common = f"x-steelyard-secret: {secret}\r\ncontent-type: application/json\r\nx-request-id: ".encode()
 
     async def open(
-        self, upstream: Upstream, route: Route, body: bytes, request_id: str, *, withhold_usage: bool
+        self, upstream: Upstream, route: Route, body: bytes, request_id: str, *, withhold_usage: bool, tokens: int = 0
     ) -> Reply:
         """Sends the request and returns when the first bytes of a good answer are here.
 
         Raises Busy, or Broken for whatever another replica might do better. The engine's own refusals (4xx) are
-        answers: they come back as a Reply.
+        answers: they come back as a Reply. `tokens`: what the request may take of the KV cache, for the door.
         """
         who = upstream.endpoint.id
         address, host = _address(upstream.endpoint.url)
-        head = b"POST %b HTTP/1.1\r\nhost: %b\r\n%b%b\r\ncontent-length: %d\r\n\r\n" % (
+        head = b"POST %b HTTP/1.1\r\nhost: %b\r\n%b%b\r\nx-steelyard-tokens: %d\r\ncontent-length: %d\r\n\r\n" % (
             *(route.path.encode(), host, self._common),
-            *(request_id.encode(), len(body)),
+            *(request_id.encode(), tokens, len(body)),
         )
         kept = self._pool.take(address)
         if kept is not None:

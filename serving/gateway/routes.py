@@ -85,6 +85,10 @@ class Route(msgspec.Struct, frozen=True):
     ends: tuple[bytes, ...] = ()
     usage_by_option: bool = False  # usage in a stream must be asked for by stream_options.include_usage
     content: tuple[str, ...] = ("messages", "input", "system")  # fields whose parts may hold media
+    # Fields that bound the answer's tokens, the first that is given counts; empty: nothing is generated; None: the model
+    # does not even run.
+    answer: tuple[str, ...] | None = ()
+    answer_default: int | None = None  # tokens, where the engine has a bound of its own
 
 
 def _route(path: str, fields: str, dialect: Dialect = "openai", **more: Any) -> Route:
@@ -95,15 +99,29 @@ _DONE = (b"data: [DONE]",)
 SERVED: Mapping[str, Route] = {
     r.path: r
     for r in (
-        _route("/v1/chat/completions", _CHAT + _SAMPLING, ends=_DONE, usage_by_option=True),
-        _route("/v1/completions", _COMPLETION + _SAMPLING, ends=_DONE, usage_by_option=True),
+        _route(
+            "/v1/chat/completions",
+            _CHAT + _SAMPLING,
+            ends=_DONE,
+            usage_by_option=True,
+            answer=("max_completion_tokens", "max_tokens"),
+        ),
+        _route(
+            "/v1/completions",
+            _COMPLETION + _SAMPLING,
+            ends=_DONE,
+            usage_by_option=True,
+            answer=("max_tokens",),
+            answer_default=16,
+        ),
         _route(
             "/v1/responses",
             _RESPONSES,
             ends=(b"event: response.completed", b"event: response.failed", b"event: response.incomplete"),
+            answer=("max_output_tokens",),
         ),
-        _route("/v1/messages", _MESSAGES, "anthropic", ends=(b"event: message_stop",)),
-        _route("/v1/messages/count_tokens", _MESSAGES, "anthropic"),
+        _route("/v1/messages", _MESSAGES, "anthropic", ends=(b"event: message_stop",), answer=("max_tokens",)),
+        _route("/v1/messages/count_tokens", _MESSAGES, "anthropic", answer=None),
         _route("/v1/embeddings", _EMBED),
         _route("/pooling", _EMBED),
         _route("/classify", _CLASSIFY),
@@ -112,8 +130,8 @@ SERVED: Mapping[str, Route] = {
             _route(p, f"{_PAIRS} {_RERANKED} top_n", content=tuple(_RERANKED.split()))
             for p in ("/rerank", "/v1/rerank", "/v2/rerank")
         ),
-        _route("/tokenize", _CHAT + " prompt add_special_tokens return_token_strs"),
-        _route("/detokenize", "model tokens"),
+        _route("/tokenize", _CHAT + " prompt add_special_tokens return_token_strs", answer=None),
+        _route("/detokenize", "model tokens", answer=None),
     )
 }
 

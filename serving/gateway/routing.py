@@ -2,63 +2,137 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from serving.fleet.endpoint import Endpoint, State
+from serving.gateway.prefix import BLOCK_TOKENS, KEPT_BLOCKS, Remembered
 
+BROKEN_PAUSE_S = 1.0  # after a refused connection; the directory usually says why within half a second
 BUSY_PAUSE_S = 0.004  # after a `busy`, how long until one more request is tried there
+BUSY_PAUSE_MOST_S = 0.032  # after several in a row: each costs the engine's server a moment too
 BUSY_FORGOTTEN_S = 1.0  # without another one: then the door's word is too old to hold back a burst
+# What a wholly loaded engine costs against an idle one, in prompt tokens that could be computed meanwhile: a tenth of an engine's
+# load is worth as much as some 3,000 tokens found in a cache.
+LOAD_TOKENS = 32_768
+SESSION_TOKENS = 1024  # what it is worth to stay where the session was, beside the blocks that are known
+NOBODY: frozenset[str] = frozenset()
 
 
 class Upstream:
     """An endpoint as one gateway sees it: the directory's last word plus its own count of what it sent there."""
 
-    __slots__ = ("broken_until", "endpoint", "fits", "full_until", "sent")
+    __slots__ = (
+        "broken_until",
+        "careful_until",
+        "endpoint",
+        "fits",
+        "full_until",
+        "refusals",
+        "remembered",
+        "sent",
+        "tokens",
+    )
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.sent = 0  # this gateway's requests there now
+        self.tokens = 0  # of KV cache that they may take, as estimated
         self.fits = 0  # of them, so many were inside when its door last said busy: other gateways hold the rest
+        self.refusals = 0  # `busy` in a row
         self.full_until = -BUSY_FORGOTTEN_S  # monotonic seconds; from then on one more than `fits` is tried
         self.broken_until = 0.0  # monotonic seconds; it refused a connection and the directory has not spoken yet
+        self.remembered = Remembered(_blocks(endpoint))  # what of prompts its cache may hold
+        self.careful_until = 0.0  # later than both: from then on only `sent` and `tokens` count
+
+    def heard(self, endpoint: Endpoint) -> None:
+        """The directory's next word of it."""
+        if endpoint.url != self.endpoint.url:  # another engine
+            self.broken_until = 0.0
+            self.remembered = Remembered(_blocks(endpoint))
+        elif endpoint.kv_tokens != self.endpoint.kv_tokens:
+            self.remembered.room = _blocks(endpoint)
+        self.endpoint = endpoint
 
     def load(self) -> float:
-        """Share of slots taken, by the larger of our own count and the reported one."""
-        return max(self.sent, self.endpoint.in_flight) / max(1, self.endpoint.slots)
+        """Share of slots or of KV cache taken, whichever is more, by the larger of our own count and the reported one."""
+        e, sent = self.endpoint, self.sent
+        load = (sent if sent > e.in_flight else e.in_flight) / (e.slots or 1)
+        if e.kv_tokens:
+            kv = (self.tokens if self.tokens > e.tokens else e.tokens) / e.kv_tokens
+            return kv if kv > load else load
+        return load
 
-    def room(self, now: float) -> bool:
-        """Whether one more may be sent there."""
-        limit = self.endpoint.slots
-        if now < self.full_until + BUSY_FORGOTTEN_S:
-            limit = min(limit, self.fits if now < self.full_until else self.fits + 1)
-        return self.sent < limit and now >= self.broken_until
+    def room(self, now: float, tokens: int = 0) -> bool:
+        """Whether one more of that size may be sent there. One that is larger than the whole cache goes alone."""
+        e, sent = self.endpoint, self.sent
+        if sent >= e.slots:
+            return False
+        if now < self.careful_until:
+            if now < self.broken_until:
+                return False
+            fits = self.fits if now < self.full_until else self.fits + 1
+            if now < self.full_until + BUSY_FORGOTTEN_S and sent >= fits:
+                return False
+        return not sent or not e.kv_tokens or self.tokens + tokens <= e.kv_tokens
 
-    def bind(self, now: float) -> None:
+    def bind(self, now: float, tokens: int = 0) -> None:
         """One more is sent there. Beyond what fitted before, one at a time: a door that is full because of others would
         refuse a whole queue, again and again, on the time of the engine behind it."""
         self.sent += 1
+        self.tokens += tokens
         if self.sent > self.fits:
             self.fits = self.sent
             if now < self.full_until + BUSY_FORGOTTEN_S:
-                self.full_until = now + BUSY_PAUSE_S
+                self._pause(now)
+
+    def unbind(self, tokens: int = 0) -> None:
+        """One that was sent is there no more."""
+        self.sent -= 1
+        self.tokens -= tokens
 
     def busy(self, now: float) -> None:
-        """Its door refused one that was sent."""
-        self.sent -= 1
+        """Its door refused one, which is unbound already."""
         self.fits = self.sent
-        self.full_until = now + BUSY_PAUSE_S
+        self._pause(now)
+        self.refusals += 1
+
+    def broken(self, now: float) -> None:
+        """Nothing answers there."""
+        self.broken_until = now + BROKEN_PAUSE_S
+        self.careful_until = max(self.careful_until, self.broken_until)
+
+    def _pause(self, now: float) -> None:
+        self.full_until = now + min(BUSY_PAUSE_S * 2.0 ** min(self.refusals, 8), BUSY_PAUSE_MOST_S)
+        self.careful_until = max(self.careful_until, self.full_until + BUSY_FORGOTTEN_S)
 
 
-def pick(upstreams: Iterable[Upstream], now: float, avoid: frozenset[str] = frozenset()) -> Upstream | None:
-    """The least loaded ready endpoint with a free slot, or None. `avoid` holds ids that already failed this request;
-    they are used only when nothing else is there to wait for."""
+def _blocks(e: Endpoint) -> int:
+    return max(1, min(e.kv_tokens // BLOCK_TOKENS, KEPT_BLOCKS)) if e.kv_tokens else KEPT_BLOCKS
+
+
+def pick(
+    upstreams: Iterable[Upstream],
+    now: float,
+    avoid: Collection[str] = NOBODY,
+    tokens: int = 0,
+    blocks: tuple[int, ...] = (),
+    session: int | None = None,
+) -> Upstream | None:
+    """The ready endpoint with room for a request of that size that costs it least, or None: the least loaded, unless another
+    one has so much of the prompt (`blocks`) in its cache that its load is worth it. `avoid` holds ids that already failed
+    this request; they are used only when nothing else is there to wait for."""
     best: Upstream | None = None
-    best_load = 0.0
+    best_cost = 0.0
+    ready = State.READY
     for u in upstreams:
         e = u.endpoint
-        if e.state is not State.READY or e.id in avoid or not u.room(now):
+        if e.state is not ready or (avoid and e.id in avoid) or not u.room(now, tokens):
             continue
-        load = u.load()
-        if best is None or load < best_load or (load == best_load and u.sent < best.sent):
-            best, best_load = u, load
+        cost = u.load()
+        if blocks:
+            cost -= u.remembered.shared(blocks) * (BLOCK_TOKENS / LOAD_TOKENS)
+        if session is not None and u.remembered.knows(session):
+            cost -= SESSION_TOKENS / LOAD_TOKENS
+        if best is None or cost < best_cost or (cost == best_cost and u.sent < best.sent):
+            best, best_cost = u, cost
     return best

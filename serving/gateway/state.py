@@ -13,8 +13,18 @@ from typing import Any
 import msgspec
 
 from serving.errors import NoReplica, UnknownModel
-from serving.fleet.endpoint import START_TRIES, Endpoint, GatewayInfo, Snapshot, State, VersionFacts, retry_delay_s
+from serving.fleet.endpoint import (
+    START_TRIES,
+    Endpoint,
+    GatewayInfo,
+    KeyDemand,
+    Snapshot,
+    State,
+    VersionFacts,
+    retry_delay_s,
+)
 from serving.gateway.queue import VersionLine
+from serving.gateway.shares import told
 from serving.gateway.waking import ready_in_s
 
 log = logging.getLogger(__name__)
@@ -30,6 +40,9 @@ class Limits(msgspec.Struct, frozen=True):
     request_timeout_s: float
     max_body_bytes: int
     keep_alive_after_s: float | None = 15.0  # a held stream's 200 and first keep-alive; None: never
+    max_input_tokens: int | None = None
+    max_concurrent: int | None = None
+    tokens_per_minute: int | None = None
 
 
 class Name(msgspec.Struct, frozen=True):
@@ -61,7 +74,8 @@ class CatalogConfig(msgspec.Struct, frozen=True):
 class Fleet:
     """Catalog and endpoints joined: a line of waiting requests per version. Used from one event loop only."""
 
-    def __init__(self) -> None:
+    def __init__(self, gateway_id: str = "") -> None:
+        self.gateway_id = gateway_id
         self.catalog = CatalogConfig()
         self.models: dict[str, ModelConfig] = {}
         self.lines: dict[str, VersionLine] = {}
@@ -82,7 +96,7 @@ class Fleet:
         for gone in self.lines.keys() - ids:
             del self.lines[gone]
         for new in ids - self.lines.keys():
-            self.lines[new] = VersionLine(new)
+            self.lines[new] = VersionLine(new, self.gateway_id)
         self._wanted = {v: until for v, until in self._wanted.items() if v in ids}
         self._distribute(only_add=False)
 
@@ -93,6 +107,9 @@ class Fleet:
         self._facts = snapshot.versions if snapshot.complete else self._facts | snapshot.versions
         self.gateways = snapshot.gateways
         self._distribute(only_add=not snapshot.complete)
+        for version, line in self.lines.items():
+            others = {g.id: g.demand[version] for g in self.gateways if version in g.demand and g.id != self.gateway_id}
+            line.others(others, snapshot.number)
 
     def resolve(self, name: str) -> tuple[Name, ModelConfig]:
         """What `name` means; raises UnknownModel naming nothing (the caller knows what the key may see)."""
@@ -137,6 +154,25 @@ class Fleet:
                 retry_after_s=left_s,
             )
         )
+
+    def demand(self) -> dict[str, tuple[KeyDemand, ...]]:
+        """Who asks for how much of which version here, for the other gateways; bounded."""
+        return {version: told(line.demand()) for version, line in self.lines.items() if line or line.running}
+
+    def elsewhere(self, key: str | None, model: str | None) -> tuple[int, int]:
+        """Requests of a key or of a model at the other gateways, as they last said, and how many gateways have some."""
+        found = [
+            sum(
+                d.held + d.running
+                for version, demand in g.demand.items()
+                if model is None or version.partition("@")[0] == model
+                for d in demand
+                if key is None or d.key == key
+            )
+            for g in self.gateways
+            if g.id != self.gateway_id
+        ]
+        return sum(found), sum(n > 0 for n in found)
 
     def endpoints(self) -> Iterator[Endpoint]:
         return iter(self._endpoints.values())

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from serving.engine import stats
+
 from .engines import CONTEXT, HOST, NAMES, Engine, eventually, simulator, vllm
 
 CHAT = "/v1/chat/completions"
@@ -366,6 +368,12 @@ def test_unknown_route_and_wrong_method(engine: Engine) -> None:
         assert (wrong.status, wrong.json()) == (405, {"detail": "Method Not Allowed"})
         assert wrong.headers["allow"] == allow
     assert engine.get("/v1/models", "DELETE").headers["allow"] == "GET"
+
+
+def test_metrics_tell_the_size_of_the_kv_cache(engine: Engine) -> None:
+    found = stats.kv_tokens(engine.get("/metrics").body.decode())
+    assert found is not None
+    assert found >= CONTEXT
 
 
 def test_metrics_have_the_names_and_types_we_read(engine: Engine) -> None:

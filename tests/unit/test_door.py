@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from serving.engine.door import CLOSE_PATH, STATUS_PATH, Door
+from serving.engine import door as door_module
+from serving.engine.door import CLAIM_S, CLOSE_PATH, STATUS_PATH, Door
 
 SECRET = "door-secret"
 CHAT = "/v1/chat/completions"
@@ -48,7 +49,12 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Made:
 
 
 async def ask(
-    door: Door, path: str = CHAT, method: str = "POST", secret: str | None = SECRET, kind: str = "http"
+    door: Door,
+    path: str = CHAT,
+    method: str = "POST",
+    secret: str | None = SECRET,
+    kind: str = "http",
+    tokens: str | None = None,
 ) -> tuple[Any, dict[bytes, bytes], Any]:
     """Status (or the message's type), headers and JSON body of the answer."""
     sent: list[dict[str, Any]] = []
@@ -60,7 +66,12 @@ async def ask(
         return {"type": "http.request", "body": b""}
 
     headers = [] if secret is None else [(b"x-steelyard-secret", secret.encode())]
-    scope = {"type": kind, "path": path, "headers": headers} | ({"method": method} if kind == "http" else {})
+    if tokens is not None:
+        headers.append((b"x-steelyard-tokens", tokens.encode()))
+    path, _, query = path.partition("?")
+    scope = {"type": kind, "path": path, "query_string": query.encode(), "headers": headers} | (
+        {"method": method} if kind == "http" else {}
+    )
     await door(scope, receive, send)
     body = b"".join(m.get("body", b"") for m in sent[1:])
     return sent[0].get("status", sent[0]["type"]), dict(sent[0].get("headers", [])), json.loads(body or b"null")
@@ -150,3 +161,81 @@ async def test_a_closed_door_lets_nobody_in_and_those_inside_finish(make: Made) 
     engine.go.set()
     assert (await inside)[0] == 200
     assert (await ask(door, CLOSE_PATH, secret="other"))[0] == 401
+
+
+# -- KV cache
+
+
+async def inside(door: Door, tokens: int) -> asyncio.Task[Any]:
+    """A generation that says it takes so many tokens, and was let in."""
+    task = asyncio.create_task(ask(door, tokens=str(tokens)))
+    await asyncio.sleep(0)
+    assert not task.done()
+    return task
+
+
+@pytest.fixture
+async def room(make: Made) -> tuple[Door, Engine]:
+    """A door with many slots that was told of 100 tokens."""
+    door, engine = make(slots=50)
+    assert (await ask(door, f"{STATUS_PATH}?tokens=100"))[2]["budget"] == 100
+    return door, engine
+
+
+async def test_what_does_not_fit_beside_those_inside_is_busy(room: tuple[Door, Engine]) -> None:
+    door, engine = room
+    first = await inside(door, 60)
+    code, headers, _ = await ask(door, tokens="41")
+    assert (code, headers[b"x-steelyard-busy"]) == (503, b"1")
+    assert (await status(door))["tokens"] == 60
+    engine.go.set()
+    await first
+    assert ((await ask(door, tokens="100"))[0], (await status(door))["tokens"]) == (200, 0)
+
+
+async def test_what_is_larger_than_the_whole_cache_goes_alone(room: tuple[Door, Engine]) -> None:
+    door, _ = room
+    alone = await inside(door, 5000)
+    assert (await ask(door, tokens="1"))[0] == 503
+    alone.cancel()
+    await asyncio.gather(alone, return_exceptions=True)
+    assert (await status(door))["tokens"] == 0
+
+
+async def test_small_ones_do_not_keep_a_large_one_out_for_ever(
+    room: tuple[Door, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door, _ = room
+    now = 100.0
+    monkeypatch.setattr(door_module.time, "monotonic", lambda: now)
+    small = [await inside(door, 30) for _ in range(3)]
+    assert (await ask(door, tokens="80"))[0] == 503
+    assert (await ask(door, tokens="5"))[0] == 503, "a smaller one is before the one that waits"
+    for task in small:
+        task.cancel()
+    await asyncio.gather(*small, return_exceptions=True)
+    large = await inside(door, 80)
+    assert await inside(door, 5), "it is in, so nothing is kept any more"
+    assert (await ask(door, tokens="90"))[0] == 503
+    now += CLAIM_S
+    assert await inside(door, 5), "the one that was refused did not come back"
+    large.cancel()
+
+
+@pytest.mark.parametrize("tokens", [None, "", "-5", "many", "1e9", "9" * 40, "٣"])
+async def test_who_says_nothing_sensible_takes_a_slot_alone(room: tuple[Door, Engine], tokens: str | None) -> None:
+    door, engine = room
+    engine.go.set()
+    assert (await ask(door, tokens=tokens))[0] == 200
+    assert (await status(door))["tokens"] == 0
+
+
+@pytest.mark.parametrize("query", ["", "tokens=", "tokens=-1", "tokens=x", "slots=5", "tokens=" + "9" * 30])
+async def test_a_budget_that_is_none_changes_nothing(room: tuple[Door, Engine], query: str) -> None:
+    assert (await ask(room[0], f"{STATUS_PATH}?{query}"))[2]["budget"] == 100
+
+
+async def test_the_budget_is_told_with_the_secret_only(room: tuple[Door, Engine]) -> None:
+    door, _ = room
+    assert (await ask(door, f"{STATUS_PATH}?tokens=1", secret="wrong"))[0] == 401
+    assert (await status(door))["budget"] == 100

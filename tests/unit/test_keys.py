@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 from serving.cli.keys import app, parse_duration
 from serving.errors import InvalidKey, OperatorError
-from serving.gateway.keys import KeyRing, create_key, list_keys, revoke_key
+from serving.gateway.keys import OPTIONS, KeyRing, as_record, create_key, list_keys, revoke_key
 
 NOW = 1_800_000_000.0
 
@@ -221,3 +222,44 @@ def test_durations() -> None:
 def test_any_other_text_is_no_duration(text: str) -> None:
     with contextlib.suppress(OperatorError):
         assert 60 <= parse_duration(text) <= 10 * 366 * 86400
+
+
+# -- options
+
+
+def test_options_are_kept_and_shown(path: Path) -> None:
+    made, _ = create_key(path, name="n", scopes=["infer:*"], now=NOW, class_="batch", weight=3, max_concurrent=7)
+    (found,) = list_keys(path)
+    assert found == made
+    assert (found.class_, found.weight, found.max_concurrent, found.tokens_per_minute) == ("batch", 3, 7, None)
+    assert as_record(found)["class"] == "batch"
+
+
+def test_a_file_of_an_earlier_version_has_keys_without_options(path: Path) -> None:
+    create_key(path, name="n", scopes=["infer:*"], now=NOW)
+    records = json.loads(path.read_text())
+    for name in ("class", *OPTIONS):
+        del records["keys"][0][name]
+    path.write_text(json.dumps(records))
+    (found,) = list_keys(path)
+    assert (found.class_, found.weight, found.max_body_bytes) == ("default", 1, None)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"class_": "urgent"}, {"weight": 0}, {"weight": 1001}, {"max_concurrent": 0}, {"max_body_bytes": 10}]
+)
+def test_an_option_that_cannot_be_is_refused(path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(OperatorError, match=r"is no class|is a whole number from"):
+        create_key(path, name="n", scopes=["infer:*"], now=NOW, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("class", "urgent"), ("weight", -1), ("weight", True), ("max_concurrent", "9")]
+)
+def test_a_file_with_such_an_option_is_damaged(path: Path, field: str, value: object) -> None:
+    create_key(path, name="n", scopes=["infer:*"], now=NOW)
+    records = json.loads(path.read_text())
+    records["keys"][0][field] = value
+    path.write_text(json.dumps(records))
+    with pytest.raises(OperatorError, match="damaged"):
+        KeyRing(path)

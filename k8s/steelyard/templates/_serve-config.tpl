@@ -67,7 +67,7 @@ files/catalog.json; a test compares the whole with `steelyard render`.
 {{- end -}}
 {{- $models = append $models (dict
     "name" $model.name "versions" $ids "required" $required "allow" $model.allow
-    "limits" (pick $model.limits "max_queue" "max_wait_s" "request_timeout_s" "max_body_bytes" "keep_alive_after_s")) -}}
+    "limits" $model.limits) -}}
 {{- end -}}
 {{- $gateway := deepCopy $known.gatewayApp -}}
 {{- $deployment := index $gateway.deployments 0 -}}

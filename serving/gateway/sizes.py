@@ -1,0 +1,126 @@
+"""How large a request is, in tokens, as far as a gateway can tell without the engine's tokenizer. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from serving.errors import BadRequest
+from serving.gateway.routes import Route
+
+BYTES_A_TOKEN = 4.0  # of the JSON body, before the first answers tell: English text, common vocabularies
+MOST_BYTES_A_TOKEN = 16  # no vocabulary does better over a whole prompt of text or code
+MEDIA_TOKENS = 1024  # of an image or a clip that comes inside the body
+_MEDIA_BODY_BYTES = 16 * 1024  # a smaller body is not searched for media
+
+
+class Sizes:
+    """Estimates of how many tokens of KV cache a version's requests take, learnt from the counts in its answers."""
+
+    _COUNT = 64
+    _ENOUGH = 32
+    _FIRST_ANSWER = 2048  # the most that an answer is expected to be before answers were seen
+    _LEAST_ANSWER = 256
+
+    __slots__ = ("_answers", "_bytes", "_deviation", "_mean", "_tokens")
+
+    def __init__(self) -> None:
+        self._tokens, self._bytes = 64.0, 64.0 * BYTES_A_TOKEN
+        self._answers = 0
+        self._mean = self._deviation = 0.0
+
+    def estimate(self, route: Route, fields: Mapping[str, Any], body_bytes: int, context: int | None) -> int:
+        """Tokens of prompt and answer together, at most the engine's context."""
+        if route.answer is None:
+            return 0  # counts tokens and runs no model
+        tokens = self.prompt(route, fields, body_bytes) + self._answer(route, fields)
+        return min(tokens, context) if context else tokens
+
+    def prompt(self, route: Route, fields: Mapping[str, Any], body_bytes: int) -> int:
+        if type(fields.get("prompt")) is list and (ids := _token_ids(fields)):
+            return ids
+        media = 0
+        if body_bytes > _MEDIA_BODY_BYTES:
+            media, media_bytes = _media(fields, route)
+            body_bytes -= media_bytes
+        return int(body_bytes * self._tokens / self._bytes) + media * MEDIA_TOKENS + 1
+
+    def _answer(self, route: Route, fields: Mapping[str, Any]) -> int:
+        """What was asked for, but no more than this version's answers commonly are: many clients ask for the most that
+        there is and get a sentence."""
+        if not route.answer:
+            return 0
+        asked = route.answer_default
+        for name in route.answer:
+            value = fields.get(name)
+            if type(value) is int and value > 0:
+                asked = value
+                break
+        common = self._FIRST_ANSWER
+        if self._answers >= self._ENOUGH:
+            common = max(self._LEAST_ANSWER, int(self._mean + 3 * self._deviation))
+        if asked is None or asked > common:
+            tokens = common
+            if asked is not None:
+                least = fields.get("min_tokens")
+                if fields.get("ignore_eos") is True:
+                    tokens = asked
+                elif type(least) is int and least > common:
+                    tokens = min(least, asked)
+        else:
+            tokens = asked
+        n = fields.get("n")
+        return tokens * min(n, 128) if type(n) is int and n > 1 else tokens
+
+    def learn(self, body_bytes: int, prompt: int | None, answer: int | None) -> None:
+        """What an answered request turned out to be."""
+        if prompt:
+            kept = 1 - 1 / self._COUNT
+            self._tokens = self._tokens * kept + prompt
+            self._bytes = self._bytes * kept + body_bytes
+        if answer:
+            self._answers += 1
+            weight = 1 / min(self._answers, self._COUNT)
+            off = answer - self._mean
+            self._mean += off * weight
+            self._deviation += (abs(off) - self._deviation) * weight
+
+
+def check_input(limit: int | None, route: Route, fields: Mapping[str, Any], body_bytes: int) -> None:
+    """Raises BadRequest when the prompt is certainly over `limit` tokens: a list of ids is counted, and text is over when
+    no vocabulary could fit it. What only the engine's tokenizer can tell is the engine's to refuse."""
+    if limit is None or body_bytes <= limit or route.answer is None:
+        return
+    tokens = _token_ids(fields)
+    if not tokens and body_bytes > limit * MOST_BYTES_A_TOKEN:
+        tokens = (body_bytes - _media(fields, route)[1]) // MOST_BYTES_A_TOKEN
+    if tokens > limit:
+        raise BadRequest(f"the prompt has at least {tokens} tokens; the limit of this model is {limit}")
+
+
+def _token_ids(fields: Mapping[str, Any]) -> int:
+    """How many tokens a prompt of ids has; 0 when it is none. Of several prompts, the longest."""
+    prompt = fields.get("prompt")
+    if not isinstance(prompt, list) or not prompt:
+        return 0
+    if isinstance(prompt[0], int):
+        return len(prompt)
+    return max((len(p) for p in prompt if isinstance(p, list)), default=0)
+
+
+def _media(fields: Mapping[str, Any], route: Route) -> tuple[int, int]:
+    """Media parts inside the body, and their bytes: how many tokens they become has nothing to do with their length."""
+    count = size = 0
+    todo: list[Any] = [fields.get(name) for name in route.content]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, list):
+            todo += [v for v in item if isinstance(v, dict | list)]
+        elif isinstance(item, dict):
+            for name, v in item.items():
+                if isinstance(v, str):
+                    if v.startswith("data:") or (name == "data" and len(v) > 256):
+                        count, size = count + 1, size + len(v)
+                elif isinstance(v, dict | list):
+                    todo.append(v)
+    return count, size

@@ -1,0 +1,93 @@
+"""Estimates of a request's tokens, and which prompts are certainly too long."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from serving.errors import BadRequest
+from serving.gateway.routes import SERVED
+from serving.gateway.sizes import MEDIA_TOKENS, Sizes, check_input
+
+CHAT, TEXT = SERVED["/v1/chat/completions"], SERVED["/v1/completions"]
+
+
+def estimate(sizes: Sizes, fields: dict[str, Any], path: str = CHAT.path, context: int | None = None) -> int:
+    return sizes.estimate(SERVED[path], fields, len(msgspec.json.encode(fields)), context)
+
+
+def test_before_any_answer_a_token_is_four_bytes() -> None:
+    assert estimate(Sizes(), {"prompt": "x" * 4000, "max_tokens": 100}, TEXT.path) == pytest.approx(1100, abs=15)
+
+
+def test_answers_teach_the_size_of_a_token() -> None:
+    sizes = Sizes()
+    for _ in range(500):
+        sizes.learn(1000, prompt=1000, answer=10)
+    assert estimate(sizes, {"prompt": "x" * 4000, "max_tokens": 100}, TEXT.path) == pytest.approx(4130, abs=50)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "answer"),
+    [
+        ("/v1/chat/completions", {"max_tokens": 50}, 50),
+        ("/v1/chat/completions", {"max_tokens": 50, "max_completion_tokens": 20}, 20),
+        ("/v1/chat/completions", {"max_tokens": 20, "n": 3}, 60),
+        ("/v1/chat/completions", {"max_tokens": "many", "n": "three"}, 2048),
+        ("/v1/completions", {}, 16),
+        ("/v1/responses", {"max_output_tokens": 30}, 30),
+        ("/v1/messages", {"max_tokens": 30}, 30),
+        ("/v1/embeddings", {"max_tokens": 30}, 0),
+    ],
+)
+def test_the_answer_counts_as_far_as_it_is_bounded(path: str, fields: dict[str, Any], answer: int) -> None:
+    sizes = Sizes()
+    body = {"messages": "x" * 4000, **fields}
+    size = len(msgspec.json.encode(body))
+    assert sizes.estimate(SERVED[path], body, size, None) - sizes.prompt(SERVED[path], body, size) == answer
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize", "/v1/messages/count_tokens"])
+def test_what_runs_no_model_takes_no_room(path: str) -> None:
+    assert estimate(Sizes(), {"messages": "x" * 4000}, path) == 0
+
+
+def test_who_asks_for_the_most_is_expected_to_get_what_answers_commonly_are() -> None:
+    sizes = Sizes()
+    asked = {"messages": "", "max_tokens": 32_000}
+    assert estimate(sizes, asked) < 2100
+    for _ in range(100):
+        sizes.learn(100, prompt=25, answer=300)
+    assert estimate(sizes, asked) < 500
+    assert estimate(sizes, asked | {"ignore_eos": True}) > 32_000
+    assert estimate(sizes, asked | {"min_tokens": 5000}) > 5000
+
+
+def test_nothing_is_larger_than_the_context() -> None:
+    assert estimate(Sizes(), {"prompt": "x" * 100_000, "max_tokens": 5}, TEXT.path, context=2048) == 2048
+
+
+def test_media_inside_the_body_is_not_text() -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 1_000_000}}
+    fields = {
+        "messages": [{"role": "user", "content": [image, {"type": "text", "text": "what is it?"}]}],
+        "max_tokens": 9,
+    }
+    assert MEDIA_TOKENS < estimate(Sizes(), fields) < MEDIA_TOKENS + 100
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"prompt": [1] * 101}, {"prompt": [[1], [2] * 101]}, {"prompt": "x" * 1700}, {"prompt": "🙂" * 500}],
+)
+def test_a_prompt_that_is_certainly_too_long_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest, match="the limit of this model is 100"):
+        check_input(100, TEXT, fields, len(msgspec.json.encode(fields)))
+
+
+@pytest.mark.parametrize("fields", [{"prompt": [1] * 100}, {"prompt": "x" * 1500}, {"prompt": "x"}, {}])
+def test_what_may_fit_is_left_to_the_engine(fields: dict[str, Any]) -> None:
+    check_input(100, TEXT, fields, len(msgspec.json.encode(fields)))
+    check_input(None, TEXT, {"prompt": [1] * 1000}, 2000)

@@ -1,0 +1,60 @@
+"""What gateways tell each other of what they hold, by way of the directory's table."""
+
+from __future__ import annotations
+
+import asyncio
+
+from serving.fleet.endpoint import Endpoint, GatewayInfo, KeyDemand, Snapshot, State
+from serving.gateway.queue import Ticket
+from serving.gateway.state import Fleet
+
+LIMITS = {"max_queue": 9, "max_wait_s": 9, "request_timeout_s": 9, "max_body_bytes": 9}
+CATALOG = {
+    "models": [{"name": "m", "versions": ["v"], "limits": LIMITS}],
+    "names": {"m": {"model": "m", "version": "v"}},
+}
+
+
+def fleet(me: str, slots: int = 1) -> Fleet:
+    made = Fleet(me)
+    made.set_catalog(CATALOG)
+    made.set_snapshot(table(slots))
+    return made
+
+
+def table(slots: int, *gateways: GatewayInfo, number: int = 0) -> Snapshot:
+    e = Endpoint(id="e", model="m", version="v", url="http://e", state=State.READY, slots=slots)
+    return Snapshot(epoch="x", number=number, complete=True, endpoints=(e,), gateways=gateways)
+
+
+async def test_what_is_held_and_runs_is_told_and_counted_elsewhere() -> None:
+    here, there = fleet("here"), fleet("there")
+    line = here.lines["m@v"]
+    tickets = [Ticket(since=0, key="a") for _ in range(2)]
+    await line.take(tickets[0], others=0, max_queue=9, max_wait_s=9)
+    held = asyncio.create_task(line.take(tickets[1], others=0, max_queue=9, max_wait_s=9))
+    await asyncio.sleep(0)
+    told = GatewayInfo(id="here", url="", demand=here.demand())
+    assert told.demand == {"m@v": (KeyDemand("a", 1, 1.0, 1, 1),)}
+    for other in (here, there):
+        other.set_snapshot(table(1, told, number=1))
+    assert there.elsewhere("a", None) == there.elsewhere(None, "m") == (2, 1)
+    assert there.elsewhere("b", None) == here.elsewhere("a", None) == (0, 0)
+    held.cancel()
+    await asyncio.gather(held, return_exceptions=True)
+    line.release(tickets[0])
+    assert here.demand() == {}
+
+
+async def test_one_that_is_told_of_others_waits_for_its_part_and_no_longer_than_they_ask() -> None:
+    here = fleet("here", slots=4)
+    line = here.lines["m@v"]
+    busy = GatewayInfo(id="there", url="", demand={"m@v": (KeyDemand("b", 1, 1.0, 10, 0),)})
+    here.set_snapshot(table(4, busy, number=1))
+    asked = [
+        asyncio.create_task(line.take(Ticket(since=i, key="a"), others=0, max_queue=9, max_wait_s=9)) for i in range(4)
+    ]
+    await asyncio.sleep(0.01)
+    assert 2 <= sum(t.done() for t in asked) < 4
+    here.set_snapshot(table(4, number=2))
+    await asyncio.wait_for(asyncio.gather(*asked), 1)

@@ -1,0 +1,110 @@
+"""What is refused, and whether the time that is told to come back is true: overload in jumping time."""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+from collections import Counter
+
+import pytest
+
+from serving.errors import QueueFull, WaitTooLong
+from serving.gateway.pace import Holds, Pace
+from tests.unit import virtual
+from tests.unit.virtual import World
+
+
+@pytest.mark.parametrize(("max_queue", "max_wait_s", "why"), [(512, 5.0, WaitTooLong), (200, 60.0, QueueFull)])
+def test_under_ten_times_the_load_waits_are_bounded_and_retry_after_is_true(
+    max_queue: int, max_wait_s: float, why: type[Exception]
+) -> None:
+    world = World(max_queue=max_queue, max_wait_s=max_wait_s)
+    seconds = 25
+
+    async def run() -> None:
+        with world.running():
+            world.spawn(world.open_loop(lambda: 0, "a", per_s=10 * 64))
+            await asyncio.sleep(seconds)
+            assert len(world.lines[0]) <= max_queue
+
+    virtual.run(run)
+    waits = sorted(world.waits)
+    waited = sorted(w for _, w in waits)
+    assert len(waits) > 0.9 * 64 * seconds
+    assert waited[-1] <= max_wait_s + 0.01
+    kinds = Counter(type(e) for _, e in world.refusals)
+    assert set(kinds) <= {QueueFull, WaitTooLong}
+    assert kinds.most_common(1)[0][0] is why
+    # What those waited who came in the same moment and were let in.
+    arrivals = [a for a, _ in waits]
+    factors = []
+    for at, error in world.refusals:
+        near = waits[max(0, bisect.bisect(arrivals, at) - 5) :][:10]
+        if at < 1000 + seconds - 8 and near and error.retry_after_s is not None:
+            truth = max(1.0, sum(w for _, w in near) / len(near))
+            said = int(dict(error.headers())[b"retry-after"])
+            factors.append(max(truth / said, said / truth))
+    factors.sort()
+    assert factors[len(factors) // 2] < 1.5
+    assert factors[int(len(factors) * 0.95)] < 2.0
+
+
+def test_who_is_alone_may_wait_however_slow_it_was() -> None:
+    """Else nobody would find out that it is faster now."""
+    world = World(engines=1, slots=1, max_wait_s=5.0)
+    slow = True
+    world.service = lambda r: 4.9 if slow else 0.1
+
+    async def run() -> None:
+        nonlocal slow
+        with world.running():
+            for _ in range(3):
+                world.spawn(world.client(0, "a"))
+            await asyncio.sleep(300)
+            slow = False
+            before = world.done["a"]
+            await asyncio.sleep(60)
+            assert world.done["a"] - before > 50
+
+    virtual.run(run)
+
+
+def test_a_pace_counts_only_the_time_in_which_somebody_waits() -> None:
+    pace = Pace()
+    pace.mark(0, True)
+    for i in range(40):
+        pace.served(0.1 * (i + 1))
+    pace.mark(4.0, False)
+    assert pace.per_s(30) == pytest.approx(10, rel=0.05)
+    pace.mark(30, True)
+    assert pace.per_s(30) == pytest.approx(10, rel=0.05)
+    assert (pace.per_s(60) or 0) < 2
+
+
+def test_a_pace_follows_a_change_and_forgets_what_is_long_ago() -> None:
+    pace = Pace()
+    pace.mark(0, True)
+    now = 0.0
+    for gap in [0.1] * 100 + [0.01] * 1500:
+        now += gap
+        pace.served(now)
+    assert pace.per_s(now) == pytest.approx(100, rel=0.1)
+    pace.mark(now, False)
+    pace.mark(now + 1000, True)
+    assert pace.per_s(now + 1000) is None
+
+
+def test_before_the_first_has_ended_their_age_tells() -> None:
+    holds = Holds()
+    assert holds.pace(0, 0, 10) is None
+    assert holds.pace(4, 4 * 8.0, 10) == 4 / 4  # half of what they take is over, on average
+    for _ in range(4):
+        holds.ended(2.0)
+    assert holds.pace(4, 4 * 8.0, 10) == 4 / 2
+
+
+def test_that_the_first_to_end_are_short_misleads_nobody() -> None:
+    holds = Holds()
+    for _ in range(3):
+        holds.ended(0.1)
+    assert holds.pace(6, 6 * 9.9, 10) == pytest.approx(6 / (0.1 + 0.1 * 6 / 3))

@@ -1,0 +1,179 @@
+"""Many gateways' lines in front of model doors, in time that jumps from one event to the next: minutes in a second, the same
+every time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import selectors
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import msgspec
+
+from serving.errors import RequestError
+from serving.fleet.endpoint import Endpoint, KeyDemand, State
+from serving.gateway import queue, shares
+from serving.gateway.queue import Ticket, VersionLine
+
+NETWORK_S = 0.001  # one way, with what a door needs to say `busy`
+ANNOUNCE_EVERY_S = 1.0
+TABLE_EVERY_S = 0.25
+REPORT_EVERY_S = 0.5
+
+
+class _Jumping(selectors.DefaultSelector):
+    loop: VirtualLoop
+
+    def select(self, timeout: float | None = None) -> Any:
+        if timeout is None:
+            raise RuntimeError("everybody waits and nothing will happen")
+        self.loop.now += max(0.0, timeout)
+        return super().select(0)
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        selector = _Jumping()
+        super().__init__(selector)
+        selector.loop = self
+        self.now = 1000.0
+
+    def time(self) -> float:
+        return self.now
+
+
+def run(what: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    loop = VirtualLoop()
+    with mock.patch.object(queue, "time", SimpleNamespace(monotonic=loop.time)):
+        try:
+            loop.run_until_complete(what())
+        finally:
+            loop.close()
+
+
+@dataclass
+class Door:
+    slots: int
+    inside: int = 0
+    most: int = 0
+    refused: int = 0
+
+
+@dataclass
+class World:
+    """Gateways and engines of one version; requests take `service()` seconds."""
+
+    gateways: int = 1
+    engines: int = 4
+    slots: int = 8
+    service: Callable[[random.Random], float] = lambda r: r.expovariate(1 / 0.5)
+    max_queue: int = 512
+    max_wait_s: float = 1000
+    share: bool = True
+    rng: random.Random = field(default_factory=lambda: random.Random(7))
+
+    def __post_init__(self) -> None:
+        self.lines = [VersionLine("m@v", f"g{i}") for i in range(self.gateways)]
+        self.doors = {f"e{i}": Door(self.slots) for i in range(self.engines)}
+        self.done: Counter[str] = Counter()  # by key
+        self.waits: list[tuple[float, float]] = []  # (arrival, seconds waited) of those served
+        self.refusals: list[tuple[float, RequestError]] = []  # (arrival, why)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """The directory tells all of all, at its pace."""
+        self._tell()
+        background = [self.spawn(self._directory())]
+        try:
+            yield
+        finally:
+            for task in [*background, *self._tasks]:
+                task.cancel()
+
+    def spawn(self, what: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(what)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def request(self, gateway: int, key: str, *, rank: int = 1, weight: float = 1.0) -> None:
+        line, began = self.lines[gateway], self.now
+        ticket = Ticket(since=began, key=key, rank=rank, weight=weight, tokens=100)
+        again = False
+        while True:
+            try:
+                upstream = await line.take(
+                    ticket, others=0, max_queue=self.max_queue, max_wait_s=self.max_wait_s, again=again
+                )
+            except RequestError as e:
+                self.refusals.append((began, e))
+                return
+            door, settle = self.doors[upstream.endpoint.id], line.release
+            try:
+                await asyncio.sleep(NETWORK_S)
+                if door.inside >= door.slots:
+                    door.refused += 1
+                    await asyncio.sleep(NETWORK_S)
+                    settle, again = line.busy, True
+                    continue
+                line.entered(ticket)
+                self.waits.append((began, self.now - began))
+                door.inside += 1
+                door.most = max(door.most, door.inside)
+                try:
+                    await asyncio.sleep(self.service(self.rng))
+                    self.done[key] += 1
+                finally:
+                    door.inside -= 1
+                await asyncio.sleep(NETWORK_S)
+                return
+            finally:
+                settle(ticket)
+
+    async def client(self, gateway: int, key: str, **how: Any) -> None:
+        """One that asks again as soon as it has its answer, and a moment after a refusal."""
+        while True:
+            refused = len(self.refusals)
+            await self.request(gateway, key, **how)
+            if len(self.refusals) > refused:
+                await asyncio.sleep(self.rng.uniform(0.1, 0.5))
+
+    async def open_loop(self, gateway: Callable[[], int], key: str, per_s: float, **how: Any) -> None:
+        while True:
+            await asyncio.sleep(self.rng.expovariate(per_s))
+            self.spawn(self.request(gateway(), key, **how))
+
+    async def _directory(self) -> None:
+        told: list[tuple[KeyDemand, ...]] = [()] * self.gateways
+        for number in range(10**9):
+            every = round(ANNOUNCE_EVERY_S / TABLE_EVERY_S)
+            for g, line in enumerate(self.lines):
+                if (number + g) % every == 0:
+                    told[g] = shares.told(line.demand())
+            if number % round(REPORT_EVERY_S / TABLE_EVERY_S) == 0:
+                self._tell()
+            if self.share:
+                for g, line in enumerate(self.lines):
+                    line.others({f"g{i}": d for i, d in enumerate(told) if i != g and d}, number)
+            await asyncio.sleep(TABLE_EVERY_S)
+
+    def _tell(self) -> None:
+        endpoints = [
+            Endpoint(
+                id=i, model="m", version="v", url=f"http://{i}", state=State.READY, slots=d.slots, in_flight=d.inside
+            )
+            for i, d in self.doors.items()
+        ]
+        for line in self.lines:
+            line.update([msgspec.structs.replace(e) for e in endpoints], only_add=False)

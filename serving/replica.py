@@ -85,7 +85,6 @@ class EngineReplica:
             state=State.STARTING,
             slots=self.spec.slots,
             node=self._host,
-            pid=os.getpid(),
             started_at=time.time(),
             spec=hashlib.sha256(msgspec.json.encode(self.spec)).hexdigest()[:16],
         )

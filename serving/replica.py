@@ -86,7 +86,6 @@ class EngineReplica:
             slots=self.spec.slots,
             adapters=tuple(a.name for a in self.spec.adapters),
             node=self._host,
-            pid=os.getpid(),
             started_at=time.time(),
             spec=hashlib.sha256(msgspec.json.encode(self.spec)).hexdigest()[:16],
         )

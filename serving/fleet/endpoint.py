@@ -54,7 +54,6 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     adapters: tuple[str, ...] | None = None  # that it has loaded; None: it does not say
     reason: str = ""  # why FAILED, one line
     node: str = ""
-    pid: int = 0  # of the replica's own process, on that node
     started_at: float = 0.0  # epoch seconds
     ready_after_s: float | None = None  # spawn to first token
     phases: dict[str, float] = {}  # seconds of a start: spawn (of the process), health, first_token

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from serving.fleet import directory
-from serving.fleet.endpoint import RETRY_LONGEST_S, GatewayInfo, Snapshot, State
+from serving.fleet.endpoint import GatewayInfo, Snapshot, State
 from serving.fleet.history import Cause, Change
 from serving.fleet.scaling import Limits, Load, Memory, decide
 
@@ -106,7 +106,6 @@ class Policy:
     def __init__(self, table: Table) -> None:
         self._table = table
         self.changes: deque[Change] = deque(maxlen=REPORTS_KEPT)  # for the directory; taken out by `Follower`
-        self.may_sleep: set[str] = set()  # versions that may be started from zero
         self._answers: dict[str, int] = {}
         self._troubled: set[str] = set()
 
@@ -128,7 +127,6 @@ class Policy:
         limits, target, state = limits_of(ctx), ctx.target_num_replicas, ctx.policy_state
         ctx.config = ctx.config.model_copy(update=_NO_DELAYS)
         self._notice_bounds(version_id, target)
-        (self.may_sleep.discard if limits.min else self.may_sleep.add)(version_id)
         snapshot = self._table.snapshot
         seen = state.get("seen")
         if seen == (snapshot and snapshot.number, target, limits) and 0 <= now - state["at"] < AGAIN_S:
@@ -213,8 +211,6 @@ class Follower:
         self._table = table
         self._policy = policy
         self._actor: Any = None
-        self._warmed_at = 0.0  # monotonic seconds
-        self._spares: dict[str, Any] = {}  # node's address -> pid of its idle process, or the task that makes it one
         threading.Thread(target=self._run, name="directory-follower", daemon=True).start()
 
     def _run(self) -> None:
@@ -228,47 +224,11 @@ class Follower:
                     log.info("the directory is back")
                 away = False
                 self._tell()
-                self._keep_warm(snapshot)
             except Exception as e:  # any Ray error: the last table ages, and decides nothing
                 if not away:
                     log.warning("the directory is away, replica counts stay: %s", type(e).__name__)
                 away = True
                 time.sleep(AGAIN_S)
-
-    def _keep_warm(self, snapshot: Snapshot) -> None:
-        """While a version may be at zero, each node that runs engines keeps one of Ray's processes idle with everything imported
-        that a replica needs: a start from zero takes it instead of a new one, which costs more than a second. Ray gives
-        an actor an idle process of the same job; replicas belong to the controller's, as this thread's tasks do."""
-        now = time.monotonic()
-        if now - self._warmed_at < POLL_S:
-            return
-        self._warmed_at = now
-        try:
-            self._replace_spares(snapshot)
-        except Exception as e:  # it is a comfort: without it starts are slower
-            log.warning("no warm process can be kept: %s: %s", type(e).__name__, e)
-            self._warmed_at = now + RETRY_LONGEST_S
-
-    def _replace_spares(self, snapshot: Snapshot) -> None:
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        taken = {(e.node, e.pid) for e in snapshot.endpoints}
-        nodes = {n["NodeManagerAddress"]: n for n in ray.nodes() if n["Alive"]} if self._policy.may_sleep else {}
-        for address, spare in list(self._spares.items()):
-            if not isinstance(spare, int):
-                if not ray.wait([spare], timeout=0)[0]:
-                    continue
-                del self._spares[address]  # should it have failed, it is tried again, later
-                spare = self._spares[address] = int(ray.get(spare))
-            if (address, spare) in taken:
-                del self._spares[address]
-        gpus = any(n["Resources"].get("GPU") for n in nodes.values())
-        for address, node in nodes.items():
-            if address not in self._spares and (not gpus or node["Resources"].get("GPU")):
-                where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(imported)
-                self._spares[address] = task.remote()
 
     def _tell(self) -> None:
         while changes := [self._policy.changes[i] for i in range(min(100, len(self._policy.changes)))]:
@@ -286,16 +246,6 @@ class Follower:
         except ray.exceptions.ActorDiedError:  # gone for good, not restarting: another is made
             self._actor = None
             raise
-
-
-def imported() -> int:
-    """Runs in one of Ray's processes, and leaves it idle with what a replica imports; its pid."""
-    import importlib
-    import os
-
-    for name in ("ray.serve._private.replica", "serving.replica"):  # by name: a replica is no part of this room
-        importlib.import_module(name)
-    return os.getpid()
 
 
 _policy: Policy | None = None

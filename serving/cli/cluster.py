@@ -176,7 +176,9 @@ def forget_failures() -> None:
 
 def snapshot() -> Snapshot:
     """The directory's table now."""
-    return ask_directory("snapshot")  # type: ignore[no-any-return]
+    from serving.fleet.directory import unpack
+
+    return unpack(ask_directory("snapshot"), Snapshot)
 
 
 def ask_directory(method: str, *args: Any) -> Any:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from serving.cli.term import one_line_errors
 from serving.errors import OperatorError
 from serving.gateway.keys import OPTIONS, Key, as_record, create_key, list_keys, revoke_key
 
@@ -55,7 +54,7 @@ def create(
     as_json: Json = False,
 ) -> None:
     """Make a key. Its token is printed once and kept nowhere."""
-    with _one_line_errors():
+    with one_line_errors():
         now = time.time()
         expires_at = None if expires is None else now + parse_duration(expires)
         key, token = create_key(
@@ -83,7 +82,7 @@ def create(
 @app.command("list")
 def list_(file: File = None, as_json: Json = False) -> None:
     """Show every key, without secrets."""
-    with _one_line_errors():
+    with one_line_errors():
         now = time.time()
         keys = list_keys(_keys_file(file))
         if as_json:
@@ -107,7 +106,7 @@ def revoke(
     file: File = None,
 ) -> None:
     """Refuse a key from now on. Gateways notice within seconds."""
-    with _one_line_errors():
+    with one_line_errors():
         key = revoke_key(_keys_file(file, write=True), key_id, time.time())
         Console(highlight=False).print(f"revoked {key.id} ({key.name})", markup=False)
 
@@ -129,15 +128,6 @@ def _keys_file(given: Path | None, *, write: bool = False) -> Path:
     if running is not None and running.role == "worker":
         raise OperatorError("this node is a worker", f"Make and revoke keys on the head ({running.address})")
     return settings.keys_file
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except OperatorError as error:
-        typer.echo(f"steelyard: {error}", err=True)
-        raise typer.Exit(1) from None
 
 
 def _state(key: Key, now: float) -> str:

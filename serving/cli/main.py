@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +17,7 @@ from serving import __version__
 from serving.catalog import store
 from serving.cli import bounds, cluster, doctor, keys, node, up
 from serving.cli.scale import scale_app
+from serving.cli.term import one_line_errors
 from serving.errors import OperatorError
 from serving.fleet import manifest
 from serving.fleet.endpoint import GATEWAY_APP
@@ -59,7 +59,7 @@ def up_(
     ] = False,
 ) -> None:
     """Start the stack, or apply the catalog to the one that runs: only what changed is touched."""
-    with _one_line_errors():
+    with one_line_errors():
         settings = load_settings(
             models=models, profile=profile, host=host, port=port, gateways=gateways, state_dir=state_dir
         )
@@ -77,7 +77,7 @@ def up_(
 @app.command()
 def down(state_dir: State = None) -> None:
     """Stop the stack; streams in progress get a few seconds."""
-    with _one_line_errors():
+    with one_line_errors():
         settings = load_settings(state_dir=state_dir)
         _refuse_if_managed(settings, "down")
         up.down(settings, _say)
@@ -86,7 +86,7 @@ def down(state_dir: State = None) -> None:
 @app.command()
 def status(state_dir: State = None, as_json: Json = False) -> None:
     """What runs: applications, replicas, load."""
-    with _one_line_errors():
+    with one_line_errors():
         settings = load_settings(state_dir=state_dir)
         # Ray prints its news, such as a node's death, on stdout: not between a script and its JSON.
         with redirect_stdout(sys.stderr), cluster.joined(settings):
@@ -119,7 +119,7 @@ def status(state_dir: State = None, as_json: Json = False) -> None:
 @app.command()
 def models(models: Models = None, profile: ProfileOption = None, as_json: Json = False) -> None:
     """What the catalog serves: names, versions, adapters."""
-    with _one_line_errors():
+    with one_line_errors():
         catalog = up.load_catalog(load_settings(models=models, profile=profile))
         if as_json:
             print(json.dumps([m.model_dump(mode="json") for m in catalog.models]))
@@ -146,7 +146,7 @@ def render(
     as_json: Json = False,
 ) -> None:
     """Print the Serve config that `up` applies, and that the Helm chart carries."""
-    with _one_line_errors():
+    with one_line_errors():
         settings = load_settings(models=models, profile=profile, gateways=gateways)
         catalog, said = bounds.laid_over(up.load_catalog(settings), settings)
         print(*said, sep="\n", end="\n" if said else "", file=sys.stderr)
@@ -163,7 +163,7 @@ def render(
 @app.command("chart-values")
 def chart_values(models: Models = None) -> None:
     """Print the catalog as values of the Helm chart: `models:`, each entry one model file, unchanged."""
-    with _one_line_errors():
+    with one_line_errors():
         import yaml
 
         settings = load_settings(models=models)
@@ -190,7 +190,7 @@ def _refuse_if_managed(settings: Settings, verb: str) -> None:
 )
 def doctor_(context: typer.Context) -> None:
     # The file also runs alone on bare hosts, so its options are its own; this node's settings are their defaults.
-    with _one_line_errors():
+    with one_line_errors():
         settings = load_settings()
         folders = ["--state-dir", str(settings.state_dir), "--cache-dir", str(settings.cache_dir)]
         raise typer.Exit(doctor.main([*folders, "--port", str(settings.port), *context.args]))
@@ -198,15 +198,6 @@ def doctor_(context: typer.Context) -> None:
 
 def _say(line: str) -> None:
     print(line, flush=True)
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except OperatorError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":

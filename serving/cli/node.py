@@ -19,7 +19,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +28,7 @@ import typer
 
 from serving.cli import cluster, up
 from serving.cli.cluster import ClusterFile, one_line
+from serving.cli.term import one_line_errors
 from serving.engine.process import sweep
 from serving.errors import ClusterError, OperatorError
 from serving.settings import Profile, Role, Settings, read_private
@@ -488,21 +489,12 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except OperatorError as e:
-        typer.echo(f"error: {e}", err=True)
-        raise typer.Exit(1) from None
-
-
 @app.command()
 def head() -> None:
     """Run this machine as the cluster's head, in the foreground."""
     from serving.settings import load_settings
 
-    with _one_line_errors():
+    with one_line_errors():
         run_head(load_settings(), _say)
 
 
@@ -511,7 +503,7 @@ def worker() -> None:
     """Run this machine as a worker of the cluster at STEELYARD_HEAD, in the foreground."""
     from serving.settings import load_settings
 
-    with _one_line_errors():
+    with one_line_errors():
         run_worker(load_settings(), _say)
 
 
@@ -527,7 +519,7 @@ def drain_(
     """Empty this node before its pod ends: for the preStop hook of the Helm chart."""
     from serving.settings import load_settings
 
-    with _one_line_errors():
+    with one_line_errors():
         settings = load_settings()
         bound = settings.node_drain_s if within is None else within
         drain(settings, _say, within_s=bound, accept_for_s=accept_for)

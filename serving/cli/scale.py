@@ -16,8 +16,10 @@ import typer
 from serving.cli import bounds, cluster, up
 from serving.cli.bounds import Bounds
 from serving.cli.simulate import simulate
+from serving.cli.term import one_line_errors
 from serving.errors import ClusterError, OperatorError
 from serving.fleet import manifest, serve_policy
+from serving.fleet.directory import unpack
 from serving.fleet.endpoint import GATEWAY_APP
 from serving.fleet.history import Change
 from serving.settings import Settings, load_settings
@@ -37,7 +39,7 @@ def explain(
     model: Model, last: Annotated[int, typer.Option(min=1, max=50)] = 10, state_dir: State = None, as_json: Json = False
 ) -> None:
     """The load now and the last changes of each version, with the reason for each."""
-    with _one_line_errors(), redirect_stdout(sys.stderr):
+    with one_line_errors(), redirect_stdout(sys.stderr):
         told = _explained(load_settings(state_dir=state_dir), model, last)
     if as_json:
         print(json.dumps(msgspec.to_builtins(told)))
@@ -67,7 +69,7 @@ def set_(
 ) -> None:
     """Other bounds now, and for every later `steelyard up`, until `steelyard scale reset`. MODEL alone is its stable
     version. Nothing restarts."""
-    with _one_line_errors(), redirect_stdout(sys.stderr):
+    with one_line_errors(), redirect_stdout(sys.stderr):
         settings = load_settings(state_dir=state_dir)
         _refuse_if_managed(settings, model)
         if min_ is None and max_ is None:
@@ -98,7 +100,7 @@ def reset(
     state_dir: State = None,
 ) -> None:
     """Back to the bounds of the model file."""
-    with _one_line_errors(), redirect_stdout(sys.stderr):
+    with one_line_errors(), redirect_stdout(sys.stderr):
         settings = load_settings(models=models, state_dir=state_dir)
         _refuse_if_managed(settings, model)
         kept = bounds.read(settings)
@@ -128,7 +130,7 @@ def _explained(settings: Settings, model: str, last: int) -> list[dict[str, Any]
             raise OperatorError(_unknown(apps, model))
         told = []
         for name in names:
-            changes: list[Change] = cluster.ask_directory("history", name)
+            changes = unpack(cluster.ask_directory("history", name), list[Change])
             facts = table.versions.get(name)
             config = _engine(apps[name])["autoscaling_config"]
             told.append(
@@ -215,12 +217,3 @@ def _refuse_if_managed(settings: Settings, model: str) -> None:
 
 def _clock(at: float) -> str:
     return datetime.fromtimestamp(at).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except OperatorError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        raise typer.Exit(1) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 from rich.table import Table
 
+from serving.cli.term import one_line_errors
 from serving.errors import OperatorError
 from serving.fleet.scaling import Limits
 
@@ -62,7 +62,7 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Try the scaling policy on traffic: GPU-hours, waits and what is turned away, against other ways to do it."""
-    with _one_line_errors():
+    with one_line_errors():
         if (trace is None) == (synthetic is None):
             raise OperatorError("give a trace file or --synthetic, and not both", "E.g. --synthetic diurnal")
         if goal_wait is not None and goal_ttft is not None:
@@ -149,12 +149,3 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=1.0)
         yield lambda name, share: bar.update(task, description=name, completed=share)
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except OperatorError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        raise typer.Exit(1) from None

@@ -17,8 +17,9 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 from prometheus_client import CollectorRegistry
 
 from serving.fleet import keeper
@@ -29,6 +30,8 @@ from serving.telemetry import logs
 from serving.telemetry.metrics import DirectoryMetrics
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 NAME = "directory"
 NAMESPACE = "steelyard"
@@ -163,8 +166,18 @@ class Table:
         )
 
 
+def pack(value: Any) -> bytes:
+    """What goes between processes. Not Ray's pickle: while a cluster is upgraded node by node, they are of two releases, and
+    what one does not know of the other's nouns must be skipped, or be its default."""
+    return msgspec.msgpack.encode(value)
+
+
+def unpack(data: bytes, kind: type[T]) -> T:
+    return msgspec.msgpack.decode(data, type=kind)
+
+
 class Directory:
-    """The actor around `Table`. Async: thousands of pollers wait on one condition."""
+    """The actor around `Table`. Async: thousands of pollers wait on one condition. Nouns come and go as `pack` makes them."""
 
     def __init__(self) -> None:
         self._table = Table(time.monotonic())
@@ -179,7 +192,8 @@ class Directory:
         self._on_head = settings.node_role == "head"
         self._keys_file = KeysFile(settings.keys_file) if self._on_head else None
 
-    async def announce(self, endpoint: Endpoint) -> None:
+    async def announce(self, entry: bytes) -> None:
+        endpoint = unpack(entry, Endpoint)
         self._ensure_janitor()
         before = self._table.endpoint(endpoint.id)
         if endpoint.state is State.READY and before is not None and before.state is State.STARTING:
@@ -189,9 +203,9 @@ class Directory:
         else:
             self._load_changed()
 
-    async def announce_gateway(self, gateway: GatewayInfo) -> None:
+    async def announce_gateway(self, entry: bytes) -> None:
         self._ensure_janitor()
-        if self._table.announce_gateway(gateway, time.monotonic()):
+        if self._table.announce_gateway(unpack(entry, GatewayInfo), time.monotonic()):
             self._wake()
         else:
             self._load_changed()
@@ -204,17 +218,17 @@ class Directory:
         if self._table.withdraw_gateway(gateway_id):
             self._wake()
 
-    async def wait(self, epoch: str, number: int, timeout_s: float) -> Snapshot:
-        """Long poll: returns when the table is newer than (epoch, number), or after `timeout_s`."""
+    async def wait(self, epoch: str, number: int, timeout_s: float) -> bytes:
+        """Long poll: returns a Snapshot when the table is newer than (epoch, number), or after `timeout_s`."""
         self._ensure_janitor()
         if (self._table.epoch, self._table.number) == (epoch, number):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), timeout_s)
-        return self._table.snapshot(time.monotonic())
+        return pack(self._table.snapshot(time.monotonic()))
 
-    async def snapshot(self) -> Snapshot:
+    async def snapshot(self) -> bytes:
         self._ensure_janitor()
-        return self._table.snapshot(time.monotonic())
+        return pack(self._table.snapshot(time.monotonic()))
 
     async def keys(self) -> bytes:
         """The head's keys file, for the gateways of other nodes."""
@@ -229,9 +243,9 @@ class Directory:
         self._table.forget_failures()
         self._wake()
 
-    async def scaled(self, changes: list[Change]) -> None:
+    async def scaled(self, changes: bytes) -> None:
         """The policy changed counts: one line in the log each, counted, and kept for `steelyard scale explain`."""
-        for change in changes:
+        for change in unpack(changes, list[Change]):
             self._history.add(change)
             model, _, version = change.version_id.partition("@")
             self._metrics.scale_decisions.labels(model, version, change.direction, change.cause).inc()
@@ -239,9 +253,9 @@ class Directory:
                 "scale %s %s: %d -> %d: %s", change.version_id, change.cause, change.before, change.after, change.reason
             )
 
-    async def history(self, version_id: str) -> list[Change]:
+    async def history(self, version_id: str) -> bytes:
         """The last changes of one version, oldest first."""
-        return self._history.of(version_id)
+        return pack(self._history.of(version_id))
 
     async def metrics(self) -> str:
         """Its own exposition; a gateway that is scraped puts it among the others'."""
@@ -350,7 +364,7 @@ async def follow(on_snapshot: Callable[[Snapshot], Awaitable[None] | None], clie
     epoch, number, away = "", -1, False
     while True:
         try:
-            snapshot = await client.call("wait", epoch, number, 10.0, timeout_s=20.0)
+            snapshot = unpack(await client.call("wait", epoch, number, 10.0, timeout_s=20.0), Snapshot)
             epoch, number = snapshot.epoch, snapshot.number
             result = on_snapshot(snapshot)
             if result is not None:

@@ -217,7 +217,7 @@ class Follower:
         epoch, number, away = "", -1, False
         while True:
             try:
-                snapshot = self._call("wait", epoch, number, POLL_S)
+                snapshot = directory.unpack(self._call("wait", epoch, number, POLL_S), Snapshot)
                 self._table.put(snapshot)
                 epoch, number = snapshot.epoch, snapshot.number
                 if away:
@@ -232,7 +232,7 @@ class Follower:
 
     def _tell(self) -> None:
         while changes := [self._policy.changes[i] for i in range(min(100, len(self._policy.changes)))]:
-            self._call("scaled", changes)
+            self._call("scaled", directory.pack(changes))
             for _ in changes:
                 self._policy.changes.popleft()
 

@@ -139,7 +139,7 @@ class GatewayReplica:
         """On a worker, what a new gateway must know before it answers: the keys. Elsewhere they lie on this node."""
         while self._settings.node_role == "worker":
             with contextlib.suppress(Exception):  # any Ray error: it is restarting, or the control store is slow
-                await self._take(await self._directory.call("snapshot"))
+                await self._take(directory.unpack(await self._directory.call("snapshot"), Snapshot))
             if self._keys_of_head:
                 return
             await asyncio.sleep(0.2)
@@ -189,7 +189,7 @@ class GatewayReplica:
                     finished=dict(fleet.finished),
                     demand=fleet.demand(),
                 )
-                await self._directory.call("announce_gateway", info)
+                await self._directory.call("announce_gateway", directory.pack(info))
                 untold = False
             except Exception as e:  # any Ray error: told again in a moment
                 if not untold:

@@ -148,8 +148,10 @@ class EngineReplica:
             try:
                 delay = float(await self._directory.call("start_delay", self.spec.id, self._endpoint.spec))
             except Exception:  # any Ray error: nobody knows of failures
-                return
+                delay = 0.0
             if delay <= 0:
+                if self._endpoint.waits_until:  # it may end early, and gateways count from there
+                    self._set(state=State.STARTING, waits_until=time.time())
                 return
             if not self._endpoint.waits_until:
                 log.warning("%s: its starts failed; the next one is in %.0f s", self._id, delay)

@@ -78,11 +78,16 @@ class Table:
         return known is None or known[0].state is not endpoint.state or known[0].url != endpoint.url
 
     def announce_gateway(self, gateway: GatewayInfo, now: float) -> bool:
-        """Upserts; True when it is new or begins to hold requests for a version, which may have to be woken."""
+        """Upserts; True when it is new or begins to hold requests for a version that must be woken."""
         known = self._gateways.get(gateway.id)
         self._gateways[gateway.id] = (gateway, now + LEASE_S)
         self.unpublished |= known is None or known[0] != gateway
-        return known is None or bool(gateway.held.keys() - known[0].held.keys())
+        if known is None:
+            return True
+        begun = gateway.held.keys() - known[0].held.keys()
+        return bool(begun) and bool(
+            begun - {e.version_id for e, _ in self._endpoints.values() if e.state is State.READY}
+        )
 
     def facts(self, version_id: str) -> VersionFacts:
         return self._facts.get(version_id, VersionFacts())

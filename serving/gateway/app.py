@@ -196,9 +196,10 @@ class Gateway:
     ) -> None:
         """Binds the request to a replica and relays; failures before the first byte are tried elsewhere."""
         self.fleet.arrived[line.version_id] += 1
+        keep_alive = KeepAlive(x, model.limits.keep_alive_after_s if x.line.stream else None)
         killed, again = 0, False
         while True:
-            upstream = await self._slot(x, line, model, metrics, ticket, again)
+            upstream = await self._slot(x, line, model, metrics, ticket, keep_alive, again)
             x.line.replica = upstream.endpoint.id
             settle = line.release
             metrics.running.inc()
@@ -232,15 +233,23 @@ class Gateway:
                 settle(ticket)
 
     async def _slot(
-        self, x: Exchange, line: VersionLine, model: ModelConfig, metrics: ModelMetrics, ticket: Ticket, again: bool
+        self,
+        x: Exchange,
+        line: VersionLine,
+        model: ModelConfig,
+        metrics: ModelMetrics,
+        ticket: Ticket,
+        keep_alive: KeepAlive,
+        again: bool,
     ) -> Upstream:
         began = time.monotonic()
-        patience_s = bound_wait(model.limits.max_wait_s, ticket.deadline)
+        waited_s = (x.line.queue_ms or 0.0) / 1e3  # in earlier attempts
+        patience_s = bound_wait(model.limits.max_wait_s - waited_s, ticket.deadline)
         metrics.waiting.inc()
         try:
             if line.version_id in self.fleet.asleep:
                 self.fleet.wake(line, patience_s)
-            async with KeepAlive(x, model.limits.keep_alive_after_s if x.line.stream else None):
+            async with keep_alive:
                 return await line.take(
                     ticket,
                     others=self.fleet.waiting(model) - len(line),
@@ -250,6 +259,10 @@ class Gateway:
                 )
         except (QueueFull, WaitTooLong, NoReplica) as e:
             metrics.rejected(e.code)
+            raise
+        except BaseException:
+            if ticket.upstream is not None:  # it was bound in the same instant
+                line.release(ticket)
             raise
         finally:
             metrics.waiting.dec()
@@ -471,7 +484,7 @@ def _session(x: Exchange, key: Key, fields: dict[str, Any]) -> int | None:
 def _used(x: Exchange) -> int | None:
     """Tokens that an ended request has used: none when it was refused, None when the engine did not say."""
     line = x.line
-    if not x.started or line.status >= 400:
+    if not line.attempts or not x.started or line.status >= 400:
         return 0
     if line.prompt_tokens is None and line.completion_tokens is None:
         return None

@@ -104,9 +104,9 @@ class Exchange:
             headers.append((b"request-id", rid))
         if more:
             headers += more
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
         self.started = True
         self.line.status = status
-        await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
     def push(self, data: bytes) -> Awaitable[None] | None:
         """A piece of the body, sent at once where the client keeps up; else what to await before the next piece."""

@@ -4,10 +4,9 @@ dead. From then on a failure is an event in the stream."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from types import TracebackType
 
-from serving.gateway.exchange import ClientGone, Exchange
+from serving.gateway.exchange import Exchange
 
 EVERY_S = 15.0
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
@@ -16,28 +15,37 @@ _PING = {"openai": b": keep-alive\n\n", "anthropic": b'event: ping\ndata: {"type
 
 
 class KeepAlive:
-    """`async with KeepAlive(x, after_s): ...` around the wait for a slot. None: the client opted out. Nothing is sent
-    any more once the block was left."""
+    """One per request, and `async with keep_alive: ...` around each of its waits for a slot: the waits count together,
+    what lies between them, at an engine, does not. `after_s` None: the client opted out. Nothing is sent any more once a
+    block was left."""
 
     def __init__(self, x: Exchange, after_s: float | None) -> None:
         self._x = x
-        self._after_s = after_s
+        self._left_s = after_s  # of waiting, until the next frame
+        self._entered = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> None:
-        if self._after_s is not None:
-            self._timer = asyncio.get_running_loop().call_later(self._after_s, self._begin)
+        if self._left_s is not None:
+            loop = asyncio.get_running_loop()
+            self._entered = loop.time()
+            self._timer = loop.call_later(self._left_s, self._begin)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
     ) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._task is not None:
-            self._task.cancel()  # between two frames, or in one that waits for the client to read: never in mid-frame
-            with contextlib.suppress(asyncio.CancelledError, ClientGone, OSError):
-                await self._task
+        if self._timer is None or self._left_s is None:
+            return
+        self._timer.cancel()
+        self._left_s = max(0.0, self._left_s - (asyncio.get_running_loop().time() - self._entered))
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()  # between two frames, or in one that waits for the client to read: never in mid-frame
+            # Not `await task`: its cancellation and one of the request itself could not be told apart.
+            await asyncio.wait([task])
+            if not task.cancelled():
+                task.exception()  # the client is gone; whoever sends next finds out
 
     def _begin(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._speak())
@@ -47,6 +55,7 @@ class KeepAlive:
             await self._x.start(200, EVENT_STREAM, NO_CACHE)
         while True:
             slow = self._x.push(_PING[self._x.dialect])
+            self._left_s, self._entered = EVERY_S, asyncio.get_running_loop().time()
             if slow is not None:
                 await slow
             await asyncio.sleep(EVERY_S)

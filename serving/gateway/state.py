@@ -85,6 +85,9 @@ class Fleet:
         self.arrived: Counter[str] = Counter()  # version id -> requests that asked for a slot, ever
         self.finished: Counter[str] = Counter()
         self._endpoints: dict[str, Endpoint] = {}
+        # (key id, None) or (None, model) -> requests at other gateways, and how many of those have some
+        self._elsewhere: Counter[tuple[str | None, str | None]] = Counter()
+        self._gateways_with: Counter[tuple[str | None, str | None]] = Counter()
         self._facts: dict[str, VersionFacts] = {}
         self._wanted: dict[str, float] = {}  # version id -> monotonic seconds until which it shall be woken
 
@@ -107,6 +110,7 @@ class Fleet:
         self._facts = snapshot.versions if snapshot.complete else self._facts | snapshot.versions
         self.gateways = snapshot.gateways
         self._distribute(only_add=not snapshot.complete)
+        self._count_elsewhere()
         for version, line in self.lines.items():
             others = {g.id: g.demand[version] for g in self.gateways if version in g.demand and g.id != self.gateway_id}
             line.others(others, snapshot.number)
@@ -141,7 +145,7 @@ class Fleet:
         starting = [e for e in self._endpoints.values() if e.version_id == version_id]
         left_s = ready_in_s(starting, facts, time.time())
         self.on_hold()
-        broken = facts.failures >= START_TRIES
+        broken = _broken(facts, starting)
         if not broken and (left_s is None or left_s <= patience_s):
             return
         left_s = max(left_s or 0.0, UNKNOWN_START_S if broken else 0.0)
@@ -161,18 +165,7 @@ class Fleet:
 
     def elsewhere(self, key: str | None, model: str | None) -> tuple[int, int]:
         """Requests of a key or of a model at the other gateways, as they last said, and how many gateways have some."""
-        found = [
-            sum(
-                d.held + d.running
-                for version, demand in g.demand.items()
-                if model is None or version.partition("@")[0] == model
-                for d in demand
-                if key is None or d.key == key
-            )
-            for g in self.gateways
-            if g.id != self.gateway_id
-        ]
-        return sum(found), sum(n > 0 for n in found)
+        return self._elsewhere[key, model], self._gateways_with[key, model]
 
     def endpoints(self) -> Iterator[Endpoint]:
         return iter(self._endpoints.values())
@@ -191,6 +184,21 @@ class Fleet:
         counts = Counter((e.model, e.version, str(e.state)) for e in self._endpoints.values())
         return dict(counts)
 
+    def _count_elsewhere(self) -> None:
+        self._elsewhere.clear()
+        self._gateways_with.clear()
+        for g in self.gateways:
+            if g.id == self.gateway_id:
+                continue
+            there: Counter[tuple[str | None, str | None]] = Counter()
+            for version, demand in g.demand.items():
+                model = version.partition("@")[0]
+                for d in demand:
+                    there[d.key, None] += d.held + d.running
+                    there[None, model] += d.held + d.running
+            self._elsewhere.update(there)
+            self._gateways_with.update(at for at, n in there.items() if n)
+
     def _distribute(self, *, only_add: bool) -> None:
         by_version: dict[str, list[Endpoint]] = {v: [] for v in self.lines}
         for e in self._endpoints.values():
@@ -201,10 +209,17 @@ class Fleet:
         self.asleep = frozenset(v for v, line in self.lines.items() if not line.ready_ids())
         for version in self.asleep & self._facts.keys():
             facts = self._facts[version]
-            if facts.failures >= START_TRIES and len(self.lines[version]):
+            if _broken(facts, by_version[version]) and len(self.lines[version]):
                 log.warning("%s: %d starts failed, nobody waits for it: %s", version, facts.failures, facts.reason)
                 left_s = max(UNKNOWN_START_S, facts.failed_at + retry_delay_s(facts) - time.time())
                 self.lines[version].refuse_all(functools.partial(_does_not_start, version, left_s))
+
+
+def _broken(facts: VersionFacts, endpoints: Iterable[Endpoint]) -> bool:
+    """Its starts failed too often, and none of another engine, which may be the mended one, is under way."""
+    return facts.failures >= START_TRIES and not any(
+        e.state is State.STARTING and e.spec != facts.spec for e in endpoints
+    )
 
 
 def _does_not_start(version_id: str, retry_after_s: float) -> NoReplica:

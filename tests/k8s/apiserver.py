@@ -18,6 +18,7 @@ KINDS = {
     "policy/v1": {"PodDisruptionBudget": "poddisruptionbudgets"},
     "networking.k8s.io/v1": {"NetworkPolicy": "networkpolicies", "Ingress": "ingresses"},
     "ray.io/v1": {"RayService": "rayservices"},
+    "monitoring.coreos.com/v1alpha1": {"ScrapeConfig": "scrapeconfigs"},
 }
 
 

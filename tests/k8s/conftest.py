@@ -10,7 +10,7 @@ import pytest
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     try:
-        from tests.k8s import chart
+        from tests.k8s import chart, schemas
     except pytest.skip.Exception:
         return
     counts: dict[str, Counter[str]] = {variant: Counter() for variant in chart.VARIANTS}
@@ -25,6 +25,10 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     against = f"Kubernetes {chart.KUBERNETES[0]}-{chart.KUBERNETES[-1]}"
     against += ", CRDs" if chart.CRDS.is_dir() else f" (no CRDs in {chart.CRDS})"
     for variant, count in counts.items():
-        kinds = ", ".join(sorted({o["kind"] for o in chart.of(variant)}))
+        found = chart.of(variant)
+        kinds = ", ".join(sorted({o["kind"] for o in found}))
+        custom = [o for o in found if o["kind"] not in schemas.BUILTIN]
+        unchecked = sorted({o["kind"] for o in custom if not schemas.crd_file(o).is_file()})
         verdict = "FAILED" if count["failed"] else "ok"
-        terminalreporter.write_line(f"{variant:16} {verdict:6} {count['passed']} checks against {against}: {kinds}")
+        line = f"{variant:16} {verdict:6} {count['passed']} checks against {against}: {kinds}"
+        terminalreporter.write_line(line + (f" (no schema here of: {', '.join(unchecked)})" if unchecked else ""))

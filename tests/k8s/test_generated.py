@@ -42,6 +42,10 @@ def test_a_field_that_the_api_server_would_drop_is_found() -> None:
     service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["servicAccountName"] = "typo"
     with pytest.raises(AssertionError, match="servicAccountName"):
         schemas.check_custom(service)
+    (config,) = chart.kind(chart.of("multi-model"), "ScrapeConfig")
+    config["spec"]["httpSDConfigs"][0]["bearerToken"] = "typo"
+    with pytest.raises(AssertionError, match="bearerToken"):
+        schemas.check_custom(config)
     secret = chart.kind(chart.of("one-h100"), "Secret")[0] | {"stringdata": {}}
     with pytest.raises(jsonschema.ValidationError, match="stringdata"):
         schemas.check_builtin(secret)

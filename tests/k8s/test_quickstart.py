@@ -63,6 +63,12 @@ def test_the_gpu_values_of_the_page_render() -> None:
     assert chart.rayservice(chart.objects(given))
 
 
+def test_the_monitoring_values_of_the_page_render() -> None:
+    given = chart.values("one-h100") | yaml.safe_load(blocks("yaml")[2])
+    (config,) = chart.kind(chart.objects(given), "ScrapeConfig")
+    assert config["metadata"]["labels"]["release"] == "kube-prometheus-stack"
+
+
 def test_a_key_is_added_to_a_copy_as_the_page_says(tmp_path: Path) -> None:
     from serving.gateway.keys import list_keys
     from tests.k8s.test_upgrade import decoded

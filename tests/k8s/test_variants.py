@@ -20,7 +20,7 @@ from tests.k8s import chart, schemas
 from tests.k8s.chart import CHART, NAMESPACE, ROOT, VARIANTS, helm
 from tools.chart import CACHE_DIR, RECIPES_DIR
 
-BUILTIN = {"Pod", "Secret", "ServiceAccount", "NetworkPolicy", "PodDisruptionBudget", "Ingress"}
+MONITORED = [v for v in VARIANTS if chart.values(v).get("monitoring", {}).get("enabled")]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -34,9 +34,9 @@ def test_lints_without_a_warning(variant: str, version: str) -> None:
 def test_objects_are_valid_for_every_kubernetes(variant: str) -> None:
     found = chart.of(variant)
     for document in found:
-        if document["kind"] in BUILTIN:
+        if document["kind"] in schemas.BUILTIN:
             schemas.check_builtin(document)
-    assert {d["kind"] for d in found} <= BUILTIN | {"RayService", "HTTPRoute"}
+    assert {d["kind"] for d in found} <= schemas.BUILTIN | {"RayService", "HTTPRoute", "ScrapeConfig"}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -48,6 +48,12 @@ def test_ray_pods_are_valid_for_every_kubernetes(variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_rayservice_fits_its_crd(variant: str) -> None:
     schemas.check_custom(chart.rayservice(chart.of(variant)))
+
+
+@pytest.mark.parametrize("variant", MONITORED)
+def test_the_scrapeconfig_fits_its_crd(variant: str) -> None:
+    (config,) = chart.kind(chart.of(variant), "ScrapeConfig")
+    schemas.check_custom(config)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -65,9 +65,28 @@
 {{- end -}}
 {{- if and .Values.ingress.enabled (not .Values.ingress.hosts) -}}{{- fail "ingress.hosts is empty: name at least one host" -}}{{- end -}}
 {{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) -}}{{- fail "httpRoute.parentRefs is empty: name the Gateway it attaches to" -}}{{- end -}}
+{{- if .Values.monitoring.enabled -}}{{- include "steelyard.monitoringChecks" . -}}{{- end -}}
 {{- if .Values.test.model -}}
 {{- $names := list -}}
 {{- range .Values.models -}}{{- $names = append $names .name -}}{{- end -}}
 {{- if not (has .Values.test.model $names) -}}{{- fail (printf "test.model is %q, which is no model (there are: %s)" .Values.test.model (join ", " $names)) -}}{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "steelyard.monitoringChecks" -}}
+{{- $given := .Values.monitoring -}}
+{{- $seconds := mul (regexFind "^[0-9]+" $given.interval | int) (ternary 60 1 (hasSuffix "m" $given.interval)) -}}
+{{- if lt $seconds 5 -}}{{- fail (printf "monitoring.interval is %s: a scrape takes time of each engine's event loop; use at least 5s" $given.interval) -}}{{- end -}}
+{{- if gt $seconds 120 -}}
+{{- fail (printf "monitoring.interval is %s: Prometheus forgets a series 5 minutes after its last sample, so one lost scrape must not make a gap; use at most 2m" $given.interval) -}}
+{{- end -}}
+{{- range $label, $_ := include "steelyard.labels" . | fromYaml -}}
+{{- if hasKey $given.labels $label -}}{{- fail (printf "monitoring.labels: %s is set by the chart" $label) -}}{{- end -}}
+{{- end -}}
+{{- if and (not $given.existingSecret) (has $given.key (list "cluster-secret" "keys.json" "api-key")) -}}
+{{- fail (printf "monitoring.key is %s, which opens more than metrics: name an entry with a key of the scope metrics alone" $given.key) -}}
+{{- end -}}
+{{- if and $given.existingSecret (eq $given.existingSecret (include "steelyard.secret" .)) -}}
+{{- fail (printf "monitoring.existingSecret is %s, the release's own Secret, which is used without it: leave it empty" $given.existingSecret) -}}
 {{- end -}}
 {{- end -}}

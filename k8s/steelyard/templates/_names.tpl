@@ -47,6 +47,12 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{ default (include "steelyard.fullname" .) .Values.secrets.existingSecret }}
 {{- end -}}
 
+{{- define "steelyard.metricsAuthorization" -}}
+credentials:
+  name: {{ default (include "steelyard.secret" .) .Values.monitoring.existingSecret }}
+  key: {{ .Values.monitoring.key }}
+{{- end -}}
+
 {{/* Ray nodes that run gateways: the head and every worker. */}}
 {{- define "steelyard.nodes" -}}
 {{- $nodes := 1 -}}

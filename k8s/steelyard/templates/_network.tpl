@@ -17,6 +17,11 @@
           {{- include "steelyard.selector" . | nindent 10 }}
           app.kubernetes.io/component: test
   {{- end }}
+{{- if and .Values.monitoring.enabled .Values.networkPolicy.clients }}
+- ports: [{port: 8000, protocol: TCP}]
+  from:
+    {{- toYaml .Values.networkPolicy.prometheus | nindent 4 }}
+{{- end }}
 {{- end -}}
 
 {{- define "steelyard.egress" -}}

@@ -161,6 +161,8 @@ def _service_s(load: Load, known: float | None, gap: float) -> float | None:
     if not load.running or not load.finished_per_s:
         return known
     seen = load.running / load.finished_per_s
+    if not math.isfinite(seen):
+        return known  # a rate next to nothing says what no rate says, and infinity less itself is not a number
     if known is None:
         return seen
     return known + (1 - math.exp(-gap / MEAN_S)) * (min(max(seen, known / 2), known * 2) - known)

@@ -113,6 +113,10 @@ def test_a_gap_in_the_data_starts_the_window_anew(limits: Limits, load: Load) ->
 
 
 @given(limitses, loads)
+@example(  # so few finish that the seconds of service are infinite
+    Limits(min=0, max=2, target_ongoing=2),
+    Load(replicas=0, ready=0, held=30, running=1, slots=64, finished_per_s=5e-324, arrived_per_s=1.0),
+)
 @settings(max_examples=50)
 def test_steady_load_settles_and_stays(limits: Limits, load: Load) -> None:
     limits = msgspec.structs.replace(limits, scale_down_after_s=20.0, idle_to_zero_s=None)

@@ -131,7 +131,8 @@ def _observed(load: Load, limits: Limits, memory: Memory, now: float) -> tuple[M
     service_s = _service_s(load, memory.service_s, gap)
     demand = _demand(load, limits, service_s)
     judged = min(demand, memory.demand) if load.replicas else demand
-    mean = memory.mean + (1 - math.exp(-gap / MEAN_S)) * (judged - memory.mean)
+    watched = now - (now if memory.since is None else memory.since)
+    mean = memory.mean + _share(gap, watched) * (judged - memory.mean)
     if demand == 0 and mean < 0.5:
         mean = 0.0  # less than a request: an exponential mean never gets there by itself
     memory = Memory(
@@ -146,12 +147,22 @@ def _observed(load: Load, limits: Limits, memory: Memory, now: float) -> tuple[M
     return memory, judged
 
 
+def _share(gap: float, watched: float) -> float:
+    """What the newest observation counts for in a mean of `MEAN_S`: its weight over the weights of all since the first.
+    Began the mean at the first instead, that one would outweigh all others for most of a minute: a low one lets
+    replicas go that ordinary noise wants back."""
+    weight = -math.expm1(-gap / MEAN_S)
+    return weight / -math.expm1(-(gap + watched) / MEAN_S) if weight else 0.0
+
+
 def _service_s(load: Load, known: float | None, gap: float) -> float | None:
     """Seconds of service of one request by Little's law: running over finished per second, in the mean. Where replicas
     have just come, many run before any has finished, so one observation counts for twice or half of the mean at most."""
     if not load.running or not load.finished_per_s:
         return known
     seen = load.running / load.finished_per_s
+    if not math.isfinite(seen):
+        return known  # a rate next to nothing says what no rate says, and infinity less itself is not a number
     if known is None:
         return seen
     return known + (1 - math.exp(-gap / MEAN_S)) * (min(max(seen, known / 2), known * 2) - known)

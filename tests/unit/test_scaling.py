@@ -9,7 +9,7 @@ from zoneinfo import ZoneInfo
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from serving.fleet.scaling import STALE_S, Decision, Floor, Limits, Load, Memory, decide
@@ -113,6 +113,10 @@ def test_a_gap_in_the_data_starts_the_window_anew(limits: Limits, load: Load) ->
 
 
 @given(limitses, loads)
+@example(  # so few finish that the seconds of service are infinite
+    Limits(min=0, max=2, target_ongoing=2),
+    Load(replicas=0, ready=0, held=30, running=1, slots=64, finished_per_s=5e-324, arrived_per_s=1.0),
+)
 @settings(max_examples=50)
 def test_steady_load_settles_and_stays(limits: Limits, load: Load) -> None:
     limits = msgspec.structs.replace(limits, scale_down_after_s=20.0, idle_to_zero_s=None)
@@ -135,7 +139,10 @@ def test_more_load_never_means_fewer_replicas(limits: Limits, load: Load, held: 
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(30, 20_000), st.sampled_from([8.0, 48.0, 200.0]))
-@settings(max_examples=20, deadline=None)
+@example(285, 540, 8.0)  # the first observation a tenth low, the window no longer than the mean's minute
+@example(2548, 387, 8.0)
+@example(3843011676, 437, 48.0)
+@settings(max_examples=50, deadline=None)
 def test_no_flapping_under_ten_percent_noise(seed: int, ongoing: int, target: float) -> None:
     limits = Limits(min=1, max=3000, target_ongoing=target, scale_down_after_s=60)
     noise = np.random.default_rng(seed).uniform(0.9, 1.1, 400)
@@ -145,7 +152,7 @@ def test_no_flapping_under_ten_percent_noise(seed: int, ongoing: int, target: fl
         decision = decide(load, limits, memory, NOW + second)
         replicas, memory = decision.replicas, decision.memory
         course.append(replicas)
-    settled = np.diff(course[60:])  # without memory the first sample is the mean, which may be a tenth off
+    settled = np.diff(course[60:])  # the first decision has one sample, which may be a tenth high; a window lets it go
     assert (settled <= 0).all(), "what was given up is never wanted back"
 
 

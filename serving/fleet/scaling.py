@@ -19,7 +19,7 @@ import msgspec
 from cronsim import CronSim, CronSimError
 
 STALE_S = 5.0  # an older observation decides nothing: the count stays
-MEAN_S = 60.0  # time constant of the means that small excesses are judged by
+MEAN_S = 60.0  # time constant, at most, of the means that small excesses are judged by
 CHANCE = 2.0  # standard deviations of independent arrivals (Poisson: the root of their number) that are no breach
 NOISE = 0.10  # nor is so large a share, where numbers are so large that chance explains less
 TOLERANCE = 0.05  # replicas go only if what is left would carry so much more than the load
@@ -132,7 +132,9 @@ def _observed(load: Load, limits: Limits, memory: Memory, now: float) -> tuple[M
     demand = _demand(load, limits, service_s)
     judged = min(demand, memory.demand) if load.replicas else demand
     watched = now - (now if memory.since is None else memory.since)
-    mean = memory.mean + _share(gap, watched) * (judged - memory.mean)
+    # An operator who lets replicas go sooner than a minute does not want to hear of that minute.
+    over_s = max(1.0, min(MEAN_S, limits.scale_down_after_s))
+    mean = memory.mean + _share(gap, watched, over_s) * (judged - memory.mean)
     if demand == 0 and mean < 0.5:
         mean = 0.0  # less than a request: an exponential mean never gets there by itself
     memory = Memory(
@@ -147,12 +149,12 @@ def _observed(load: Load, limits: Limits, memory: Memory, now: float) -> tuple[M
     return memory, judged
 
 
-def _share(gap: float, watched: float) -> float:
-    """What the newest observation counts for in a mean of `MEAN_S`: its weight over the weights of all since the first.
+def _share(gap: float, watched: float, over_s: float) -> float:
+    """What the newest observation counts for in a mean over `over_s` seconds: its weight over the weights of all since the first.
     Began the mean at the first instead, that one would outweigh all others for most of a minute: a low one lets
     replicas go that ordinary noise wants back."""
-    weight = -math.expm1(-gap / MEAN_S)
-    return weight / -math.expm1(-(gap + watched) / MEAN_S) if weight else 0.0
+    weight = -math.expm1(-gap / over_s)
+    return weight / -math.expm1(-(gap + watched) / over_s) if weight else 0.0
 
 
 def _service_s(load: Load, known: float | None, gap: float) -> float | None:

@@ -112,11 +112,12 @@ def engines(sim: Stack) -> dict[str, int]:
 def test_a_step_of_load_gets_replicas_and_no_stream_breaks_on_the_way_down(
     sim: Stack, clients: ThreadPoolExecutor
 ) -> None:
-    step = [clients.submit(stream, sim, "steps", 150) for _ in range(24)]
+    # Ten seconds each, in three rounds if only one replica were there: the load outlasts the start of the others.
+    step = [clients.submit(stream, sim, "steps", 500) for _ in range(24)]
     until(lambda: ready(sim, "steps") == 3, "three replicas serve", 30)
     assert {f.result()[:2] for f in step} == {(200, True)}
     # One on each replica, long enough for two of them to be taken away underneath.
-    long = [clients.submit(stream, sim, "steps", 400) for _ in range(3)]
+    long = [clients.submit(stream, sim, "steps", 600) for _ in range(3)]
     until(lambda: ready(sim, "steps") == 1, "two of them are told to stop", 30)
     assert not any(f.done() for f in long)
     assert {f.result()[:2] for f in long} == {(200, True)}

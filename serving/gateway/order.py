@@ -130,6 +130,8 @@ class Order(Generic[W]):
             c.weight += flow.weight
         if not again:
             one.place = next(self._numbers)
+            if not c.count:  # a class that nobody waited in has nothing to claim
+                c.passed = 0
         flow.members[one] = None
         heapq.heappush(flow.heap, (one.deadline, one.since, one.place, one))
         if not flow.listed:
@@ -238,4 +240,4 @@ class Order(Generic[W]):
             flow.heap.clear()
             c.weight -= flow.weight
             if not c.count:
-                c.weight, c.passed = 0.0, 0
+                c.weight = 0.0

@@ -250,6 +250,23 @@ async def test_a_large_one_gets_its_turn_among_small_ones() -> None:
     behind[1].cancel()
 
 
+async def test_a_large_one_of_a_low_class_gets_its_turn_however_many_small_ones_come() -> None:
+    to = line(endpoint("a", 10, kv_tokens=100))
+    running = [await take(to, tokens=10) for _ in range(10)]
+    large = await waiting(to, rank=2, tokens=70)
+    small = [await waiting(to, tokens=10) for _ in range(60)]
+    for _ in range(40):
+        to.release(running.pop(0))
+        await settled()
+        if large.done():
+            break
+        running += [t.result() for t in small if t.done()]
+        small = [t for t in small if not t.done()]
+    assert large.done()
+    for task in small:
+        task.cancel()
+
+
 async def test_ten_times_as_many_from_one_key_do_not_keep_out_another() -> None:
     to = line(endpoint(slots=1))
     taken = await take(to)

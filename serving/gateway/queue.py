@@ -87,6 +87,9 @@ class VersionLine:
         self._order: Order[Ticket] = Order()
         self._returned: list[tuple[float, int, Ticket]] = []  # had their turn already: before all others, by arrival
         self._returned_count = 0
+        # By adapter, those whose adapter no ready replica has yet, and whether each had its turn: nobody waits behind them.
+        self._parked: dict[str, dict[Ticket, bool]] = {}
+        self._parked_count = 0
         self._numbers = itertools.count()
         self._by_key: dict[tuple[str, int], list[float]] = {}  # bound now: their number, and the key's weight
         self._paces = tuple(Pace() for _ in CLASSES)
@@ -124,10 +127,11 @@ class VersionLine:
         if newcomer is not None:
             count, weight = held.get(newcomer.at, (0, newcomer.weight))
             held[newcomer.at] = (count + 1, weight)
-        for _, place, t in self._returned:
-            if t._again_as == place:
-                known = held.get(t.at, (0, t.weight))
-                held[t.at] = (known[0] + 1, known[1])
+        returned = [t for _, place, t in self._returned if t._again_as == place]
+        returned += [t for parked in self._parked.values() for t, again in parked.items() if again]
+        for t in returned:
+            known = held.get(t.at, (0, t.weight))
+            held[t.at] = (known[0] + 1, known[1])
         return [
             KeyDemand(
                 at[0],
@@ -152,6 +156,8 @@ class VersionLine:
         if not only_add:
             for gone in self.upstreams.keys() - seen:
                 del self.upstreams[gone]
+        for adapter in [a for a in self._parked if self._somewhere(a)]:
+            self._unpark(adapter)
         self.pump()
 
     def others(self, demand: Mapping[str, tuple[KeyDemand, ...]], turn: int) -> None:
@@ -177,7 +183,7 @@ class VersionLine:
         before all others. Raises QueueFull (429), WaitTooLong (429) or NoReplica (503), each with a Retry-After.
         """
         now = time.monotonic()
-        if (again or not (self._order or self._returned_count)) and (
+        if (again or len(self) == self._parked_count) and (
             now >= self._others_until or self._may_bind(now, ticket)
         ):
             found = self._pick(ticket, now)
@@ -211,6 +217,8 @@ class VersionLine:
     def refuse_all(self, why: Callable[[], RequestError]) -> None:
         """No replica will come: everybody who waits is told now."""
         now = time.monotonic()
+        for adapter in list(self._parked):
+            self._unpark(adapter)
         while (ticket := self._next()[0]) is not None:
             if ticket._future is not None and not ticket._future.done():
                 ticket._future.set_exception(why())
@@ -269,6 +277,9 @@ class VersionLine:
             if ticket._future.done():  # it is leaving in this instant
                 self._paces[ticket.rank].mark(now, self._order.count(ticket.rank) > 0)
                 continue
+            if ticket.adapter is not None and not self._somewhere(ticket.adapter):
+                self._join(ticket, again, now, back=True)
+                continue
             found = self._pick(ticket, now, kept)
             if found is not None:
                 self._serve(ticket, found, again, now)
@@ -305,6 +316,11 @@ class VersionLine:
             return set()
         known = (u.endpoint for u in self.upstreams.values())
         return {e.id for e in known if e.adapters is not None and adapter not in e.adapters}
+
+    def _somewhere(self, adapter: str) -> bool:
+        """Whether a ready endpoint has it."""
+        ready = (u.endpoint for u in self.upstreams.values() if u.endpoint.state is State.READY)
+        return any(e.adapters is None or adapter in e.adapters for e in ready)
 
     def _any_room(self, now: float) -> bool:
         return any(u.room(now) and u.endpoint.state is State.READY for u in self.upstreams.values())
@@ -396,13 +412,38 @@ class VersionLine:
         return RETRY_UNKNOWN_S if pace is None else min((ahead + 1) / pace, LONGEST_RETRY_S)
 
     def _join(self, ticket: Ticket, again: bool, now: float, *, back: bool = False) -> None:
+        parked = ticket.adapter is not None and not self._somewhere(ticket.adapter)
+        if parked:
+            assert ticket.adapter is not None
+            self._parked.setdefault(ticket.adapter, {})[ticket] = again
+            self._parked_count += 1
         if again:
             ticket._again_as = next(self._numbers)
-            heapq.heappush(self._returned, (ticket.since, ticket._again_as, ticket))
             self._returned_count += 1
+            if not parked:
+                heapq.heappush(self._returned, (ticket.since, ticket._again_as, ticket))
         else:
-            self._order.add(ticket, again=back)
-            self._paces[ticket.rank].mark(now, True)
+            self._order.add(ticket, again=back, parked=parked)
+            self._paces[ticket.rank].mark(now, self._order.count(ticket.rank) > 0)
+
+    def _unpark(self, adapter: str) -> None:
+        """They stand in their places again: by deadline and age among those of their key."""
+        now, parked = time.monotonic(), self._parked.pop(adapter)
+        self._parked_count -= len(parked)
+        for ticket, again in parked.items():
+            if again:
+                heapq.heappush(self._returned, (ticket.since, ticket._again_as, ticket))
+            else:
+                self._order.offer(ticket)
+                self._paces[ticket.rank].mark(now, True)
+
+    def _forget_parked(self, ticket: Ticket) -> None:
+        parked = self._parked.get(ticket.adapter or "", {})
+        if ticket in parked and ticket.adapter is not None:
+            del parked[ticket]
+            self._parked_count -= 1
+            if not parked:
+                del self._parked[ticket.adapter]
 
     def _next(self) -> tuple[Ticket | None, bool]:
         """Whoever is next, taken out, and whether it had its turn before."""
@@ -422,6 +463,7 @@ class VersionLine:
             if self:
                 self.pump(now)
             return
+        self._forget_parked(ticket)
         if ticket._again_as >= 0:
             ticket._again_as = -1
             self._returned_count -= 1
@@ -434,6 +476,7 @@ class VersionLine:
 
     def _fail(self, ticket: Ticket, error: RequestError) -> None:
         """Somebody who waits is refused after all."""
+        self._forget_parked(ticket)
         self._order.remove(ticket)
         self._paces[ticket.rank].mark(time.monotonic(), self._order.count(ticket.rank) > 0)
         if ticket._future is not None and not ticket._future.done():

@@ -234,6 +234,52 @@ async def test_an_adapter_is_asked_for_only_where_it_is_loaded() -> None:
     assert at(await held) == "old"
 
 
+@pytest.mark.parametrize("again", [False, True])
+async def test_an_adapter_that_is_nowhere_yet_keeps_nobody_else_waiting(again: bool) -> None:
+    to = line(endpoint("a", 1, adapters=()))
+    taken = await take(to)
+    early = [await waiting(to, key="x", since=1 + i, adapter="new", again=again) for i in range(90)]
+    base = await waiting(to, key="y", since=200)
+    to.release(taken)
+    taken = await asyncio.wait_for(base, 1)
+    assert (len(to), sum(d.held for d in to.demand())) == (90, 90)
+    late = await waiting(to, key="x", since=300)
+    early.pop().cancel()
+    await settled()
+    to.update([endpoint("a", 1, adapters=("new",))], only_add=False)
+    for one in early:  # each in its place: they came before `late`
+        to.release(taken)
+        taken = await asyncio.wait_for(one, 1)
+    to.release(taken)
+    to.release(await asyncio.wait_for(late, 1))
+    assert (len(to), to.demand()) == (0, [])
+
+
+async def test_one_whose_adapter_is_nowhere_counts_in_the_queue_and_is_told_when_its_time_is_up() -> None:
+    to = line(endpoint("a", 9, adapters=()))
+    with pytest.raises(WaitTooLong):
+        await take(to, adapter="new", max_wait_s=0.01)
+    held = await waiting(to, adapter="new")
+    with pytest.raises(QueueFull):
+        await take(to, adapter="new", max_queue=1)
+    to.refuse_all(lambda: NoReplica("none will come"))
+    with pytest.raises(NoReplica):
+        await held
+    assert len(to) == 0
+
+
+async def test_an_adapter_that_is_unloaded_is_waited_for_aside() -> None:
+    to = line(endpoint("a", 1, adapters=("x",)))
+    taken = await take(to)
+    held = [await waiting(to, adapter="x") for _ in range(queue.MOST_ASIDE)]
+    base = await waiting(to)
+    to.update([endpoint("a", 1, adapters=())], only_add=False)
+    to.release(taken)
+    assert at(await asyncio.wait_for(base, 1)) == "a"
+    for task in held:
+        task.cancel()
+
+
 async def test_a_large_one_gets_its_turn_among_small_ones() -> None:
     to = line(endpoint("a", 10, kv_tokens=100), endpoint("b", 10, kv_tokens=100))
     small = [await take(to, tokens=40) for _ in range(4)]
@@ -400,10 +446,11 @@ class AnyOrder(RuleBasedStateMachine):
         rank=st.integers(0, 2),
         tokens=st.sampled_from([0, 1, 5, 30]),
         weight=st.integers(1, 3),
+        adapter=st.sampled_from([None, None, "x"]),
     )
-    def arrives(self, key: str, rank: int, tokens: int, weight: int) -> None:
+    def arrives(self, adapter: str | None, **of: Any) -> None:
         self.arrivals += 1
-        self.ask(ticket(since=float(self.arrivals), key=key, rank=rank, tokens=tokens, weight=weight), again=False)
+        self.ask(ticket(since=float(self.arrivals), adapter=adapter, **of), again=False)
         self.step()
 
     @precondition(lambda self: self.held)
@@ -441,12 +488,15 @@ class AnyOrder(RuleBasedStateMachine):
                 st.integers(1, 3),
                 st.sampled_from([State.READY, State.READY, State.DRAINING, State.STARTING]),
                 st.sampled_from([None, 6, 20]),
+                st.sampled_from([None, (), ("x",)]),
             ),
         ),
         only_add=st.booleans(),
     )
-    def directory_speaks(self, table: dict[str, tuple[int, State, int | None]], only_add: bool) -> None:
-        endpoints = [endpoint(i, slots, state, kv_tokens=kv) for i, (slots, state, kv) in table.items()]
+    def directory_speaks(
+        self, table: dict[str, tuple[int, State, int | None, tuple[str, ...] | None]], only_add: bool
+    ) -> None:
+        endpoints = [endpoint(i, n, state, kv_tokens=kv, adapters=has) for i, (n, state, kv, has) in table.items()]
         self.step(self.line.update, endpoints, only_add=only_add)
 
     @rule(held=st.integers(0, 5), running=st.integers(0, 5), turn=st.integers(0, 9))
@@ -472,8 +522,9 @@ class AnyOrder(RuleBasedStateMachine):
                 assert not self.fitting(one, moment_ago)
 
     def wanted(self, one: Ticket) -> list[Upstream]:
-        ready = [u for u in self.line.upstreams.values() if u.endpoint.state is State.READY]
-        return [u for u in ready if u.endpoint.id not in one.avoid] or ready
+        has = [(u, u.endpoint.adapters) for u in self.line.upstreams.values() if u.endpoint.state is State.READY]
+        able = [u for u, adapters in has if one.adapter is None or adapters is None or one.adapter in adapters]
+        return [u for u in able if u.endpoint.id not in one.avoid] or able
 
     def fitting(self, one: Ticket, now: float) -> list[Upstream]:
         return [u for u in self.wanted(one) if u.room(now, one.tokens)]

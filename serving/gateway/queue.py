@@ -375,6 +375,7 @@ class VersionLine:
 
     def _admit(self, ticket: Ticket, others: int, max_queue: int, max_wait_s: float, now: float) -> None:
         """Raises what is refused at once: a full queue, unless somebody must give way, and a wait without hope."""
+        loser, error = None, None
         if len(self) + others >= max_queue:
             loser = self._order.give_way(ticket, max_queue) if max_queue else None
             error = QueueFull(
@@ -383,7 +384,6 @@ class VersionLine:
             )
             if loser is None:
                 raise error
-            self._fail(loser, error)
         ahead, pace = self._outlook(ticket, now)
         # Who has nobody before it may always wait: were the pace misjudged, nobody else could find out.
         if pace is not None and ahead and (ahead + 1) / pace > HOPEFUL * max_wait_s:
@@ -391,6 +391,8 @@ class VersionLine:
                 f"{self.version_id}: {ahead} requests are before this one: it would not be served within {max_wait_s:g} s",
                 retry_after_s=self._retry_after_s(ticket, now),
             )
+        if loser is not None and error is not None:  # last: nobody gives way to one who does not enter
+            self._fail(loser, error)
 
     def _outlook(self, ticket: Ticket, now: float) -> tuple[int, float | None]:
         """How many would be served before a new one like it, and how many are a second; None while that is unknown."""

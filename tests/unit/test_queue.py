@@ -114,6 +114,22 @@ async def test_the_other_versions_of_a_model_share_its_queue() -> None:
         await take(to, others=3, max_queue=3)
 
 
+async def test_nobody_gives_way_to_one_that_is_refused_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "time", SimpleNamespace(monotonic=iter(range(0, 100_000, 10)).__next__))
+    to = line(endpoint(slots=1))
+    for _ in range(3):
+        to.release(await take(to))  # each took 10 s
+    await take(to)
+    held = [await waiting(to, key="a", max_wait_s=1e6) for _ in range(30)]
+    low = [await waiting(to, key="b", rank=2, max_wait_s=1e6) for _ in range(10)]
+    with pytest.raises(WaitTooLong):
+        await take(to, key="a", max_queue=40, max_wait_s=10)
+    await settled()
+    assert not any(t.done() for t in held + low)
+    for task in held + low:
+        task.cancel()
+
+
 async def test_one_that_had_its_turn_is_not_refused_by_a_full_line() -> None:
     to = line(endpoint(slots=1))
     taken = await take(to)

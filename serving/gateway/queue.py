@@ -190,7 +190,6 @@ class VersionLine:
             if found is not None:
                 self._bind(ticket, found, now)
                 return found
-        self._refuse_hopeless()
         if not again:
             self._admit(ticket, others, max_queue, max_wait_s, now)
         future = ticket._future = asyncio.get_running_loop().create_future()
@@ -539,13 +538,6 @@ class VersionLine:
         self._timer = None
         if self:
             self.pump()
-
-    def _refuse_hopeless(self) -> None:
-        """Every replica we know of failed at its start: say so now instead of holding the client. One that died while it
-        served is being replaced, and worth waiting for."""
-        known = [u.endpoint for u in self.upstreams.values()]
-        if known and all(e.state is State.FAILED and e.ready_after_s is None for e in known):
-            raise NoReplica(f"{self.version_id} has no ready replica: its engine does not start", retry_after_s=10)
 
 
 def bound_wait(limit_s: float, deadline: float, clock: Callable[[], float] = time.monotonic) -> float:

@@ -9,9 +9,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from serving.fleet.endpoint import State
 from tests.gateway import harness
-from tests.gateway.harness import Answer, Engine, EngineRoom, Front, Keys, chat, endless, eventually, refusing
+from tests.gateway.harness import Answer, Engine, EngineRoom, Front, Keys, chat, endless, eventually
 
 
 @pytest.fixture
@@ -127,12 +126,6 @@ async def test_no_replica_within_the_wait_is_503(front: Front) -> None:
     assert (answer.status, answer.error["code"], answer.headers["retry-after"]) == (503, "model_unavailable", "5")
     with pytest.raises(openai.InternalServerError):
         await front.openai().chat.completions.create(**chat())
-
-
-async def test_engines_that_do_not_start_are_not_waited_for(front: Front) -> None:
-    front.serve(refusing(state=State.FAILED))
-    answer = await front.ask(body=chat())
-    assert (answer.status, answer.error["code"]) == (503, "model_unavailable")
 
 
 async def test_a_gateway_that_drains_takes_nothing_new_and_ends_what_it_has(front: Front, one_slot: Engine) -> None:

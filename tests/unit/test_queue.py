@@ -151,13 +151,10 @@ async def test_a_wait_without_any_ready_replica_ends_as_no_replica() -> None:
         await take(line(endpoint(state=State.STARTING)), max_wait_s=0.01)
 
 
-async def test_engines_that_never_started_are_not_waited_for() -> None:
-    with pytest.raises(NoReplica):
-        await take(line(endpoint(state=State.FAILED)))
-
-
-async def test_an_engine_that_died_at_work_is_being_replaced_and_waited_for() -> None:
-    to = line(endpoint("old", state=State.FAILED, ready_after_s=1.0))
+@pytest.mark.parametrize("ready_after_s", [None, 1.0])
+async def test_an_engine_that_failed_is_being_replaced_and_waited_for(ready_after_s: float | None) -> None:
+    """At its start or at work. When to give up is the fleet's to say: it counts the starts."""
+    to = line(endpoint("old", state=State.FAILED, ready_after_s=ready_after_s))
     task = await waiting(to)
     to.update([endpoint("new")], only_add=False)
     assert at(await task) == "new"

@@ -28,9 +28,9 @@ from serving.gateway.sizes import Sizes
 OVERDRAFT_S = 0.05
 OVERDRAFT_LEAST_S = 0.004  # when such tries are let in, one after the other: then nobody else fills the slots
 OTHERS_FORGOTTEN_S = 3.0  # without news of the other gateways, everybody takes what there is
-MOST_ASIDE = (
-    64  # that are looked past for one who can take what is free: the work for an event must not grow with the line
-)
+# That are looked past for one who can take what is free: the work for an event must grow neither with the line nor, by its
+# square, with the fleet.
+MOST_ASIDE = 16
 RETRY_UNKNOWN_S = 1.0  # when nothing is known of how fast slots come free
 LONGEST_RETRY_S = 3600.0
 # A request enters when it will be served within this part of its longest wait, as far as can be told. The rest is for being
@@ -268,7 +268,11 @@ class VersionLine:
         now = time.monotonic() if now is None else now
         aside: list[tuple[Ticket, bool]] = []
         kept: set[str] = set()
-        while self and len(aside) < MOST_ASIDE and self._may_bind(now) and self._any_room(now):
+        free: dict[str, float] = {}  # endpoints with a slot that are not kept, and their KV cache that is free
+        if self:
+            ready = (u for u in self.upstreams.values() if u.endpoint.state is State.READY and u.room(now))
+            free = {u.endpoint.id: u.free_tokens() for u in ready}
+        while free and self and len(aside) < MOST_ASIDE and self._may_bind(now):
             ticket, again = self._next()
             if ticket is None:
                 break
@@ -279,17 +283,24 @@ class VersionLine:
             if ticket.adapter is not None and not self._somewhere(ticket.adapter):
                 self._join(ticket, again, now, back=True)
                 continue
-            found = self._pick(ticket, now, kept)
-            if found is not None:
-                self._serve(ticket, found, again, now)
-                continue
+            anywhere = not ticket.avoid and ticket.adapter is None
+            best = max(free, key=free.__getitem__) if anywhere else None
+            if best is None or ticket.tokens <= free[best]:
+                found = self._pick(ticket, now, kept)
+                if found is not None:
+                    self._serve(ticket, found, again, now)
+                    if found.room(now):
+                        free[found.endpoint.id] = found.free_tokens()
+                    else:
+                        free.pop(found.endpoint.id, None)
+                    continue
             aside.append((ticket, again))
-            lacking = self._lacking(ticket.adapter)
-            roomy = [u for u in self.upstreams.values() if self._takes(u, ticket, now, kept | lacking)]
-            if roomy:  # slots are free, and only its size is in the way
-                kept.add(max(roomy, key=lambda u: (u.endpoint.kv_tokens or 0) - u.tokens).endpoint.id)
-            elif not ticket.avoid and ticket.adapter is None:
-                break  # nothing is free for those behind it either
+            if best is None:
+                without = ticket.avoid | self._lacking(ticket.adapter)
+                best = max((i for i in free if i not in without), key=free.__getitem__, default=None)
+            if best is not None:  # slots are free, and only its size is in the way
+                kept.add(best)
+                del free[best]
         for ticket, again in aside:
             self._join(ticket, again, now, back=True)
         self._blocked = bool(kept)
@@ -323,11 +334,6 @@ class VersionLine:
 
     def _any_room(self, now: float) -> bool:
         return any(u.room(now) and u.endpoint.state is State.READY for u in self.upstreams.values())
-
-    def _takes(self, u: Upstream, ticket: Ticket, now: float, kept: set[str]) -> bool:
-        """Whether a slot is free there for it, its size apart."""
-        e = u.endpoint
-        return e.state is State.READY and e.id not in kept and e.id not in ticket.avoid and u.room(now)
 
     def _bind(self, ticket: Ticket, upstream: Upstream, now: float) -> None:
         upstream.bind(now, ticket.tokens)

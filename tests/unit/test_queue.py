@@ -309,6 +309,32 @@ async def test_a_large_one_gets_its_turn_among_small_ones() -> None:
     behind[1].cancel()
 
 
+async def test_the_work_for_a_release_grows_with_the_fleet_and_not_by_its_square(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """KV cache is what is short. Counted in looks at an endpoint, not in time."""
+    looks, room = 0, Upstream.room
+
+    def counted(u: Upstream, now: float, tokens: int = 0) -> bool:
+        nonlocal looks
+        looks += 1
+        return room(u, now, tokens)
+
+    async def work(endpoints: int) -> int:
+        nonlocal looks
+        to = line(*(endpoint(str(i), 64, kv_tokens=1000) for i in range(endpoints)))
+        small = [await take(to, tokens=100) for _ in range(9 * endpoints)]
+        large = [await waiting(to, tokens=350) for _ in range(80)]
+        looks = 0
+        to.release(small[0])
+        for task in large:
+            task.cancel()
+        return looks
+
+    monkeypatch.setattr(Upstream, "room", counted)
+    assert await work(64) < 3 * 64
+
+
 async def test_a_large_one_of_a_low_class_gets_its_turn_however_many_small_ones_come() -> None:
     to = line(endpoint("a", 10, kv_tokens=100))
     running = [await take(to, tokens=10) for _ in range(10)]

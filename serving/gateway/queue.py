@@ -529,7 +529,9 @@ class VersionLine:
                 at = u.full_until
             if now < u.broken_until < at:
                 at = u.broken_until
-        if self._share is not None and self.running >= self._share.slots:
+        # Where one more is let in already, it is room that is missing, and whatever frees some looks again.
+        over = self._share is not None and self.running >= self._share.slots and now < self._overdraft_at
+        if over and self._any_room(now):
             at = min(at, max(self._overdraft_at, now + OVERDRAFT_LEAST_S))
         if self._timer is not None:
             if self._timer_at <= at:

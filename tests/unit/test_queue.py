@@ -373,6 +373,22 @@ async def test_a_line_that_never_waits_binds_what_is_its_part_while_others_hold(
     assert at(await take(to, key="a", max_queue=0)) == "a"
 
 
+@pytest.mark.parametrize("kv_tokens", [None, 100])
+async def test_nothing_is_polled_while_every_slot_or_all_kv_cache_is_taken(kv_tokens: int | None) -> None:
+    """Also not beyond its share: whatever frees room looks again."""
+    to = line(endpoint(slots=4 if kv_tokens is None else 6, kv_tokens=kv_tokens))
+    taken = [await take(to, key="k", tokens=25) for _ in range(4)]
+    held = [await waiting(to, key="k", tokens=25) for _ in range(9)]
+    to.others({"other": (KeyDemand("z", 1, 1.0, 20, 0),)}, 1)
+    with mock.patch.object(to, "pump", wraps=to.pump) as pump:
+        await asyncio.sleep(0.1)
+        assert pump.call_count <= 4
+    to.release(taken[0])
+    assert at(await asyncio.wait_for(asyncio.shield(held[0]), 1)) == "a"
+    for task in held:
+        task.cancel()
+
+
 async def test_a_slot_bound_in_the_instant_of_a_cancel_is_given_back() -> None:
     to = line(endpoint(slots=1))
     taken = await take(to)

@@ -10,6 +10,8 @@ from serving.gateway.routes import Route
 
 BYTES_A_TOKEN = 4.0  # of the JSON body, before the first answers tell: English text, common vocabularies
 MOST_BYTES_A_TOKEN = 16  # no vocabulary does better over a whole prompt of text or code
+# JSON escapes may treble what is counted here; beyond that, most of a body was media.
+MOST_BODY_BYTES_A_TOKEN = 48
 MEDIA_TOKENS = 1024  # of an image or a clip that comes inside the body
 _MEDIA_BODY_BYTES = 16 * 1024  # a smaller body is not searched for media
 
@@ -72,9 +74,11 @@ class Sizes:
         n = fields.get("n")
         return tokens * min(n, 128) if type(n) is int and n > 1 else tokens
 
-    def learn(self, body_bytes: int, prompt: int | None, answer: int | None) -> None:
-        """What an answered request turned out to be."""
-        if prompt:
+    def learn(self, body_bytes: int, prompt: int | None, answer: int | None, *, media: bool = False) -> None:
+        """What an answered request turned out to be. `media`: some came inside its body (`has_media`), whose bytes tell
+        nothing of text; where that is not known, a body too large to be text is left out."""
+        large = body_bytes > _MEDIA_BODY_BYTES and prompt and body_bytes > prompt * MOST_BODY_BYTES_A_TOKEN
+        if prompt and not media and not large:
             kept = 1 - 1 / self._COUNT
             self._tokens = self._tokens * kept + prompt
             self._bytes = self._bytes * kept + body_bytes
@@ -84,6 +88,11 @@ class Sizes:
             off = answer - self._mean
             self._mean += off * weight
             self._deviation += (abs(off) - self._deviation) * weight
+
+
+def has_media(route: Route, fields: Mapping[str, Any], body_bytes: int) -> bool:
+    """Whether media come inside the body, as far as estimates tell them from text."""
+    return body_bytes > _MEDIA_BODY_BYTES and _media(fields, route)[0] > 0
 
 
 def check_input(limit: int | None, route: Route, fields: Mapping[str, Any], body_bytes: int) -> None:

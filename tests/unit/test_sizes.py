@@ -9,13 +9,21 @@ import pytest
 
 from serving.errors import BadRequest
 from serving.gateway.routes import SERVED
-from serving.gateway.sizes import MEDIA_TOKENS, Sizes, check_input
+from serving.gateway.sizes import MEDIA_TOKENS, Sizes, check_input, has_media
 
 CHAT, TEXT = SERVED["/v1/chat/completions"], SERVED["/v1/completions"]
 
 
 def estimate(sizes: Sizes, fields: dict[str, Any], path: str = CHAT.path, context: int | None = None) -> int:
     return sizes.estimate(SERVED[path], fields, len(msgspec.json.encode(fields)), context)
+
+
+def said(*content: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(content)}]}
+
+
+def image(size: int) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * size}}
 
 
 def test_before_any_answer_a_token_is_four_bytes() -> None:
@@ -70,12 +78,20 @@ def test_nothing_is_larger_than_the_context() -> None:
 
 
 def test_media_inside_the_body_is_not_text() -> None:
-    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 1_000_000}}
-    fields = {
-        "messages": [{"role": "user", "content": [image, {"type": "text", "text": "what is it?"}]}],
-        "max_tokens": 9,
-    }
+    fields = said(image(1_000_000), {"type": "text", "text": "what is it?"}) | {"max_tokens": 9}
     assert MEDIA_TOKENS < estimate(Sizes(), fields) < MEDIA_TOKENS + 100
+
+
+def test_media_teach_nothing_of_the_size_of_a_token() -> None:
+    sizes, text = Sizes(), {"prompt": "x" * 40_000, "max_tokens": 9}
+    before = estimate(sizes, text, TEXT.path)
+    for _ in range(9):
+        sizes.learn(3_000_000, prompt=1500, answer=9)
+        sizes.learn(20_000, prompt=1500, answer=9, media=has_media(CHAT, said(image(20_000)), 20_000))
+    assert estimate(sizes, text, TEXT.path) == before
+    for _ in range(500):  # Cyrillic as ASCII is at 6 bytes a letter
+        sizes.learn(40_000, prompt=2200, answer=9, media=has_media(CHAT, said("x" * 40_000), 40_000))
+    assert estimate(sizes, text, TEXT.path) < before / 3
 
 
 @pytest.mark.parametrize(

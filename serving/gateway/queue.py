@@ -183,9 +183,7 @@ class VersionLine:
         before all others. Raises QueueFull (429), WaitTooLong (429) or NoReplica (503), each with a Retry-After.
         """
         now = time.monotonic()
-        if (again or len(self) == self._parked_count) and (
-            now >= self._others_until or self._may_bind(now, ticket)
-        ):
+        if (again or len(self) == self._parked_count) and (now >= self._others_until or self._may_bind(now, ticket)):
             found = self._pick(ticket, now)
             if found is not None:
                 self._bind(ticket, found, now)

@@ -40,7 +40,7 @@ class Sizes:
 
     def prompt(self, route: Route, fields: Mapping[str, Any], body_bytes: int) -> int:
         if type(fields.get("prompt")) is list and (ids := _token_ids(fields)):
-            return ids
+            return sum(ids)
         media = 0
         if body_bytes > _MEDIA_BODY_BYTES:
             media, media_bytes = _media(fields, route)
@@ -100,21 +100,63 @@ def check_input(limit: int | None, route: Route, fields: Mapping[str, Any], body
     no vocabulary could fit it. What only the engine's tokenizer can tell is the engine's to refuse."""
     if limit is None or body_bytes <= limit or route.answer is None:
         return
-    tokens = _token_ids(fields)
-    if not tokens and body_bytes > limit * MOST_BYTES_A_TOKEN:
-        tokens = (body_bytes - _media(fields, route)[1]) // MOST_BYTES_A_TOKEN
+    ids = _token_ids(fields)
+    tokens = max(ids, default=0)  # each is a prompt of its own
+    if not ids and body_bytes > limit * MOST_BYTES_A_TOKEN:
+        tokens = _text_bytes(fields, route) // MOST_BYTES_A_TOKEN
     if tokens > limit:
         raise BadRequest(f"the prompt has at least {tokens} tokens; the limit of this model is {limit}")
 
 
-def _token_ids(fields: Mapping[str, Any]) -> int:
-    """How many tokens a prompt of ids has; 0 when it is none. Of several prompts, the longest."""
+def _token_ids(fields: Mapping[str, Any]) -> list[int]:
+    """How many tokens each prompt of ids has; empty when there is none."""
     prompt = fields.get("prompt")
     if not isinstance(prompt, list) or not prompt:
-        return 0
+        return []
     if isinstance(prompt[0], int):
-        return len(prompt)
-    return max((len(p) for p in prompt if isinstance(p, list)), default=0)
+        return [len(prompt)]
+    return [len(p) for p in prompt if isinstance(p, list)]
+
+
+def _sequences(route: Route, fields: Mapping[str, Any]) -> int:
+    """How many answers are generated: `n` for each prompt of a batch."""
+    if not route.answer:
+        return 1
+    n, prompt = fields.get("n"), fields.get("prompt")
+    prompts = len(prompt) if isinstance(prompt, list) and prompt and isinstance(prompt[0], list | str) else 1
+    return prompts * (min(n, 128) if type(n) is int and n > 1 else 1)
+
+
+def _text_bytes(fields: Mapping[str, Any], route: Route) -> int:
+    """The least text in a prompt, as UTF-8: what JSON escapes is not longer for the tokenizer, and of a batch, or of documents
+    that are scored one by one, the longest counts."""
+    size = 0
+    for name in {"prompt", "instructions", *route.content}:
+        value = fields.get(name)
+        parts = value if isinstance(value, list) else [value]
+        sizes = [_utf8_bytes(part) for part in parts]
+        one = name in ("messages", "input", "system") and any(isinstance(part, dict) for part in parts)
+        size += sum(sizes) if one else max(sizes, default=0)
+    return size
+
+
+def _utf8_bytes(item: Any) -> int:
+    size = 0
+    todo = [(item, "")]
+    while todo:
+        item, name = todo.pop()
+        if isinstance(item, str):
+            if not _is_media(item, name):
+                size += len(item) if item.isascii() else len(item.encode("utf-8", "replace"))
+        elif isinstance(item, list):
+            todo += [(v, "") for v in item]
+        elif isinstance(item, dict):
+            todo += [(v, k) for k, v in item.items()]
+    return size
+
+
+def _is_media(text: str, name: str) -> bool:
+    return text.startswith("data:") or (name == "data" and len(text) > 256)
 
 
 def _media(fields: Mapping[str, Any], route: Route) -> tuple[int, int]:
@@ -128,7 +170,7 @@ def _media(fields: Mapping[str, Any], route: Route) -> tuple[int, int]:
         elif isinstance(item, dict):
             for name, v in item.items():
                 if isinstance(v, str):
-                    if v.startswith("data:") or (name == "data" and len(v) > 256):
+                    if _is_media(v, name):
                         count, size = count + 1, size + len(v)
                 elif isinstance(v, dict | list):
                     todo.append(v)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import msgspec
@@ -101,6 +102,14 @@ def test_media_teach_nothing_of_the_size_of_a_token() -> None:
 def test_a_prompt_that_is_certainly_too_long_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(BadRequest, match="the limit of this model is 100"):
         check_input(100, TEXT, fields, len(msgspec.json.encode(fields)))
+
+
+@pytest.mark.parametrize("text", ["Государственная программа " * 60, "国家" * 250, "x" * 1599])
+def test_what_json_escapes_is_not_longer_for_the_model(text: str) -> None:
+    fields = {"messages": [{"role": "user", "content": text}]}
+    check_input(200, CHAT, fields, len(json.dumps(fields)))
+    fields = {"prompt": [text[:700]] * 10}
+    check_input(100, TEXT, fields, len(json.dumps(fields)))
 
 
 @pytest.mark.parametrize("fields", [{"prompt": [1] * 100}, {"prompt": "x" * 1500}, {"prompt": "x"}, {}])

@@ -32,11 +32,12 @@ class Sizes:
         self._mean = self._deviation = 0.0
 
     def estimate(self, route: Route, fields: Mapping[str, Any], body_bytes: int, context: int | None) -> int:
-        """Tokens of prompt and answer together, at most the engine's context."""
+        """Tokens of prompts and answers together, each at most the engine's context."""
         if route.answer is None:
             return 0  # counts tokens and runs no model
-        tokens = self.prompt(route, fields, body_bytes) + self._answer(route, fields)
-        return min(tokens, context) if context else tokens
+        sequences = _sequences(route, fields)
+        tokens = self.prompt(route, fields, body_bytes) + self._answer(route, fields) * sequences
+        return min(tokens, context * sequences) if context else tokens
 
     def prompt(self, route: Route, fields: Mapping[str, Any], body_bytes: int) -> int:
         if type(fields.get("prompt")) is list and (ids := _token_ids(fields)):
@@ -48,7 +49,7 @@ class Sizes:
         return int(body_bytes * self._tokens / self._bytes) + media * MEDIA_TOKENS + 1
 
     def _answer(self, route: Route, fields: Mapping[str, Any]) -> int:
-        """What was asked for, but no more than this version's answers commonly are: many clients ask for the most that
+        """Of one sequence: what was asked for, but no more than this version's answers commonly are: many clients ask for the most that
         there is and get a sentence."""
         if not route.answer:
             return 0
@@ -71,8 +72,7 @@ class Sizes:
                     tokens = min(least, asked)
         else:
             tokens = asked
-        n = fields.get("n")
-        return tokens * min(n, 128) if type(n) is int and n > 1 else tokens
+        return tokens
 
     def learn(self, body_bytes: int, prompt: int | None, answer: int | None, *, media: bool = False) -> None:
         """What an answered request turned out to be. `media`: some came inside its body (`has_media`), whose bytes tell

@@ -78,6 +78,20 @@ def test_nothing_is_larger_than_the_context() -> None:
     assert estimate(Sizes(), {"prompt": "x" * 100_000, "max_tokens": 5}, TEXT.path, context=2048) == 2048
 
 
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ({"prompt": [[1] * 50, [2] * 100], "max_tokens": 10}, 170),
+        ({"prompt": [1] * 50, "max_tokens": 10, "n": 3}, 80),
+        ({"prompt": [[1] * 50] * 4, "max_tokens": 10, "n": 2}, 280),
+        ({"prompt": [[1] * 900] * 3, "max_tokens": 200}, 3000),
+        ({"prompt": [[1] * 50] * 4}, 4 * 66),
+    ],
+)
+def test_every_prompt_of_a_batch_and_every_answer_takes_room(fields: dict[str, Any], tokens: int) -> None:
+    assert estimate(Sizes(), fields, TEXT.path, context=1000) == tokens
+
+
 def test_media_inside_the_body_is_not_text() -> None:
     fields = said(image(1_000_000), {"type": "text", "text": "what is it?"}) | {"max_tokens": 9}
     assert MEDIA_TOKENS < estimate(Sizes(), fields) < MEDIA_TOKENS + 100

@@ -49,8 +49,8 @@ class Sizes:
         return int(body_bytes * self._tokens / self._bytes) + media * MEDIA_TOKENS + 1
 
     def _answer(self, route: Route, fields: Mapping[str, Any]) -> int:
-        """Of one sequence: what was asked for, but no more than this version's answers commonly are: many clients ask for the most that
-        there is and get a sentence."""
+        """Of one sequence: what was asked for, but no more than this version's answers commonly are: many clients ask for the
+        most that there is and get a sentence."""
         if not route.answer:
             return 0
         asked = route.answer_default
@@ -146,7 +146,7 @@ def _utf8_bytes(item: Any) -> int:
     while todo:
         item, name = todo.pop()
         if isinstance(item, str):
-            if not _is_media(item, name):
+            if not is_media(item, name):
                 size += len(item) if item.isascii() else len(item.encode("utf-8", "replace"))
         elif isinstance(item, list):
             todo += [(v, "") for v in item]
@@ -155,7 +155,8 @@ def _utf8_bytes(item: Any) -> int:
     return size
 
 
-def _is_media(text: str, name: str) -> bool:
+def is_media(text: str, name: str) -> bool:
+    """Whether a string at `name` is an image or a clip, and no text."""
     return text.startswith("data:") or (name == "data" and len(text) > 256)
 
 
@@ -170,7 +171,7 @@ def _media(fields: Mapping[str, Any], route: Route) -> tuple[int, int]:
         elif isinstance(item, dict):
             for name, v in item.items():
                 if isinstance(v, str):
-                    if _is_media(v, name):
+                    if is_media(v, name):
                         count, size = count + 1, size + len(v)
                 elif isinstance(v, dict | list):
                     todo.append(v)

@@ -30,7 +30,9 @@ def blocks_of(route: Route, fields: Mapping[str, Any], adapter: str | None) -> t
     content = next((v for f in ("messages", "prompt", "input") if (v := fields.get(f)) is not None), None)
     data = bytearray()
     for part in (fields.get("system") or fields.get("instructions"), fields.get("tools"), *_parts(content)):
-        data += _encode(_cut(part, [_MOST_BYTES - len(data)]))
+        text = part.get("content") if type(part) is dict and len(part) == 2 else None
+        plain = type(text) is str and len(text) <= BLOCK_BYTES  # most messages: no look inside
+        data += _encode(part if plain else _cut(part, [_MOST_BYTES - len(data)]))
         data += b","
         if len(data) >= _MOST_BYTES:
             break

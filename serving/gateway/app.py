@@ -41,7 +41,7 @@ from serving.gateway.queue import Ticket, VersionLine, bound_wait
 from serving.gateway.relay import Broken, Busy, Engines, Reply, error_event
 from serving.gateway.routes import Route
 from serving.gateway.routing import Upstream
-from serving.gateway.sizes import check_input
+from serving.gateway.sizes import check_input, has_media
 from serving.gateway.state import Fleet, ModelConfig, Name
 from serving.telemetry.logs import RequestLog
 from serving.telemetry.metrics import UNKNOWN_MODEL, GatewayMetrics, ModelMetrics, StreamMeter
@@ -168,7 +168,8 @@ class Gateway:
             entered = True
             with _Watch(x, ticket.deadline - x.t0):
                 await self._answer(x, route, line, model, metrics, ticket, body, withhold_usage)
-            line.sizes.learn(len(body), x.line.prompt_tokens, x.line.completion_tokens)
+            media = has_media(route, fields, len(body))
+            line.sizes.learn(len(body), x.line.prompt_tokens, x.line.completion_tokens, media=media)
         finally:
             metrics.held.dec()
             if entered:

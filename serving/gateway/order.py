@@ -8,6 +8,8 @@ clock, no I/O.
   the present virtual time: it gains nothing by having been away, and owes nothing.
 * Inside a key: the nearest deadline, then the oldest.
 
+One that cannot be served anywhere for now is parked: it counts as one of its key and class, and nobody waits behind it.
+
 Every operation is O(log n) amortised, whatever waits: what leaves early is dropped from the heaps when it comes up, or when
 half of a heap is of that kind.
 """
@@ -50,22 +52,24 @@ W = TypeVar("W", bound=Waits)
 class _Flow(Generic[W]):
     """One key's requests of one class."""
 
-    __slots__ = ("heap", "key", "listed", "members", "start", "weight")
+    __slots__ = ("heap", "key", "listed", "members", "offered", "start", "weight")
 
     def __init__(self, key: str) -> None:
         self.key = key
         self.weight = 1.0
         self.start = 0.0  # virtual time
         self.listed = False  # in the class's heap, possibly at an earlier time than `start`
-        self.members: dict[W, None] = {}  # in order of arrival
+        self.members: dict[W, bool] = {}  # in order of arrival; False: parked
+        self.offered = 0  # of them, not parked
         self.heap: list[tuple[float, float, int, W]] = []
 
 
 class _Class(Generic[W]):
-    __slots__ = ("clock", "count", "flows", "heap", "passed", "weight")
+    __slots__ = ("clock", "count", "flows", "heap", "offered", "passed", "weight")
 
     def __init__(self) -> None:
         self.count = 0
+        self.offered = 0  # of them, not parked
         self.weight = 0.0  # of the keys that wait
         self.clock = 0.0  # virtual time: the start of the last one served
         self.passed = 0  # higher ones served while this class waited, since its own last
@@ -77,7 +81,7 @@ class _Class(Generic[W]):
         heap = self.heap
         while heap:
             start, number, flow = heap[0]
-            if not flow.members:
+            if not flow.offered:
                 flow.listed = False
                 heapq.heappop(heap)
             elif start < flow.start:
@@ -104,8 +108,8 @@ class Order(Generic[W]):
                 yield from flow.members
 
     def count(self, rank: int) -> int:
-        """How many of a class wait."""
-        return self._classes[rank].count
+        """How many of a class wait and are not parked."""
+        return self._classes[rank].offered
 
     def by_key(self) -> dict[tuple[str, int], tuple[int, float]]:
         """How many wait, and the key's own weight, by key and rank of the class."""
@@ -116,8 +120,9 @@ class Order(Generic[W]):
             if f.members
         }
 
-    def add(self, one: W, *, again: bool = False) -> None:
-        """Joins. `again`: it was popped a moment ago and was not served, so its key keeps its turn."""
+    def add(self, one: W, *, again: bool = False, parked: bool = False) -> None:
+        """Joins. `again`: it was popped a moment ago and was not served, so its key keeps its turn. `parked`: it is popped
+        only after an `offer`."""
         c = self._classes[one.rank]
         flow = c.flows.get(one.key)
         if flow is None:
@@ -125,18 +130,34 @@ class Order(Generic[W]):
             flow.weight = one.weight
         if not flow.members:
             if not again:
-                flow.start = max(flow.start, c.clock)
                 flow.weight = one.weight
             c.weight += flow.weight
         if not again:
             one.place = next(self._numbers)
-        flow.members[one] = None
+        flow.members[one] = False
+        c.count += 1
+        self._count += 1
+        if not parked:
+            self._offer(c, flow, one, again)
+
+    def offer(self, one: W) -> None:
+        """It was parked, and can be served from now on, in its place among those of its key."""
+        c = self._classes[one.rank]
+        self._offer(c, c.flows[one.key], one, again=False)
+
+    def _offer(self, c: _Class[W], flow: _Flow[W], one: W, again: bool) -> None:
+        if not again:
+            if not flow.offered:
+                flow.start = max(flow.start, c.clock)
+            if not c.offered:  # a class that nobody waited in has nothing to claim
+                c.passed = 0
+        flow.members[one] = True
+        flow.offered += 1
+        c.offered += 1
         heapq.heappush(flow.heap, (one.deadline, one.since, one.place, one))
         if not flow.listed:
             flow.listed = True
             heapq.heappush(c.heap, (flow.start, next(self._numbers), flow))
-        c.count += 1
-        self._count += 1
 
     def remove(self, one: W) -> bool:
         """Leaves unserved; False when it does not wait here."""
@@ -145,8 +166,8 @@ class Order(Generic[W]):
         if flow is None or one not in flow.members:
             return False
         self._drop(c, flow, one)
-        if len(flow.heap) > 2 * len(flow.members) + 8:
-            flow.heap = [entry for entry in flow.heap if entry[3] in flow.members]
+        if len(flow.heap) > 2 * flow.offered + 8:
+            flow.heap = [entry for entry in flow.heap if flow.members.get(entry[3])]
             heapq.heapify(flow.heap)
         return True
 
@@ -158,7 +179,7 @@ class Order(Generic[W]):
                 continue
             while True:
                 one = heapq.heappop(flow.heap)[3]
-                if one in flow.members:
+                if flow.members.get(one):
                     self._drop(c, flow, one)
                     return one
         return None
@@ -171,7 +192,7 @@ class Order(Generic[W]):
         flow.start += one.cost / flow.weight
         c.passed = 0
         for lower in self._classes[one.rank + 1 :]:
-            if lower.count:
+            if lower.offered:
                 lower.passed += 1
         if not c.count:  # nobody waits: what keys owed each other is settled
             c.clock, c.flows, c.heap = 0.0, {}, []
@@ -227,15 +248,18 @@ class Order(Generic[W]):
 
     def _turns(self) -> list[_Class[W]]:
         """Classes from the next one on: one that was passed too often, else the highest."""
-        overdue = [c for c in self._classes if c.passed >= CLASS_EVERY - 1 and c.count]
+        overdue = [c for c in self._classes if c.passed >= CLASS_EVERY - 1 and c.offered]
         return [*sorted(overdue, key=lambda c: -c.passed), *self._classes] if overdue else [*self._classes]
 
     def _drop(self, c: _Class[W], flow: _Flow[W], one: W) -> None:
-        del flow.members[one]
+        if flow.members.pop(one):
+            flow.offered -= 1
+            c.offered -= 1
+            if not flow.offered:
+                flow.heap.clear()
         c.count -= 1
         self._count -= 1
         if not flow.members:
-            flow.heap.clear()
             c.weight -= flow.weight
             if not c.count:
-                c.weight, c.passed = 0.0, 0
+                c.weight = 0.0

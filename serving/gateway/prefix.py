@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
 
 from serving.gateway.routes import Route
+from serving.gateway.sizes import MEDIA_TOKENS, is_media
 
 BLOCK_BYTES = 1024  # of the prompt as JSON; small ones share too little to matter
 BLOCK_TOKENS = 256  # what such a block is about
 MOST_BLOCKS = 512  # of one prompt
 KEPT_BLOCKS = 8192  # of one endpoint, where its cache is larger or not known
+_MOST_BYTES = MOST_BLOCKS * BLOCK_BYTES
+_MEDIA_SAMPLE = 1024  # characters
+_MEDIA_BYTES = MEDIA_TOKENS // BLOCK_TOKENS * BLOCK_BYTES  # what an image or a clip counts for
+_IDS_AT_ONCE = 8192
+_DEEPEST = 32
 _encode = msgspec.json.Encoder().encode
 
 
@@ -22,16 +28,75 @@ def blocks_of(route: Route, fields: Mapping[str, Any], adapter: str | None) -> t
     if not route.answer:
         return ()
     content = next((v for f in ("messages", "prompt", "input") if (v := fields.get(f)) is not None), None)
-    data = _encode([fields.get("system") or fields.get("instructions"), fields.get("tools"), content])
+    data = bytearray()
+    for part in (fields.get("system") or fields.get("instructions"), fields.get("tools"), *_parts(content)):
+        text = part.get("content") if type(part) is dict and len(part) == 2 else None
+        plain = type(text) is str and len(text) <= BLOCK_BYTES  # most messages: no look inside
+        data += _encode(part if plain else _cut(part, [_MOST_BYTES - len(data)]))
+        data += b","
+        if len(data) >= _MOST_BYTES:
+            break
     whole = min(len(data) // BLOCK_BYTES, MOST_BLOCKS)
     if not whole:
         return ()
     chain = hash((adapter, fields.get("cache_salt") if isinstance(fields.get("cache_salt"), str) else None))
     found = []
     for i in range(whole):
-        chain = hash((chain, data[i * BLOCK_BYTES : (i + 1) * BLOCK_BYTES]))
+        chain = hash((chain, bytes(data[i * BLOCK_BYTES : (i + 1) * BLOCK_BYTES])))
         found.append(chain)
     return tuple(found)
+
+
+def _parts(content: Any) -> Iterator[Any]:
+    """A prompt piece by piece, so that nobody reads on where enough is known."""
+    if not isinstance(content, list):
+        yield content
+    elif content and isinstance(content[0], int):
+        for i in range(0, len(content), _IDS_AT_ONCE):
+            yield content[i : i + _IDS_AT_ONCE]
+    else:
+        yield from content
+
+
+def _cut(item: Any, left: list[int], depth: int = 0, name: str = "") -> Any:
+    """No more of it than what becomes the first `left[0]` bytes or a little more, with digests in place of media."""
+    if left[0] <= 0 or depth > _DEEPEST:
+        return None
+    left[0] -= 2
+    if isinstance(item, str):
+        if is_media(item, name):
+            left[0] -= _MEDIA_BYTES
+            return _digest(item)
+        item = item[: left[0] + 2]
+        left[0] -= len(item)
+        return item
+    if isinstance(item, dict):
+        cut = {}
+        for key, value in item.items():
+            if left[0] <= 0:
+                break
+            left[0] -= len(key)
+            cut[key] = _cut(value, left, depth + 1, key)
+        return cut
+    if isinstance(item, list):
+        if item and isinstance(item[0], int):
+            item = item[: left[0] // 2 + 1]
+            left[0] -= 2 * len(item)
+            return item
+        pieces = []
+        for value in item:
+            if left[0] <= 0:
+                break
+            pieces.append(_cut(value, left, depth + 1))
+        return pieces
+    return item
+
+
+def _digest(media: str) -> str:
+    """Of its length and of samples all over it: media that differ do so in most of their bytes, compressed as they are."""
+    step = max(1, len(media) // _MEDIA_SAMPLE)
+    samples = (len(media), media[:_MEDIA_SAMPLE], media[-_MEDIA_SAMPLE:], media[::step])
+    return f"{hash(samples) & 0xFFFF_FFFF_FFFF_FFFF:016x}" * (_MEDIA_BYTES // 16)
 
 
 class Remembered:

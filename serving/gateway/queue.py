@@ -28,9 +28,9 @@ from serving.gateway.sizes import Sizes
 OVERDRAFT_S = 0.05
 OVERDRAFT_LEAST_S = 0.004  # when such tries are let in, one after the other: then nobody else fills the slots
 OTHERS_FORGOTTEN_S = 3.0  # without news of the other gateways, everybody takes what there is
-MOST_ASIDE = (
-    64  # that are looked past for one who can take what is free: the work for an event must not grow with the line
-)
+# That are looked past for one who can take what is free: the work for an event must grow neither with the line nor, by its
+# square, with the fleet.
+MOST_ASIDE = 16
 RETRY_UNKNOWN_S = 1.0  # when nothing is known of how fast slots come free
 LONGEST_RETRY_S = 3600.0
 # A request enters when it will be served within this part of its longest wait, as far as can be told. The rest is for being
@@ -87,6 +87,9 @@ class VersionLine:
         self._order: Order[Ticket] = Order()
         self._returned: list[tuple[float, int, Ticket]] = []  # had their turn already: before all others, by arrival
         self._returned_count = 0
+        # By adapter, those whose adapter no ready replica has yet, and whether each had its turn: nobody waits behind them.
+        self._parked: dict[str, dict[Ticket, bool]] = {}
+        self._parked_count = 0
         self._numbers = itertools.count()
         self._by_key: dict[tuple[str, int], list[float]] = {}  # bound now: their number, and the key's weight
         self._paces = tuple(Pace() for _ in CLASSES)
@@ -124,10 +127,11 @@ class VersionLine:
         if newcomer is not None:
             count, weight = held.get(newcomer.at, (0, newcomer.weight))
             held[newcomer.at] = (count + 1, weight)
-        for _, place, t in self._returned:
-            if t._again_as == place:
-                known = held.get(t.at, (0, t.weight))
-                held[t.at] = (known[0] + 1, known[1])
+        returned = [t for _, place, t in self._returned if t._again_as == place]
+        returned += [t for parked in self._parked.values() for t, again in parked.items() if again]
+        for t in returned:
+            known = held.get(t.at, (0, t.weight))
+            held[t.at] = (known[0] + 1, known[1])
         return [
             KeyDemand(
                 at[0],
@@ -152,6 +156,8 @@ class VersionLine:
         if not only_add:
             for gone in self.upstreams.keys() - seen:
                 del self.upstreams[gone]
+        for adapter in [a for a in self._parked if self._somewhere(a)]:
+            self._unpark(adapter)
         self.pump()
 
     def others(self, demand: Mapping[str, tuple[KeyDemand, ...]], turn: int) -> None:
@@ -177,14 +183,11 @@ class VersionLine:
         before all others. Raises QueueFull (429), WaitTooLong (429) or NoReplica (503), each with a Retry-After.
         """
         now = time.monotonic()
-        if (again or not (self._order or self._returned_count)) and (
-            now >= self._others_until or self._may_bind(now, ticket)
-        ):
+        if (again or len(self) == self._parked_count) and (now >= self._others_until or self._may_bind(now, ticket)):
             found = self._pick(ticket, now)
             if found is not None:
                 self._bind(ticket, found, now)
                 return found
-        self._refuse_hopeless()
         if not again:
             self._admit(ticket, others, max_queue, max_wait_s, now)
         future = ticket._future = asyncio.get_running_loop().create_future()
@@ -211,6 +214,8 @@ class VersionLine:
     def refuse_all(self, why: Callable[[], RequestError]) -> None:
         """No replica will come: everybody who waits is told now."""
         now = time.monotonic()
+        for adapter in list(self._parked):
+            self._unpark(adapter)
         while (ticket := self._next()[0]) is not None:
             if ticket._future is not None and not ticket._future.done():
                 ticket._future.set_exception(why())
@@ -261,7 +266,11 @@ class VersionLine:
         now = time.monotonic() if now is None else now
         aside: list[tuple[Ticket, bool]] = []
         kept: set[str] = set()
-        while self and len(aside) < MOST_ASIDE and self._may_bind(now) and self._any_room(now):
+        free: dict[str, float] = {}  # endpoints with a slot that are not kept, and their KV cache that is free
+        if self:
+            ready = (u for u in self.upstreams.values() if u.endpoint.state is State.READY and u.room(now))
+            free = {u.endpoint.id: u.free_tokens() for u in ready}
+        while free and self and len(aside) < MOST_ASIDE and self._may_bind(now):
             ticket, again = self._next()
             if ticket is None:
                 break
@@ -269,17 +278,27 @@ class VersionLine:
             if ticket._future.done():  # it is leaving in this instant
                 self._paces[ticket.rank].mark(now, self._order.count(ticket.rank) > 0)
                 continue
-            found = self._pick(ticket, now, kept)
-            if found is not None:
-                self._serve(ticket, found, again, now)
+            if ticket.adapter is not None and not self._somewhere(ticket.adapter):
+                self._join(ticket, again, now, back=True)
                 continue
+            anywhere = not ticket.avoid and ticket.adapter is None
+            best = max(free, key=free.__getitem__) if anywhere else None
+            if best is None or ticket.tokens <= free[best]:
+                found = self._pick(ticket, now, kept)
+                if found is not None:
+                    self._serve(ticket, found, again, now)
+                    if found.room(now):
+                        free[found.endpoint.id] = found.free_tokens()
+                    else:
+                        free.pop(found.endpoint.id, None)
+                    continue
             aside.append((ticket, again))
-            lacking = self._lacking(ticket.adapter)
-            roomy = [u for u in self.upstreams.values() if self._takes(u, ticket, now, kept | lacking)]
-            if roomy:  # slots are free, and only its size is in the way
-                kept.add(max(roomy, key=lambda u: (u.endpoint.kv_tokens or 0) - u.tokens).endpoint.id)
-            elif not ticket.avoid and ticket.adapter is None:
-                break  # nothing is free for those behind it either
+            if best is None:
+                without = ticket.avoid | self._lacking(ticket.adapter)
+                best = max((i for i in free if i not in without), key=free.__getitem__, default=None)
+            if best is not None:  # slots are free, and only its size is in the way
+                kept.add(best)
+                del free[best]
         for ticket, again in aside:
             self._join(ticket, again, now, back=True)
         self._blocked = bool(kept)
@@ -306,13 +325,13 @@ class VersionLine:
         known = (u.endpoint for u in self.upstreams.values())
         return {e.id for e in known if e.adapters is not None and adapter not in e.adapters}
 
+    def _somewhere(self, adapter: str) -> bool:
+        """Whether a ready endpoint has it."""
+        ready = (u.endpoint for u in self.upstreams.values() if u.endpoint.state is State.READY)
+        return any(e.adapters is None or adapter in e.adapters for e in ready)
+
     def _any_room(self, now: float) -> bool:
         return any(u.room(now) and u.endpoint.state is State.READY for u in self.upstreams.values())
-
-    def _takes(self, u: Upstream, ticket: Ticket, now: float, kept: set[str]) -> bool:
-        """Whether a slot is free there for it, its size apart."""
-        e = u.endpoint
-        return e.state is State.READY and e.id not in kept and e.id not in ticket.avoid and u.room(now)
 
     def _bind(self, ticket: Ticket, upstream: Upstream, now: float) -> None:
         upstream.bind(now, ticket.tokens)
@@ -359,6 +378,7 @@ class VersionLine:
 
     def _admit(self, ticket: Ticket, others: int, max_queue: int, max_wait_s: float, now: float) -> None:
         """Raises what is refused at once: a full queue, unless somebody must give way, and a wait without hope."""
+        loser, error = None, None
         if len(self) + others >= max_queue:
             loser = self._order.give_way(ticket, max_queue) if max_queue else None
             error = QueueFull(
@@ -367,7 +387,6 @@ class VersionLine:
             )
             if loser is None:
                 raise error
-            self._fail(loser, error)
         ahead, pace = self._outlook(ticket, now)
         # Who has nobody before it may always wait: were the pace misjudged, nobody else could find out.
         if pace is not None and ahead and (ahead + 1) / pace > HOPEFUL * max_wait_s:
@@ -375,6 +394,8 @@ class VersionLine:
                 f"{self.version_id}: {ahead} requests are before this one: it would not be served within {max_wait_s:g} s",
                 retry_after_s=self._retry_after_s(ticket, now),
             )
+        if loser is not None and error is not None:  # last: nobody gives way to one who does not enter
+            self._fail(loser, error)
 
     def _outlook(self, ticket: Ticket, now: float) -> tuple[int, float | None]:
         """How many would be served before a new one like it, and how many are a second; None while that is unknown."""
@@ -396,13 +417,38 @@ class VersionLine:
         return RETRY_UNKNOWN_S if pace is None else min((ahead + 1) / pace, LONGEST_RETRY_S)
 
     def _join(self, ticket: Ticket, again: bool, now: float, *, back: bool = False) -> None:
+        parked = ticket.adapter is not None and not self._somewhere(ticket.adapter)
+        if parked:
+            assert ticket.adapter is not None
+            self._parked.setdefault(ticket.adapter, {})[ticket] = again
+            self._parked_count += 1
         if again:
             ticket._again_as = next(self._numbers)
-            heapq.heappush(self._returned, (ticket.since, ticket._again_as, ticket))
             self._returned_count += 1
+            if not parked:
+                heapq.heappush(self._returned, (ticket.since, ticket._again_as, ticket))
         else:
-            self._order.add(ticket, again=back)
-            self._paces[ticket.rank].mark(now, True)
+            self._order.add(ticket, again=back, parked=parked)
+            self._paces[ticket.rank].mark(now, self._order.count(ticket.rank) > 0)
+
+    def _unpark(self, adapter: str) -> None:
+        """They stand in their places again: by deadline and age among those of their key."""
+        now, parked = time.monotonic(), self._parked.pop(adapter)
+        self._parked_count -= len(parked)
+        for ticket, again in parked.items():
+            if again:
+                heapq.heappush(self._returned, (ticket.since, ticket._again_as, ticket))
+            else:
+                self._order.offer(ticket)
+                self._paces[ticket.rank].mark(now, True)
+
+    def _forget_parked(self, ticket: Ticket) -> None:
+        parked = self._parked.get(ticket.adapter or "", {})
+        if ticket in parked and ticket.adapter is not None:
+            del parked[ticket]
+            self._parked_count -= 1
+            if not parked:
+                del self._parked[ticket.adapter]
 
     def _next(self) -> tuple[Ticket | None, bool]:
         """Whoever is next, taken out, and whether it had its turn before."""
@@ -422,6 +468,7 @@ class VersionLine:
             if self:
                 self.pump(now)
             return
+        self._forget_parked(ticket)
         if ticket._again_as >= 0:
             ticket._again_as = -1
             self._returned_count -= 1
@@ -434,6 +481,7 @@ class VersionLine:
 
     def _fail(self, ticket: Ticket, error: RequestError) -> None:
         """Somebody who waits is refused after all."""
+        self._forget_parked(ticket)
         self._order.remove(ticket)
         self._paces[ticket.rank].mark(time.monotonic(), self._order.count(ticket.rank) > 0)
         if ticket._future is not None and not ticket._future.done():
@@ -479,7 +527,9 @@ class VersionLine:
                 at = u.full_until
             if now < u.broken_until < at:
                 at = u.broken_until
-        if self._share is not None and self.running >= self._share.slots:
+        # Where one more is let in already, it is room that is missing, and whatever frees some looks again.
+        over = self._share is not None and self.running >= self._share.slots and now < self._overdraft_at
+        if over and self._any_room(now):
             at = min(at, max(self._overdraft_at, now + OVERDRAFT_LEAST_S))
         if self._timer is not None:
             if self._timer_at <= at:
@@ -494,13 +544,6 @@ class VersionLine:
         self._timer = None
         if self:
             self.pump()
-
-    def _refuse_hopeless(self) -> None:
-        """Every replica we know of failed at its start: say so now instead of holding the client. One that died while it
-        served is being replaced, and worth waiting for."""
-        known = [u.endpoint for u in self.upstreams.values()]
-        if known and all(e.state is State.FAILED and e.ready_after_s is None for e in known):
-            raise NoReplica(f"{self.version_id} has no ready replica: its engine does not start", retry_after_s=10)
 
 
 def bound_wait(limit_s: float, deadline: float, clock: Callable[[], float] = time.monotonic) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
 
 from serving.fleet.endpoint import Endpoint, State
@@ -74,6 +75,11 @@ class Upstream:
             if now < self.full_until + BUSY_FORGOTTEN_S and sent >= fits:
                 return False
         return not sent or not e.kv_tokens or self.tokens + tokens <= e.kv_tokens
+
+    def free_tokens(self) -> float:
+        """How large one more may be where `room` has a slot for it."""
+        e = self.endpoint
+        return e.kv_tokens - self.tokens if self.sent and e.kv_tokens else math.inf
 
     def bind(self, now: float, tokens: int = 0) -> None:
         """One more is sent there. Beyond what fitted before, one at a time: a door that is full because of others would

@@ -10,6 +10,8 @@ from serving.gateway.routes import Route
 
 BYTES_A_TOKEN = 4.0  # of the JSON body, before the first answers tell: English text, common vocabularies
 MOST_BYTES_A_TOKEN = 16  # no vocabulary does better over a whole prompt of text or code
+# JSON escapes may treble what is counted here; beyond that, most of a body was media.
+MOST_BODY_BYTES_A_TOKEN = 48
 MEDIA_TOKENS = 1024  # of an image or a clip that comes inside the body
 _MEDIA_BODY_BYTES = 16 * 1024  # a smaller body is not searched for media
 
@@ -30,15 +32,16 @@ class Sizes:
         self._mean = self._deviation = 0.0
 
     def estimate(self, route: Route, fields: Mapping[str, Any], body_bytes: int, context: int | None) -> int:
-        """Tokens of prompt and answer together, at most the engine's context."""
+        """Tokens of prompts and answers together, each at most the engine's context."""
         if route.answer is None:
             return 0  # counts tokens and runs no model
-        tokens = self.prompt(route, fields, body_bytes) + self._answer(route, fields)
-        return min(tokens, context) if context else tokens
+        sequences = _sequences(route, fields)
+        tokens = self.prompt(route, fields, body_bytes) + self._answer(route, fields) * sequences
+        return min(tokens, context * sequences) if context else tokens
 
     def prompt(self, route: Route, fields: Mapping[str, Any], body_bytes: int) -> int:
         if type(fields.get("prompt")) is list and (ids := _token_ids(fields)):
-            return ids
+            return sum(ids)
         media = 0
         if body_bytes > _MEDIA_BODY_BYTES:
             media, media_bytes = _media(fields, route)
@@ -46,8 +49,8 @@ class Sizes:
         return int(body_bytes * self._tokens / self._bytes) + media * MEDIA_TOKENS + 1
 
     def _answer(self, route: Route, fields: Mapping[str, Any]) -> int:
-        """What was asked for, but no more than this version's answers commonly are: many clients ask for the most that
-        there is and get a sentence."""
+        """Of one sequence: what was asked for, but no more than this version's answers commonly are: many clients ask for the
+        most that there is and get a sentence."""
         if not route.answer:
             return 0
         asked = route.answer_default
@@ -69,12 +72,13 @@ class Sizes:
                     tokens = min(least, asked)
         else:
             tokens = asked
-        n = fields.get("n")
-        return tokens * min(n, 128) if type(n) is int and n > 1 else tokens
+        return tokens
 
-    def learn(self, body_bytes: int, prompt: int | None, answer: int | None) -> None:
-        """What an answered request turned out to be."""
-        if prompt:
+    def learn(self, body_bytes: int, prompt: int | None, answer: int | None, *, media: bool = False) -> None:
+        """What an answered request turned out to be. `media`: some came inside its body (`has_media`), whose bytes tell
+        nothing of text; where that is not known, a body too large to be text is left out."""
+        large = body_bytes > _MEDIA_BODY_BYTES and prompt and body_bytes > prompt * MOST_BODY_BYTES_A_TOKEN
+        if prompt and not media and not large:
             kept = 1 - 1 / self._COUNT
             self._tokens = self._tokens * kept + prompt
             self._bytes = self._bytes * kept + body_bytes
@@ -86,26 +90,74 @@ class Sizes:
             self._deviation += (abs(off) - self._deviation) * weight
 
 
+def has_media(route: Route, fields: Mapping[str, Any], body_bytes: int) -> bool:
+    """Whether media come inside the body, as far as estimates tell them from text."""
+    return body_bytes > _MEDIA_BODY_BYTES and _media(fields, route)[0] > 0
+
+
 def check_input(limit: int | None, route: Route, fields: Mapping[str, Any], body_bytes: int) -> None:
     """Raises BadRequest when the prompt is certainly over `limit` tokens: a list of ids is counted, and text is over when
     no vocabulary could fit it. What only the engine's tokenizer can tell is the engine's to refuse."""
     if limit is None or body_bytes <= limit or route.answer is None:
         return
-    tokens = _token_ids(fields)
-    if not tokens and body_bytes > limit * MOST_BYTES_A_TOKEN:
-        tokens = (body_bytes - _media(fields, route)[1]) // MOST_BYTES_A_TOKEN
+    ids = _token_ids(fields)
+    tokens = max(ids, default=0)  # each is a prompt of its own
+    if not ids and body_bytes > limit * MOST_BYTES_A_TOKEN:
+        tokens = _text_bytes(fields, route) // MOST_BYTES_A_TOKEN
     if tokens > limit:
         raise BadRequest(f"the prompt has at least {tokens} tokens; the limit of this model is {limit}")
 
 
-def _token_ids(fields: Mapping[str, Any]) -> int:
-    """How many tokens a prompt of ids has; 0 when it is none. Of several prompts, the longest."""
+def _token_ids(fields: Mapping[str, Any]) -> list[int]:
+    """How many tokens each prompt of ids has; empty when there is none."""
     prompt = fields.get("prompt")
     if not isinstance(prompt, list) or not prompt:
-        return 0
+        return []
     if isinstance(prompt[0], int):
-        return len(prompt)
-    return max((len(p) for p in prompt if isinstance(p, list)), default=0)
+        return [len(prompt)]
+    return [len(p) for p in prompt if isinstance(p, list)]
+
+
+def _sequences(route: Route, fields: Mapping[str, Any]) -> int:
+    """How many answers are generated: `n` for each prompt of a batch."""
+    if not route.answer:
+        return 1
+    n, prompt = fields.get("n"), fields.get("prompt")
+    prompts = len(prompt) if isinstance(prompt, list) and prompt and isinstance(prompt[0], list | str) else 1
+    return prompts * (min(n, 128) if type(n) is int and n > 1 else 1)
+
+
+def _text_bytes(fields: Mapping[str, Any], route: Route) -> int:
+    """The least text in a prompt, as UTF-8: what JSON escapes is not longer for the tokenizer, and of a batch, or of documents
+    that are scored one by one, the longest counts."""
+    size = 0
+    for name in {"prompt", "instructions", *route.content}:
+        value = fields.get(name)
+        parts = value if isinstance(value, list) else [value]
+        sizes = [_utf8_bytes(part) for part in parts]
+        one = name in ("messages", "input", "system") and any(isinstance(part, dict) for part in parts)
+        size += sum(sizes) if one else max(sizes, default=0)
+    return size
+
+
+def _utf8_bytes(item: Any) -> int:
+    size = 0
+    todo = [(item, "")]
+    while todo:
+        item, name = todo.pop()
+        if isinstance(item, str):
+            if not is_media(item, name):
+                size += len(item) if item.isascii() else len(item.encode("utf-8", "replace"))
+        elif isinstance(item, list):
+            todo += [(v, "") for v in item]
+        elif isinstance(item, dict):
+            todo += [(v, k) for k, v in item.items()]
+    return size
+
+
+def is_media(text: str, name: str) -> bool:
+    """Whether a string at `name` is an image or a clip, and no text."""
+    return text.startswith("data:") or (name == "data" and len(text) > 256)
 
 
 def _media(fields: Mapping[str, Any], route: Route) -> tuple[int, int]:
@@ -119,7 +171,7 @@ def _media(fields: Mapping[str, Any], route: Route) -> tuple[int, int]:
         elif isinstance(item, dict):
             for name, v in item.items():
                 if isinstance(v, str):
-                    if v.startswith("data:") or (name == "data" and len(v) > 256):
+                    if is_media(v, name):
                         count, size = count + 1, size + len(v)
                 elif isinstance(v, dict | list):
                     todo.append(v)

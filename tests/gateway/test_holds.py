@@ -98,6 +98,16 @@ async def test_failures_of_another_engine_refuse_nobody(front: Front, room: Engi
     assert (await asked).status == 200
 
 
+async def test_a_failed_start_is_followed_by_another_and_waited_for(front: Front, room: EngineRoom) -> None:
+    front.serve(starting(state=State.FAILED))
+    front.table(starting(state=State.FAILED), facts={TINY: VersionFacts(failures=START_TRIES - 1)})
+    asked = asyncio.create_task(front.ask(body=chat()))
+    await wait(front)
+    assert front.gateway.fleet.held() == {TINY: 1}
+    front.table(room.shared())
+    assert (await asked).status == 200
+
+
 async def test_a_pause_after_failures_is_in_the_time_to_come_back(front: Front) -> None:
     front.serve()
     facts = VersionFacts(failures=START_TRIES + 3, ready_after_s=5, failed_at=time.time())

@@ -9,9 +9,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from serving.fleet.endpoint import State
 from tests.gateway import harness
-from tests.gateway.harness import Answer, Engine, EngineRoom, Front, Keys, chat, endless, eventually, refusing
+from tests.gateway.harness import Answer, Engine, EngineRoom, Front, Keys, chat, endless, eventually
 
 
 @pytest.fixture
@@ -38,7 +37,8 @@ async def test_a_full_queue_is_429_with_a_time_to_come_back(front: Front, one_sl
         (held,) = await queued(front, 1)
         with pytest.raises(openai.RateLimitError) as caught:
             await front.openai().chat.completions.create(**chat())
-    assert (caught.value.code, caught.value.response.headers["retry-after"]) == ("queue_full", "1")
+    assert caught.value.code == "queue_full"
+    assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60  # by the pace of what was served so far
     assert (await held).status == 200
     assert front.metric("steelyard_rejections_total", model="tiny", reason="queue_full") == 1
 
@@ -57,7 +57,8 @@ async def test_too_long_a_wait_is_429_with_a_time_to_come_back(front: Front, one
         await one_slot.inside(1)
         with pytest.raises(openai.RateLimitError) as caught:
             await front.openai().chat.completions.create(**chat())
-    assert (caught.value.code, caught.value.response.headers["retry-after"]) == ("queue_timeout", "1")
+    assert caught.value.code == "queue_timeout"
+    assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60
     assert front.metric("steelyard_rejections_total", model="tiny", reason="queue_timeout") == 1
 
 
@@ -127,12 +128,6 @@ async def test_no_replica_within_the_wait_is_503(front: Front) -> None:
     assert (answer.status, answer.error["code"], answer.headers["retry-after"]) == (503, "model_unavailable", "5")
     with pytest.raises(openai.InternalServerError):
         await front.openai().chat.completions.create(**chat())
-
-
-async def test_engines_that_do_not_start_are_not_waited_for(front: Front) -> None:
-    front.serve(refusing(state=State.FAILED))
-    answer = await front.ask(body=chat())
-    assert (answer.status, answer.error["code"]) == (503, "model_unavailable")
 
 
 async def test_a_gateway_that_drains_takes_nothing_new_and_ends_what_it_has(front: Front, one_slot: Engine) -> None:

@@ -75,6 +75,39 @@ def test_a_lower_class_that_nobody_passed_has_nothing_to_claim() -> None:
     assert [one.rank for one in served(order)] == [0] * 5 + [2]
 
 
+def test_an_overdue_class_keeps_its_claim_while_it_is_only_put_aside() -> None:
+    large = One(rank=2)
+    order = filled(large, *(One(rank=0) for _ in range(40)))
+    served(order, CLASS_EVERY - 1)
+    for _ in range(5):
+        popped = order.pop()
+        assert popped is large, "nothing that it could take was free the last time"
+        serve(order)
+        order.add(large, again=True)
+
+
+def test_a_parked_one_is_passed_by_and_comes_back_to_its_place() -> None:
+    old, young, other = One(), One(), One("b")
+    order: Order[One] = Order()
+    order.add(old, parked=True)
+    order.add(young)
+    order.add(other)
+    assert (len(order), order.count(1), order.by_key()["a", 1]) == (3, 2, (2, 1))
+    order.offer(old)
+    assert served(order) == [old, other, young]
+    order.add(old, parked=True)
+    assert (order.pop(), order.remove(old), len(order)) == (None, True, 0)
+
+
+def test_a_class_whose_last_one_left_has_nothing_to_claim() -> None:
+    large = One(rank=2)
+    order = filled(large, *(One(rank=0) for _ in range(40)))
+    served(order, CLASS_EVERY - 1)
+    order.remove(large)
+    order.add(One(rank=2))
+    assert serve(order).rank == 0
+
+
 def test_a_key_with_much_does_not_keep_one_with_little_waiting() -> None:
     order = filled(*(One("heavy") for _ in range(1000)))
     served(order, 100)

@@ -114,6 +114,22 @@ async def test_the_other_versions_of_a_model_share_its_queue() -> None:
         await take(to, others=3, max_queue=3)
 
 
+async def test_nobody_gives_way_to_one_that_is_refused_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "time", SimpleNamespace(monotonic=iter(range(0, 100_000, 10)).__next__))
+    to = line(endpoint(slots=1))
+    for _ in range(3):
+        to.release(await take(to))  # each took 10 s
+    await take(to)
+    held = [await waiting(to, key="a", max_wait_s=1e6) for _ in range(30)]
+    low = [await waiting(to, key="b", rank=2, max_wait_s=1e6) for _ in range(10)]
+    with pytest.raises(WaitTooLong):
+        await take(to, key="a", max_queue=40, max_wait_s=10)
+    await settled()
+    assert not any(t.done() for t in held + low)
+    for task in held + low:
+        task.cancel()
+
+
 async def test_one_that_had_its_turn_is_not_refused_by_a_full_line() -> None:
     to = line(endpoint(slots=1))
     taken = await take(to)
@@ -135,13 +151,10 @@ async def test_a_wait_without_any_ready_replica_ends_as_no_replica() -> None:
         await take(line(endpoint(state=State.STARTING)), max_wait_s=0.01)
 
 
-async def test_engines_that_never_started_are_not_waited_for() -> None:
-    with pytest.raises(NoReplica):
-        await take(line(endpoint(state=State.FAILED)))
-
-
-async def test_an_engine_that_died_at_work_is_being_replaced_and_waited_for() -> None:
-    to = line(endpoint("old", state=State.FAILED, ready_after_s=1.0))
+@pytest.mark.parametrize("ready_after_s", [None, 1.0])
+async def test_an_engine_that_failed_is_being_replaced_and_waited_for(ready_after_s: float | None) -> None:
+    """At its start or at work. When to give up is the fleet's to say: it counts the starts."""
+    to = line(endpoint("old", state=State.FAILED, ready_after_s=ready_after_s))
     task = await waiting(to)
     to.update([endpoint("new")], only_add=False)
     assert at(await task) == "new"
@@ -234,6 +247,52 @@ async def test_an_adapter_is_asked_for_only_where_it_is_loaded() -> None:
     assert at(await held) == "old"
 
 
+@pytest.mark.parametrize("again", [False, True])
+async def test_an_adapter_that_is_nowhere_yet_keeps_nobody_else_waiting(again: bool) -> None:
+    to = line(endpoint("a", 1, adapters=()))
+    taken = await take(to)
+    early = [await waiting(to, key="x", since=1 + i, adapter="new", again=again) for i in range(90)]
+    base = await waiting(to, key="y", since=200)
+    to.release(taken)
+    taken = await asyncio.wait_for(base, 1)
+    assert (len(to), sum(d.held for d in to.demand())) == (90, 90)
+    late = await waiting(to, key="x", since=300)
+    early.pop().cancel()
+    await settled()
+    to.update([endpoint("a", 1, adapters=("new",))], only_add=False)
+    for one in early:  # each in its place: they came before `late`
+        to.release(taken)
+        taken = await asyncio.wait_for(one, 1)
+    to.release(taken)
+    to.release(await asyncio.wait_for(late, 1))
+    assert (len(to), to.demand()) == (0, [])
+
+
+async def test_one_whose_adapter_is_nowhere_counts_in_the_queue_and_is_told_when_its_time_is_up() -> None:
+    to = line(endpoint("a", 9, adapters=()))
+    with pytest.raises(WaitTooLong):
+        await take(to, adapter="new", max_wait_s=0.01)
+    held = await waiting(to, adapter="new")
+    with pytest.raises(QueueFull):
+        await take(to, adapter="new", max_queue=1)
+    to.refuse_all(lambda: NoReplica("none will come"))
+    with pytest.raises(NoReplica):
+        await held
+    assert len(to) == 0
+
+
+async def test_an_adapter_that_is_unloaded_is_waited_for_aside() -> None:
+    to = line(endpoint("a", 1, adapters=("x",)))
+    taken = await take(to)
+    held = [await waiting(to, adapter="x") for _ in range(queue.MOST_ASIDE)]
+    base = await waiting(to)
+    to.update([endpoint("a", 1, adapters=())], only_add=False)
+    to.release(taken)
+    assert at(await asyncio.wait_for(base, 1)) == "a"
+    for task in held:
+        task.cancel()
+
+
 async def test_a_large_one_gets_its_turn_among_small_ones() -> None:
     to = line(endpoint("a", 10, kv_tokens=100), endpoint("b", 10, kv_tokens=100))
     small = [await take(to, tokens=40) for _ in range(4)]
@@ -248,6 +307,49 @@ async def test_a_large_one_gets_its_turn_among_small_ones() -> None:
     to.release(on[kept][1])
     assert at(await asyncio.wait_for(large, 1)) == kept
     behind[1].cancel()
+
+
+async def test_the_work_for_a_release_grows_with_the_fleet_and_not_by_its_square(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """KV cache is what is short. Counted in looks at an endpoint, not in time."""
+    looks, room = 0, Upstream.room
+
+    def counted(u: Upstream, now: float, tokens: int = 0) -> bool:
+        nonlocal looks
+        looks += 1
+        return room(u, now, tokens)
+
+    async def work(endpoints: int) -> int:
+        nonlocal looks
+        to = line(*(endpoint(str(i), 64, kv_tokens=1000) for i in range(endpoints)))
+        small = [await take(to, tokens=100) for _ in range(9 * endpoints)]
+        large = [await waiting(to, tokens=350) for _ in range(80)]
+        looks = 0
+        to.release(small[0])
+        for task in large:
+            task.cancel()
+        return looks
+
+    monkeypatch.setattr(Upstream, "room", counted)
+    assert await work(64) < 3 * 64
+
+
+async def test_a_large_one_of_a_low_class_gets_its_turn_however_many_small_ones_come() -> None:
+    to = line(endpoint("a", 10, kv_tokens=100))
+    running = [await take(to, tokens=10) for _ in range(10)]
+    large = await waiting(to, rank=2, tokens=70)
+    small = [await waiting(to, tokens=10) for _ in range(60)]
+    for _ in range(40):
+        to.release(running.pop(0))
+        await settled()
+        if large.done():
+            break
+        running += [t.result() for t in small if t.done()]
+        small = [t for t in small if not t.done()]
+    assert large.done()
+    for task in small:
+        task.cancel()
 
 
 async def test_ten_times_as_many_from_one_key_do_not_keep_out_another() -> None:
@@ -269,6 +371,22 @@ async def test_a_line_that_never_waits_binds_what_is_its_part_while_others_hold(
     to = line(endpoint(slots=4))
     to.others({"other": (KeyDemand("b", 1, 1.0, 9, 2),)}, 1)
     assert at(await take(to, key="a", max_queue=0)) == "a"
+
+
+@pytest.mark.parametrize("kv_tokens", [None, 100])
+async def test_nothing_is_polled_while_every_slot_or_all_kv_cache_is_taken(kv_tokens: int | None) -> None:
+    """Also not beyond its share: whatever frees room looks again."""
+    to = line(endpoint(slots=4 if kv_tokens is None else 6, kv_tokens=kv_tokens))
+    taken = [await take(to, key="k", tokens=25) for _ in range(4)]
+    held = [await waiting(to, key="k", tokens=25) for _ in range(9)]
+    to.others({"other": (KeyDemand("z", 1, 1.0, 20, 0),)}, 1)
+    with mock.patch.object(to, "pump", wraps=to.pump) as pump:
+        await asyncio.sleep(0.1)
+        assert pump.call_count <= 4
+    to.release(taken[0])
+    assert at(await asyncio.wait_for(asyncio.shield(held[0]), 1)) == "a"
+    for task in held:
+        task.cancel()
 
 
 async def test_a_slot_bound_in_the_instant_of_a_cancel_is_given_back() -> None:
@@ -383,10 +501,11 @@ class AnyOrder(RuleBasedStateMachine):
         rank=st.integers(0, 2),
         tokens=st.sampled_from([0, 1, 5, 30]),
         weight=st.integers(1, 3),
+        adapter=st.sampled_from([None, None, "x"]),
     )
-    def arrives(self, key: str, rank: int, tokens: int, weight: int) -> None:
+    def arrives(self, adapter: str | None, **of: Any) -> None:
         self.arrivals += 1
-        self.ask(ticket(since=float(self.arrivals), key=key, rank=rank, tokens=tokens, weight=weight), again=False)
+        self.ask(ticket(since=float(self.arrivals), adapter=adapter, **of), again=False)
         self.step()
 
     @precondition(lambda self: self.held)
@@ -424,12 +543,15 @@ class AnyOrder(RuleBasedStateMachine):
                 st.integers(1, 3),
                 st.sampled_from([State.READY, State.READY, State.DRAINING, State.STARTING]),
                 st.sampled_from([None, 6, 20]),
+                st.sampled_from([None, (), ("x",)]),
             ),
         ),
         only_add=st.booleans(),
     )
-    def directory_speaks(self, table: dict[str, tuple[int, State, int | None]], only_add: bool) -> None:
-        endpoints = [endpoint(i, slots, state, kv_tokens=kv) for i, (slots, state, kv) in table.items()]
+    def directory_speaks(
+        self, table: dict[str, tuple[int, State, int | None, tuple[str, ...] | None]], only_add: bool
+    ) -> None:
+        endpoints = [endpoint(i, n, state, kv_tokens=kv, adapters=has) for i, (n, state, kv, has) in table.items()]
         self.step(self.line.update, endpoints, only_add=only_add)
 
     @rule(held=st.integers(0, 5), running=st.integers(0, 5), turn=st.integers(0, 9))
@@ -455,8 +577,9 @@ class AnyOrder(RuleBasedStateMachine):
                 assert not self.fitting(one, moment_ago)
 
     def wanted(self, one: Ticket) -> list[Upstream]:
-        ready = [u for u in self.line.upstreams.values() if u.endpoint.state is State.READY]
-        return [u for u in ready if u.endpoint.id not in one.avoid] or ready
+        has = [(u, u.endpoint.adapters) for u in self.line.upstreams.values() if u.endpoint.state is State.READY]
+        able = [u for u, adapters in has if one.adapter is None or adapters is None or one.adapter in adapters]
+        return [u for u in able if u.endpoint.id not in one.avoid] or able
 
     def fitting(self, one: Ticket, now: float) -> list[Upstream]:
         return [u for u in self.wanted(one) if u.room(now, one.tokens)]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.fleet.endpoint import Endpoint, State
+from serving.gateway import prefix
 from serving.gateway.prefix import BLOCK_BYTES, MOST_BLOCKS, Remembered, blocks_of
 from serving.gateway.routes import SERVED
 from serving.gateway.routing import Upstream, pick
@@ -106,6 +109,43 @@ def test_prompts_share_as_many_blocks_as_they_begin_alike() -> None:
 )  # fmt: skip
 def test_what_no_cache_could_share_shares_nothing(fields: dict[str, Any], adapter: str | None) -> None:
     assert not set(blocks_of(CHAT, said("x" * 3000), None)) & set(blocks_of(CHAT, fields, adapter))
+
+
+def pictured(media: str) -> dict[str, Any]:
+    content = [{"type": "image_url", "image_url": {"url": "data:image/png;base64," + media}}]
+    return {"model": "m", "messages": [{"role": "user", "content": content}]}
+
+
+def test_media_are_known_by_a_digest_and_count_as_what_they_cost() -> None:
+    noise = "".join(random.Random(1).choices("abcdefghijklmnop", k=20_000))
+    one, same, other = (blocks_of(CHAT, pictured(m), None) for m in (noise, noise[:], noise[::-1]))
+    assert one == same and 4 <= len(one) <= 5
+    assert not set(one[1:]) & set(other[1:])
+
+
+def test_of_a_prompt_no_more_is_read_than_is_known_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = 0
+
+    def encode(item: Any) -> bytes:
+        nonlocal encoded
+        data = msgspec.json.encode(item)
+        encoded += len(data)
+        return data
+
+    monkeypatch.setattr(prefix, "_encode", encode)
+    most = MOST_BLOCKS * BLOCK_BYTES
+    turns = [{"role": "user", "content": "x" * 5000}] * 2000
+    for fields in (
+        said("x" * 12 * most),
+        {"model": "m", "messages": turns},
+        {"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 200_000}]},
+        {"model": "m", "prompt": list(range(4_000_000))},
+        {"model": "m", "prompt": [[7] * 4_000_000]},
+    ):
+        encoded = 0
+        assert len(blocks_of(CHAT, fields, None)) == MOST_BLOCKS
+        assert encoded < 2 * most
+    assert blocks_of(CHAT, pictured("x" * 12 * most), None)
 
 
 @pytest.mark.parametrize("fields", [said("short"), said(), {"model": "m"}, {"model": "m", "messages": 5}])

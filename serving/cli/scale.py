@@ -103,9 +103,8 @@ def reset(
     with one_line_errors(), redirect_stdout(sys.stderr):
         settings = load_settings(models=models, state_dir=state_dir)
         _refuse_if_managed(settings, model)
-        kept = bounds.read(settings)
         with _on_head(settings):
-            apps = cluster.deployed_apps()
+            apps, kept = cluster.deployed_apps(), bounds.read(settings)
             name = _version(apps, model)
             if name not in kept:
                 raise OperatorError(f"{name} has no bounds of its own", "`steelyard scale set` gives some")
@@ -114,9 +113,8 @@ def reset(
             if found is None:
                 raise OperatorError(f"{settings.models} has no {name}", "name its catalog with --models")
             bounds.write(settings, {n: b for n, b in kept.items() if n != name})
-            new = Bounds(min=found.min, max=found.max)
-            _apply(apps, name, new, idle_to_zero_s=found.idle_to_zero_s)
-    print(f"{name}: {new.min} to {new.max} replicas, as its model file says")
+            _apply(apps, name, Bounds(min=found.min, max=found.max))
+    print(f"{name}: {found.min} to {found.max} replicas, as its model file says")
 
 
 # -- what is asked and told ----------------------------------------------------------------------------------------
@@ -152,29 +150,30 @@ def _explained(settings: Settings, model: str, last: int) -> list[dict[str, Any]
     return told
 
 
-def _apply(apps: dict[str, AppConfig], name: str, new: Bounds, idle_to_zero_s: float | None = None) -> None:
+def _apply(apps: dict[str, AppConfig], name: str, new: Bounds) -> None:
     """The config that is served now with these bounds in it: what was edited in the catalog since waits for `up`."""
-    config = _engine(apps[name])["autoscaling_config"]
-    config |= {"min_replicas": new.min, "max_replicas": new.max}
-    if new.min > 0:
-        config.pop("downscale_to_zero_delay_s", None)
-    elif idle_to_zero_s is not None:
-        config["downscale_to_zero_delay_s"] = idle_to_zero_s
-    gateway = next(d for d in apps[GATEWAY_APP]["deployments"] if d["name"] == GATEWAY_APP)
+    set_bounds(apps, name, new)
+    # Nodes may have come or gone since it was applied: `fleet/keeper` follows them.
+    gateway = _gateway(apps)
+    gateway["num_replicas"] = cluster.target_counts().get(GATEWAY_APP) or gateway["num_replicas"]
+    cluster.apply({"proxy_location": manifest.PROXY_LOCATION, "applications": list(apps.values())})
+
+
+def set_bounds(apps: dict[str, AppConfig], name: str, new: Bounds) -> None:
+    """What the manifest writes for such bounds. The time until zero stays where `min` is above it: the policy knows, and
+    `--min 0` finds it again."""
+    _engine(apps[name])["autoscaling_config"] |= {"min_replicas": new.min, "max_replicas": new.max}
+    gateway = _gateway(apps)
     model, _, version = name.partition("@")
     for entry in gateway["user_config"]["models"]:
         if entry["name"] == model:
             others = [v for v in entry["required"] if v != version]
             entry["required"] = [v for v in entry["versions"] if v in others or (v == version and new.min > 0)]
-    # Nodes may have come or gone since it was applied: `fleet/keeper` follows them.
-    gateway["num_replicas"] = cluster.target_counts().get(GATEWAY_APP) or gateway["num_replicas"]
-    cluster.apply({"proxy_location": manifest.PROXY_LOCATION, "applications": list(apps.values())})
 
 
 def _version(apps: dict[str, AppConfig], model: str) -> str:
     """The version id that is meant: MODEL alone is its stable version."""
-    gateway = next(d for d in apps[GATEWAY_APP]["deployments"] if d["name"] == GATEWAY_APP)
-    to = gateway["user_config"]["names"].get(model)
+    to = _gateway(apps)["user_config"]["names"].get(model)
     if to is None or to.get("adapter") is not None:
         raise OperatorError(_unknown(apps, model))
     return f"{to['model']}@{to['version']}"
@@ -182,6 +181,11 @@ def _version(apps: dict[str, AppConfig], model: str) -> str:
 
 def _unknown(apps: dict[str, AppConfig], model: str) -> str:
     return f"{model} is not served here; there is: {', '.join(sorted(apps.keys() - {GATEWAY_APP})) or 'nothing'}"
+
+
+def _gateway(apps: dict[str, AppConfig]) -> dict[str, Any]:
+    found: dict[str, Any] = apps[GATEWAY_APP]["deployments"][0]
+    return found
 
 
 def _engine(app: AppConfig) -> dict[str, Any]:
@@ -202,7 +206,8 @@ def _on_head(settings: Settings) -> Iterator[None]:
     with cluster.joined(settings):
         if GATEWAY_APP not in cluster.app_statuses():
             raise OperatorError("nothing is served yet", "run `steelyard up` first")
-        yield
+        with cluster.only_writer(settings):
+            yield
 
 
 def _refuse_if_managed(settings: Settings, model: str) -> None:

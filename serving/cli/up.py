@@ -70,16 +70,14 @@ def run(settings: Settings, say: Say) -> None:
     """Starts a cluster for the catalog and stays until told to stop; or, when one runs for this state folder already,
     applies the catalog to it and returns."""
     began = time.monotonic()
-    catalog, set_at_run_time = bounds.laid_over(load_catalog(settings), settings)
-    for line in set_at_run_time:
-        say(line)
+    catalog = load_catalog(settings)
     running = cluster.read_cluster_file(settings)
     check_engine_arguments(catalog, settings)
     if settings.ray_address or running:
         _apply(catalog, running, settings, say)
         _print_ready(catalog, _as_running(settings, running), say, time.monotonic() - began, stays=False)
         return
-    config = manifest.serve_config(catalog, gateways=settings.gateways, locate=locator(settings))
+    config = _config(catalog, settings, say)
     with only_one(settings):
         preflight(settings)
         prepare_weights(catalog, settings, say)
@@ -92,15 +90,23 @@ def _apply(catalog: Catalog, running: cluster.ClusterFile | None, settings: Sett
     alone = running is not None and running.role == "one"
     if alone:
         prepare_weights(catalog, settings, say)
-    # Of several nodes, this one may run no engine: each replica checks the weights on its own.
-    locate = locator(settings, here=alone)
     with cluster.joined(settings):
-        nodes = len(cluster.nodes())
-        config = manifest.serve_config(catalog, gateways=settings.gateways, nodes=nodes, locate=locate)
-        before = {name: message for name, (_, message) in cluster.app_statuses().items()}
-        cluster.forget_failures()
-        cluster.apply(config)
+        with cluster.only_writer(settings):
+            # Of several nodes, this one may run no engine: each replica checks the weights on its own.
+            config = _config(catalog, settings, say, nodes=len(cluster.nodes()), here=alone)
+            before = {name: message for name, (_, message) in cluster.app_statuses().items()}
+            cluster.forget_failures()
+            cluster.apply(config)
         _wait(config, _as_running(settings, running), say, before=before)
+
+
+def _config(catalog: Catalog, settings: Settings, say: Say, *, nodes: int = 1, here: bool = True) -> dict[str, Any]:
+    """What is to be served: the catalog, with the bounds that were set at run time over it."""
+    catalog, set_at_run_time = bounds.laid_over(catalog, settings)
+    for line in set_at_run_time:
+        say(line)
+    locate = locator(settings, here=here)
+    return manifest.serve_config(catalog, gateways=settings.gateways, nodes=nodes, locate=locate)
 
 
 def _as_running(settings: Settings, running: cluster.ClusterFile | None) -> Settings:

@@ -180,7 +180,8 @@ def limits_of(ctx: Context) -> Limits:
         max=ctx.capacity_adjusted_max_replicas,
         target_ongoing=config.target_ongoing_requests,
         scale_down_after_s=config.downscale_delay_s,
-        idle_to_zero_s=config.downscale_to_zero_delay_s,
+        # Beside a min that was set at run time: one that keeps a replica does not go to zero when idle.
+        idle_to_zero_s=None if ctx.capacity_adjusted_min_replicas else config.downscale_to_zero_delay_s,
     )
 
 

@@ -77,6 +77,14 @@ class Fleet:
         return self.target
 
 
+def test_a_version_that_keeps_a_replica_does_not_go_to_zero_when_idle() -> None:
+    config = manifest.autoscaling_config(Scaling(min=0, max=2, idle_to_zero_s=2), 8) | {"min_replicas": 1}
+    ctx = SimpleNamespace(
+        config=AutoscalingConfig(**config), capacity_adjusted_min_replicas=1, capacity_adjusted_max_replicas=2
+    )
+    assert serve_policy.limits_of(ctx).idle_to_zero_s is None  # type: ignore[arg-type]
+
+
 def test_a_breach_is_answered_within_two_seconds_and_in_full() -> None:
     fleet = Fleet()
     fleet.ticks(10, running=2)

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from serving.engine.process import STACK_MARK, sweep
 from serving.errors import ClusterError, OperatorError
 from serving.fleet import spare
 from serving.fleet.endpoint import Snapshot
+from serving.fleet.keeper import staying_nodes
 from serving.settings import Profile, Role, Settings, worker_environment
 
 # Ray's CPUs are bookkeeping here: engines on one box share the cores, GPUs are what is scarce.
@@ -264,6 +265,31 @@ def nodes() -> list[dict[str, Any]]:
         if n["Alive"]
     ]
     return sorted(found, key=lambda n: (n["role"], n["node"]))
+
+
+class Room(msgspec.Struct, frozen=True):
+    """What a node has left, in Ray's words."""
+
+    free: dict[str, float]
+    labels: dict[str, str]
+
+    def fits(self, options: Mapping[str, Any]) -> bool:
+        """Whether an actor with these `ray_actor_options` could start there now."""
+        wanted = {"CPU": options.get("num_cpus", 1), "GPU": options.get("num_gpus", 0)}
+        if options.get("accelerator_type"):
+            wanted[f"accelerator_type:{options['accelerator_type']}"] = 0.001
+        return all(self.free.get(name, 0) >= amount for name, amount in wanted.items()) and all(
+            self.labels.get(key) == value for key, value in options.get("label_selector", {}).items()
+        )
+
+
+def free_nodes() -> list[Room]:
+    """What each node that stays has left. Ray's own count, which may be a second old."""
+    import ray
+    from ray._private.state import available_resources_per_node
+
+    free, staying = available_resources_per_node(), staying_nodes()
+    return [Room(free.get(n["NodeID"], {}), n["Labels"]) for n in ray.nodes() if n["NodeID"] in staying]
 
 
 def stop(settings: Settings, found: ClusterFile, drain_s: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import datetime
@@ -22,6 +23,7 @@ from serving.fleet import manifest, serve_policy
 from serving.fleet.directory import unpack
 from serving.fleet.endpoint import GATEWAY_APP
 from serving.fleet.history import Change
+from serving.fleet.scaling import holds
 from serving.settings import Settings, load_settings
 
 scale_app = typer.Typer(help="Replica counts: why they are what they are, and their bounds.", no_args_is_help=True)
@@ -52,6 +54,9 @@ def explain(
             f"  now: held {load.held}, running {load.running} of {load.ready * load.slots if load.ready else 0} slots, "
             f"waiting in engines {load.waiting}, KV {load.kv_usage:.0%}; target {scaling['target_ongoing']:g} per replica"
         )
+        for floor in scaling["schedule"]:
+            when = f'from "{floor["start"]}" to "{floor["end"]}" {floor["timezone"]}'
+            print(f"  scheduled: at least {floor['replicas']} {when}{' (now)' if floor['holds_now'] else ''}")
         if version["failures"]:
             print(f"  {version['failures']} starts failed: {version['failure']}")
         for change in reversed(version["changes"]):
@@ -141,6 +146,10 @@ def _explained(settings: Settings, model: str, last: int) -> list[dict[str, Any]
                         "target_ongoing": config["target_ongoing_requests"],
                         "scale_down_after_s": config["downscale_delay_s"],
                         "idle_to_zero_s": config.get("downscale_to_zero_delay_s"),
+                        "schedule": [
+                            {**msgspec.to_builtins(floor), "holds_now": holds(floor, int(time.time() // 60))}
+                            for floor in serve_policy.floors_of(_engine(apps[name]).get("user_config"))
+                        ],
                     },
                     "failures": facts.failures if facts else 0,
                     "failure": facts.reason if facts else "",

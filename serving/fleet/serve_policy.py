@@ -217,6 +217,21 @@ def observe(snapshot: Snapshot | None, version_id: str, asked: int, age_s: float
     )
 
 
+def schedules(
+    served: Mapping[str, Any], known: Mapping[str, tuple[Floor, ...]]
+) -> tuple[dict[str, tuple[Floor, ...]], dict[str, str]]:
+    """Version id -> its schedule, from its deployment's `user_config`; and of those that cannot be, what is wrong. `up`
+    has checked them, but nobody a chart's values: such a version keeps the one that is known."""
+    floors, refused = {}, {}
+    for name, user_config in served.items():
+        try:
+            floors[name] = floors_of(user_config)
+        except (ValueError, LookupError, TypeError) as e:
+            floors[name] = known.get(name, ())
+            refused[name] = str(e)
+    return {name: found for name, found in floors.items() if found}, refused
+
+
 class Follower:
     """The thread: follows the directory, and tells it of the changes. Ray's calls are good from any thread."""
 
@@ -253,16 +268,12 @@ class Follower:
         controller = keeper.serve_controller()
         if controller is None:
             return
-        found = {}
-        for name, app in ray.get(controller.get_app_configs.remote(), timeout=CALL_S).items():
-            try:
-                found[name] = floors_of(app.deployments[0].user_config) if name != GATEWAY_APP else ()
-            except (ValueError, LookupError, TypeError) as e:  # only `up` has checked it; a chart's values it has not
-                found[name] = self._table.floors.get(name, ())
-                if self._refused.get(name) != str(e):
-                    log.error("%s: its schedule is not followed: %s", name, e)
-                self._refused[name] = str(e)
-        self._table.floors = {name: floors for name, floors in found.items() if floors}
+        apps = ray.get(controller.get_app_configs.remote(), timeout=CALL_S)
+        served = {name: app.deployments[0].user_config for name, app in apps.items() if name != GATEWAY_APP}
+        self._table.floors, refused = schedules(served, self._table.floors)
+        for name in refused.keys() - self._refused.keys():
+            log.error("%s: its schedule is not followed: %s", name, refused[name])
+        self._refused = refused
 
     def _tell(self) -> None:
         while changes := [self._policy.changes[i] for i in range(min(100, len(self._policy.changes)))]:

@@ -114,8 +114,14 @@ def test_a_schedule_reaches_the_policy_through_the_served_config() -> None:
     assert fleet.ticks(61) == 0
 
 
-def test_a_version_without_a_schedule_has_no_floor() -> None:
-    assert serve_policy.floors_of(None) == serve_policy.floors_of({"drain_s": 1}) == ()
+def test_a_schedule_that_cannot_be_is_named_and_moves_nothing() -> None:
+    good = {"start": "0 8 * * *", "end": "0 9 * * *", "timezone": "UTC", "min": 4}
+    served = {ID: {"schedule": [good]}, "none@a": None, "plain@a": {"drain_s": 1}}
+    known, refused = serve_policy.schedules(served, {})
+    assert ([*known], refused) == ([ID], {})
+    for bad in ({**good, "start": "at eight"}, {"start": "0 8 * * *"}, {**good, "timezone": "Mars/Olympus"}):
+        kept, refused = serve_policy.schedules(served | {ID: {"schedule": [bad]}}, known)
+        assert (kept, [*refused]) == (known, [ID])
 
 
 def test_a_breach_is_answered_within_two_seconds_and_in_full() -> None:

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 START_ATTEMPTS = 2  # a port lost to a race or a moment without memory is transient; a bad model is not
 NEVER_GIVE_UP = 1_000_000_000  # starts; Serve takes the smaller of it and so many per replica (`cli/cluster`)
 RETRY_ASKED_EVERY_S = 2.0  # while it waits: has somebody changed something?
+START_CHECK_EVERY_S = 0.05  # of an engine that starts: somebody may be held until it is ready
 SCRAPE_EVERY_S = 2.0  # of the engine's /metrics while it is busy: a scrape costs ~10 ms of its event loop
 
 
@@ -243,7 +244,7 @@ class EngineReplica:
                     healthy_at = healthy_at or time.monotonic()
                     if await self._generates(url):
                         return healthy_at, await self._context_length(url)
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(START_CHECK_EVERY_S)
 
     async def _generates(self, url: str) -> bool:
         assert self._http is not None

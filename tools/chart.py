@@ -20,7 +20,7 @@ import yaml
 from serving.catalog import spec, store, weights
 from serving.catalog.spec import Catalog, ModelSpec
 from serving.engine import command
-from serving.fleet import manifest
+from serving.fleet import manifest, spare
 
 ROOT = Path(__file__).resolve().parents[1]
 CHART = ROOT / "k8s" / "steelyard"
@@ -28,6 +28,7 @@ CACHE_DIR = "/var/cache/steelyard"  # of the image: what its recipes made
 RECIPES_DIR = "/opt/steelyard/models"  # of the image
 
 _GROUP_NAME = "^[a-z]([-a-z0-9]{0,30}[a-z0-9])?$"
+_CRON = r"^\S+( +\S+){4}$"  # what it says is for the policy to judge
 _QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
 
 
@@ -60,6 +61,7 @@ def catalog_facts() -> dict[str, Any]:
     cpu = store.apply_profile(bare, "cpu").models[0].versions[0].engine
     return {
         "rayVersion": _ray_version(),
+        "preload": spare.PRELOAD,
         "cacheDir": CACHE_DIR,
         "recipesDir": RECIPES_DIR,
         "recipes": {
@@ -146,6 +148,8 @@ def _model_defs() -> dict[str, Any]:
     defs["Adapter"]["properties"]["name"] = name
     defs["Version"]["properties"]["version"] = version
     defs["Release"]["properties"]["stable"] = version
+    for when in ("start", "end"):
+        defs["ScheduledMin"]["properties"][when] = {"type": "string", "pattern": _CRON}
     engine = defs["Engine"]["properties"]
     engine["args"]["propertyNames"] = {
         "pattern": f"^{spec.OPTION_NAME}$",

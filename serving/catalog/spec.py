@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from serving.catalog import clock
+
 NAME = r"[a-z0-9][a-z0-9._-]{0,62}"
 VERSION = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 
@@ -144,6 +146,31 @@ class Adapter(Spec):
     source: str = Field(min_length=1)
 
 
+class ScheduledMin(Spec):
+    """At least `min` replicas between two cron times (five fields, local to `timezone`)."""
+
+    start: str
+    end: str
+    timezone: str = "UTC"
+    min: int = Field(ge=1, le=MAX_REPLICAS)
+
+    @field_validator("start", "end")
+    @classmethod
+    def _cron(cls, value: str) -> str:
+        try:
+            return clock.check_cron(value)
+        except ValueError as e:
+            raise impossible("", str(e)) from None
+
+    @field_validator("timezone")
+    @classmethod
+    def _zone(cls, value: str) -> str:
+        try:
+            return clock.zone(value).key
+        except ValueError as e:
+            raise impossible("", str(e)) from None
+
+
 class Scaling(Spec):
     """Replica bounds and pace. `target_ongoing` is requests per replica; times are seconds."""
 
@@ -152,6 +179,7 @@ class Scaling(Spec):
     target_ongoing: int | None = Field(default=None, ge=1, le=4096)
     scale_down_after_s: float = Field(default=300, ge=0, le=86400)
     idle_to_zero_s: float | None = Field(default=None, gt=0, le=604800)
+    schedule: Annotated[tuple[ScheduledMin, ...], Listed] = ()
 
     @model_validator(mode="after")
     def _bounds(self) -> Self:
@@ -159,6 +187,9 @@ class Scaling(Spec):
             raise impossible("max", f"max is at least min ({self.min})")
         if self.idle_to_zero_s is not None and self.min > 0:
             raise impossible("idle_to_zero_s", f"needs min: 0 (min is {self.min})")
+        for index, entry in enumerate(self.schedule):
+            if entry.min > self.max:
+                raise impossible(f"schedule.{index}.min", f"at most max ({self.max})")
         return self
 
 

@@ -241,7 +241,7 @@ def _explain(error: dict[str, Any]) -> tuple[Key, str]:
     if kind == "impossible":
         at = str(context["at"])
         # Version and option names may hold dots, so only our own paths are taken apart.
-        inner = at.split(".") if at.startswith(("versions.", "release.")) else [at]
+        inner = at.split(".") if at.startswith(("versions.", "release.", "schedule.")) else [at]
         deeper = tuple(int(part) if part.isdigit() else part for part in inner if part)
         return (*path, *deeper), str(context["why"])
     if kind == "extra_forbidden":

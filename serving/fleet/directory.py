@@ -15,16 +15,16 @@ import hashlib
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 from prometheus_client import CollectorRegistry
 
-from serving.fleet import keeper
+from serving.fleet import history, keeper
 from serving.fleet.endpoint import Endpoint, GatewayInfo, Snapshot, State, VersionFacts, retry_delay_s
-from serving.fleet.history import Change, History
+from serving.fleet.history import Change, History, Kept
 from serving.settings import load_settings
 from serving.telemetry import logs
 from serving.telemetry.metrics import DirectoryMetrics
@@ -44,6 +44,8 @@ SETTLE_S = 15.0
 CALL_S = 5.0
 JANITOR_EVERY_S = 0.5
 FACTS_KEPT = 1024  # versions that are remembered
+KEPT_FILE = "directory.json"
+KEEP_EVERY_S = 2.0  # what changed of what outlives the directory is written
 LOAD_NEWS_EVERY_S = 0.25  # load alone wakes pollers at most this often; a state change wakes them at once
 
 
@@ -54,7 +56,9 @@ class Table:
     many replicas there are.
     """
 
-    def __init__(self, now: float, wall: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, now: float, wall: Callable[[], float] = time.time, ready_after_s: Mapping[str, float] | None = None
+    ) -> None:
         self._wall = wall
         self.epoch = uuid.uuid4().hex
         self.number = 0
@@ -63,7 +67,11 @@ class Table:
         self._born = now
         self._endpoints: dict[str, tuple[Endpoint, float]] = {}
         self._gateways: dict[str, tuple[GatewayInfo, float]] = {}
-        self._facts: dict[str, VersionFacts] = {}
+        self._facts = {v: VersionFacts(ready_after_s=s) for v, s in (ready_after_s or {}).items()}
+
+    def ready_after_s(self) -> dict[str, float]:
+        """How long the last start of each version took."""
+        return {v: f.ready_after_s for v, f in self._facts.items() if f.ready_after_s is not None}
 
     def announce(self, endpoint: Endpoint, now: float) -> bool:
         """Upserts; True when anything but load changed, so that pollers must hear of it at once."""
@@ -185,14 +193,17 @@ class Directory:
     """The actor around `Table`. Async: thousands of pollers wait on one condition. Nouns come and go as `pack` makes them."""
 
     def __init__(self) -> None:
-        self._table = Table(time.monotonic())
         self._news = asyncio.Event()
         self._load_news: asyncio.TimerHandle | None = None
         self._janitor: asyncio.Task[None] | None = None
+        self._keeping: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
         settings = load_settings()
         self._log = logs.setup("directory", settings.log_dir)
-        self._history = History()
+        self._kept_file = settings.state_dir / KEPT_FILE
+        self._kept = history.read(self._kept_file)  # as it is on disk
+        self._table = Table(time.monotonic(), ready_after_s=self._kept.ready_after_s)
+        self._history = History(self._kept.changes)
         self._metrics = DirectoryMetrics(CollectorRegistry())
         self._on_head = settings.node_role == "head"
         self._keys_file = KeysFile(settings.keys_file) if self._on_head else None
@@ -266,6 +277,19 @@ class Directory:
         """Its own exposition; a gateway that is scraped puts it among the others'."""
         return self._metrics.text()
 
+    async def _keep_for_ever(self) -> None:
+        """Writes what the next directory should know."""
+        while True:
+            await asyncio.sleep(KEEP_EVERY_S)
+            kept = Kept(ready_after_s=self._table.ready_after_s(), changes=self._history.all())
+            if kept == self._kept:
+                continue
+            try:
+                await asyncio.to_thread(history.write, self._kept_file, kept)
+            except OSError as e:
+                log.warning("cannot write %s: %s", self._kept_file, e.strerror)
+            self._kept = kept  # tried again when there is more to tell
+
     def _wake(self) -> None:
         if self._load_news is not None:
             self._load_news.cancel()
@@ -277,6 +301,7 @@ class Directory:
     def _ensure_janitor(self) -> None:
         if self._janitor is None:
             self._janitor = asyncio.get_running_loop().create_task(self._tidy_for_ever())
+            self._keeping = asyncio.get_running_loop().create_task(self._keep_for_ever())
             if self._on_head:
                 self._keeper = asyncio.get_running_loop().create_task(keeper.keep_for_ever())
 

@@ -65,7 +65,7 @@ async def _set_gateways(nodes: frozenset[str]) -> bool:
     """Whether Serve's number of gateways fits the nodes now; False when it must be asked again in a moment."""
     from ray.serve._private.common import DeploymentID
 
-    controller = await asyncio.to_thread(_controller)
+    controller = await asyncio.to_thread(serve_controller)
     if controller is None:
         return True
     details: dict[str, Any] = await controller.get_serve_instance_details.remote()
@@ -86,7 +86,7 @@ async def _set_gateways(nodes: frozenset[str]) -> bool:
     return True
 
 
-def _controller() -> Any | None:
+def serve_controller() -> Any | None:
     """Serve's controller; None while nothing was ever applied."""
     import ray
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE

@@ -130,6 +130,8 @@ def _engine_app(catalog: Catalog, model: ModelSpec, version: Version, locate: Lo
                     "start_timeout_s": version.start_timeout_s,
                     "drain_s": version.drain_s,
                     "builds": _builds(catalog, model, version),
+                    # For `serve_policy`, which reads it here: Serve's autoscaling config has no place for it.
+                    "schedule": [entry.model_dump() for entry in version.scaling.schedule],
                 },
                 "graceful_shutdown_timeout_s": version.drain_s + STOP_GRACE_S,
                 "graceful_shutdown_wait_loop_s": 0.1,

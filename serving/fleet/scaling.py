@@ -16,7 +16,9 @@ from functools import lru_cache
 from zoneinfo import ZoneInfo
 
 import msgspec
-from cronsim import CronSim, CronSimError
+from cronsim import CronSim
+
+from serving.catalog import clock
 
 STALE_S = 5.0  # an older observation decides nothing: the count stays
 MEAN_S = 60.0  # time constant, at most, of the means that small excesses are judged by
@@ -36,19 +38,12 @@ class Floor(msgspec.Struct, frozen=True, kw_only=True):
     timezone: str = "UTC"
 
     def __post_init__(self) -> None:
-        try:
-            zone = ZoneInfo(self.timezone)
-        except (KeyError, ValueError, OSError):
-            raise ValueError(f"timezone {self.timezone!r} is not known; write one like Europe/Berlin") from None
+        clock.zone(self.timezone)
         for name, expression in (("start", self.start), ("end", self.end)):
             try:
-                if len(expression.split()) != 5:
-                    raise CronSimError("Wrong number of fields")
-                next(CronSim(expression, datetime(2026, 1, 1, tzinfo=zone)))
-            except (CronSimError, StopIteration) as e:
-                raise ValueError(
-                    f"{name} {expression!r} is no cron time ({e or 'it never comes'}); five fields, e.g. 0 8 * * 1-5"
-                ) from None
+                clock.check_cron(expression)
+            except ValueError as e:
+                raise ValueError(f"{name} {expression!r} is {e}") from None
         if self.replicas < 0:
             raise ValueError(f"replicas {self.replicas} is negative")
 
@@ -262,7 +257,7 @@ def _busy(load: Load) -> bool:
 
 
 def _bounded(load: Load, limits: Limits, memory: Memory, now: float, wanted: int, why: str) -> Decision:
-    floor = max((f.replicas for f in limits.floors if _active(f, int(now // 60))), default=0)
+    floor = max((f.replicas for f in limits.floors if holds(f, int(now // 60))), default=0)
     replicas = min(max(wanted, limits.min, floor), limits.max)
     if replicas > wanted:
         why += f"; the schedule keeps {replicas}" if floor >= replicas > limits.min else f"; min is {limits.min}"
@@ -277,8 +272,9 @@ def _bounded(load: Load, limits: Limits, memory: Memory, now: float, wanted: int
 
 
 @lru_cache(maxsize=256)
-def _active(floor: Floor, minute: int) -> bool:
-    """Whether the last start is younger than the last end. Cron's own rules at the change of summer time."""
+def holds(floor: Floor, minute: int) -> bool:
+    """Whether the last start is younger than the last end, at that minute of Unix time. Cron's own rules at the change of
+    summer time."""
     at = (datetime.fromtimestamp(minute * 60, UTC) + timedelta(seconds=1)).astimezone(ZoneInfo(floor.timezone))
     try:
         started = next(CronSim(floor.start, at, reverse=True))

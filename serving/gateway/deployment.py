@@ -19,8 +19,8 @@ from prometheus_client import CollectorRegistry
 from ray import serve
 
 from serving.errors import OperatorError
-from serving.fleet import directory
-from serving.fleet.endpoint import GatewayInfo, Snapshot
+from serving.fleet import directory, spare
+from serving.fleet.endpoint import GatewayInfo, Snapshot, State
 from serving.gateway import keys
 from serving.gateway.app import Gateway
 from serving.gateway.keys import KeyRing
@@ -138,6 +138,7 @@ class GatewayReplica:
             asyncio.create_task(self._server.serve(sockets=[public, private])),
             asyncio.create_task(directory.follow(self._take, self._directory)),
             asyncio.create_task(self._announce_for_ever()),
+            asyncio.create_task(spare.keep_for_ever(self._spare_wanted, self._settings.state_dir / "spare.lock")),
         ]
         while not self._server.started:
             if self._tasks[0].done():
@@ -170,6 +171,13 @@ class GatewayReplica:
                 )
                 return
             self._keys_of_head = snapshot.keys
+
+    def _spare_wanted(self) -> bool:
+        """Some version may be at zero, and no engine starts here now, which needs the cores itself."""
+        fleet = self.gateway.fleet
+        return fleet.may_sleep() and not any(
+            e.state is State.STARTING and e.node == self._node for e in fleet.endpoints()
+        )
 
     async def _directory_metrics(self) -> str:
         return str(await self._directory.call("metrics"))

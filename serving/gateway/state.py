@@ -180,6 +180,10 @@ class Fleet:
         required = (f"{m.name}@{v}" for m in self.catalog.models for v in m.required)
         return [v for v in required if not self.lines[v].ready_ids()]
 
+    def may_sleep(self) -> bool:
+        """Whether any version may have no replica."""
+        return any(len(m.required) < len(m.versions) for m in self.models.values())
+
     def replica_counts(self) -> dict[tuple[str, str, str], int]:
         counts = Counter((e.model, e.version, str(e.state)) for e in self._endpoints.values())
         return dict(counts)

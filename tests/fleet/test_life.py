@@ -119,7 +119,8 @@ def test_a_killed_engine_is_replaced_and_requests_wait_for_it(sim: Stack) -> Non
 
 
 def test_a_stream_outlives_the_update_of_its_version(sim: Stack, catalog: Path) -> None:
-    """The old replica drains: the stream that runs there is complete, though its engine is replaced meanwhile."""
+    """The old replica drains: the stream that runs there is complete, though its engine is replaced meanwhile. And the new
+    one is ready before the old one leaves: there is no moment without."""
     model_file(catalog, "two", {"a": {"max-num-seqs": 4, "sim-itl-ms": 40}})
     sim.cli("up")
     before = engine_pids(sim)["two@a"]
@@ -130,8 +131,13 @@ def test_a_stream_outlives_the_update_of_its_version(sim: Stack, catalog: Path) 
         model_file(catalog, "two", {"a": {"max-num-seqs": 5, "sim-itl-ms": 40}})
         update = threading.Thread(target=sim.cli, args=("up",))
         update.start()
+        missed = []
+        while update.is_alive():
+            if (asked := sim.get("/readyz")).status_code != 200:
+                missed.append(asked.text)
+            update.join(0.05)
+        assert not missed
         rest = list(lines)
-    update.join()
     assert (first.startswith("data: ") and rest[-2:] == ["data: [DONE]", ""]) or "data: [DONE]" in rest
     assert engine_pids(sim)["two@a"] != before
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import stat
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from serving.fleet.directory import FAILED_KEPT_S, LEASE_S, SETTLE_S, Table
-from serving.fleet.endpoint import Endpoint, GatewayInfo, State, advance
-from serving.fleet.history import KEPT, Change, History
+from serving.fleet.endpoint import Endpoint, GatewayInfo, State, VersionFacts, advance
+from serving.fleet.history import KEPT, Change, History, Kept, read, write
+from serving.fleet.scaling import Load
 
 READY, FAILED = State.READY, State.FAILED
 
@@ -210,3 +213,29 @@ def test_the_history_is_bounded_and_keeps_the_last() -> None:
         history.add(Change(version_id="m@v", at=i, before=1, after=2, cause="load", reason=str(i)))
     assert [c.at for c in history.of("m@v")] == list(range(5, KEPT + 5))
     assert history.of("other@v") == []
+
+
+def test_start_times_and_changes_outlive_the_directory(tmp_path: Path) -> None:
+    table, changes = Table(0), History()
+    table.announce(endpoint(ready_after_s=4.5), 0)
+    table.announce(endpoint("b", FAILED, version="bad"), 0)
+    change = Change(
+        version_id="m@v", at=1.0, before=0, after=1, cause="from_zero", reason="held 1", load=Load(replicas=0, ready=0)
+    )
+    changes.add(change)
+    file = tmp_path / "directory.json"
+    write(file, Kept(ready_after_s=table.ready_after_s(), changes=changes.all()))
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    kept = read(file)
+    again = Table(0, ready_after_s=kept.ready_after_s)
+    assert again.facts("m@v") == VersionFacts(ready_after_s=4.5)
+    assert again.facts("m@bad") == VersionFacts(), "what failed may be mended"
+    assert History(kept.changes).of("m@v") == [change]
+
+
+@pytest.mark.parametrize("text", [None, "", "{", '{"changes": 1}'])
+def test_a_file_of_the_past_that_cannot_be_read_is_an_empty_one(tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "directory.json"
+    if text is not None:
+        file.write_text(text)
+    assert read(file) == Kept()

@@ -36,7 +36,7 @@ from serving.gateway.hold import NO_CACHE, KeepAlive
 from serving.gateway.keys import Key, KeyRing
 from serving.gateway.order import RANK
 from serving.gateway.own import OwnRoutes, visible
-from serving.gateway.prefix import BLOCK_BYTES, blocks_of
+from serving.gateway.prefix import BLOCK_BYTES, blocks_of, stable_hash
 from serving.gateway.queue import Ticket, VersionLine, bound_wait
 from serving.gateway.relay import Broken, Busy, Engines, Reply, error_event
 from serving.gateway.routes import Route
@@ -167,7 +167,8 @@ class Gateway:
             self._enter(key, model, ticket, metrics)
             entered = True
             with _Watch(x, ticket.deadline - x.t0):
-                await self._answer(x, route, line, model, metrics, ticket, body, withhold_usage)
+                keep_alive = KeepAlive(x, model.limits.keep_alive_after_s if x.line.stream and key.keep_alive else None)
+                await self._answer(x, route, line, model, metrics, ticket, keep_alive, body, withhold_usage)
             media = has_media(route, fields, len(body))
             line.sizes.learn(len(body), x.line.prompt_tokens, x.line.completion_tokens, media=media)
         finally:
@@ -175,13 +176,13 @@ class Gateway:
             if entered:
                 self._admission.leave(key, model, ticket.tokens, _used(x))
             if x.line.queue_ms is not None:  # of all its attempts together: one that is told `busy` waits on
-                metrics.queue_wait.observe(x.line.queue_ms / 1e3)
+                metrics.queue_wait(ticket.class_).observe(x.line.queue_ms / 1e3)
 
     def _enter(self, key: Key, model: ModelConfig, ticket: Ticket, metrics: ModelMetrics) -> None:
         try:
             self._admission.enter(key, model, ticket.tokens, time.monotonic())
         except LimitReached as e:
-            metrics.rejected(e.code)
+            metrics.rejected(e.code, ticket.class_)
             raise
 
     async def _answer(
@@ -192,12 +193,12 @@ class Gateway:
         model: ModelConfig,
         metrics: ModelMetrics,
         ticket: Ticket,
+        keep_alive: KeepAlive,
         body: bytes,
         withhold_usage: bool,
     ) -> None:
         """Binds the request to a replica and relays; failures before the first byte are tried elsewhere."""
         self.fleet.arrived[line.version_id] += 1
-        keep_alive = KeepAlive(x, model.limits.keep_alive_after_s if x.line.stream else None)
         killed, again = 0, False
         while True:
             upstream = await self._slot(x, line, model, metrics, ticket, keep_alive, again)
@@ -246,7 +247,8 @@ class Gateway:
         began = time.monotonic()
         waited_s = (x.line.queue_ms or 0.0) / 1e3  # in earlier attempts
         patience_s = bound_wait(model.limits.max_wait_s - waited_s, ticket.deadline)
-        metrics.waiting.inc()
+        waiting = metrics.waiting(ticket.class_)
+        waiting.inc()
         try:
             if line.version_id in self.fleet.asleep:
                 self.fleet.wake(line, patience_s)
@@ -259,14 +261,14 @@ class Gateway:
                     again=again,
                 )
         except (QueueFull, WaitTooLong, NoReplica) as e:
-            metrics.rejected(e.code)
+            metrics.rejected(e.code, ticket.class_)
             raise
         except BaseException:
             if ticket.upstream is not None:  # it was bound in the same instant
                 line.release(ticket)
             raise
         finally:
-            metrics.waiting.dec()
+            waiting.dec()
             x.line.queue_ms = round((x.line.queue_ms or 0.0) + (time.monotonic() - began) * 1e3, 3)
 
     async def _open(
@@ -479,7 +481,9 @@ def _ticket(x: Exchange, key: Key, model: ModelConfig, tokens: int) -> Ticket:
 def _session(x: Exchange, key: Key, fields: dict[str, Any]) -> int | None:
     """What requests of one conversation have in common, by the client's word; other keys' words are others."""
     given = x.headers.get(SESSION_HEADER) or fields.get("prompt_cache_key")
-    return hash((key.id, given)) if isinstance(given, bytes | str) else None
+    if isinstance(given, str):
+        given = given.encode("utf-8", "replace")
+    return stable_hash(given, stable_hash(key.id.encode())) if isinstance(given, bytes) else None
 
 
 def _used(x: Exchange) -> int | None:
@@ -528,11 +532,17 @@ def _refusal(reply: Reply) -> RequestError:
     return EngineBroken(f"the engine answered with status {reply.status}")
 
 
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
 class _UnstreamedUsage(msgspec.Struct):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+    input_tokens_details: _Details | None = None
 
 
 class _Unstreamed(msgspec.Struct):
@@ -551,7 +561,8 @@ def _count_unstreamed(x: Exchange, reply: Reply, metrics: ModelMetrics) -> None:
             prompt = usage.prompt_tokens if usage.prompt_tokens is not None else usage.input_tokens
             completion = usage.completion_tokens if usage.completion_tokens is not None else usage.output_tokens
             x.line.prompt_tokens, x.line.completion_tokens = prompt, completion
-            _count(metrics, prompt, completion, None)
+            details = usage.prompt_tokens_details or usage.input_tokens_details
+            _count(metrics, prompt, completion, details.cached_tokens if details is not None else None)
 
 
 def _count(metrics: ModelMetrics, prompt: int | None, completion: int | None, cached: int | None) -> None:

@@ -114,6 +114,7 @@ class Fleet:
         for version, line in self.lines.items():
             others = {g.id: g.demand[version] for g in self.gateways if version in g.demand and g.id != self.gateway_id}
             line.others(others, snapshot.number)
+            line.siblings = len(self.gateways) > 1
 
     def resolve(self, name: str) -> tuple[Name, ModelConfig]:
         """What `name` means; raises UnknownModel naming nothing (the caller knows what the key may see)."""

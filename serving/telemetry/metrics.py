@@ -134,9 +134,7 @@ class ModelMetrics:
         self.model = model
         self.ttft = m.ttft.labels(model)
         self.e2e = m.e2e.labels(model)
-        self.queue_wait = m.queue_wait.labels(model)
         self.held = m.held.labels(model)
-        self.waiting = m.waiting.labels(model)
         self.running = m.running.labels(model)
         self.prompt_tokens = m.tokens.labels(model, "prompt")
         self.completion_tokens = m.tokens.labels(model, "completion")
@@ -144,29 +142,39 @@ class ModelMetrics:
         self._gaps = m.itl.of(model)
         self._events = m.stream_events.labels(model)
 
-        # The library's `labels()` takes a lock and builds strings; these three are called once per request.
+        # The library's `labels()` takes a lock and builds strings; these are called once per request.
         @cache
         def request(route: str, status: int, reason: str) -> Counter:
             return m.requests.labels(model, route, str(status), reason)
 
         @cache
-        def rejection(reason: str) -> Counter:
-            return m.rejections.labels(model, reason)
+        def rejection(reason: str, class_: str) -> Counter:
+            return m.rejections.labels(model, reason, class_)
+
+        @cache
+        def queue_wait(class_: str) -> Histogram:
+            return m.queue_wait.labels(model, class_)
+
+        @cache
+        def waiting(class_: str) -> Gauge:
+            return m.waiting.labels(model, class_)
 
         @cache
         def attempt(outcome: str) -> Counter:
             return m.attempts.labels(model, outcome)
 
         self._request, self._rejection, self._attempt = request, rejection, attempt
+        # By class of the request: one of three, and no key's name, which would be a series for each.
+        self.queue_wait, self.waiting = queue_wait, waiting
 
     def request_done(self, route: str, status: int, reason: str, e2e_s: float) -> None:
         """The one terminal event of a request. `route` is the route's pattern, `reason` one of a few fixed words."""
         self._request(route, status, reason).inc()
         self.e2e.observe(e2e_s)
 
-    def rejected(self, reason: str) -> None:
+    def rejected(self, reason: str, class_: str) -> None:
         """Refused before any engine saw it: queue_full, queue_timeout, too_long, ..."""
-        self._rejection(reason).inc()
+        self._rejection(reason, class_).inc()
 
     def attempted(self, outcome: str) -> None:
         """One try at an engine ended: ok, busy, connect_error, http_5xx, refused, died, timeout, client_gone."""
@@ -192,7 +200,10 @@ class GatewayMetrics:
             registry=registry,
         )
         self.rejections = Counter(
-            "steelyard_rejections_total", "Requests refused before an engine.", ["model", "reason"], registry=registry
+            "steelyard_rejections_total",
+            "Requests refused before an engine.",
+            ["model", "reason", "class"],
+            registry=registry,
         )
         self.attempts = Counter(
             "steelyard_upstream_attempts_total",
@@ -225,14 +236,14 @@ class GatewayMetrics:
         )
         self.queue_wait = Histogram(
             "steelyard_queue_wait_seconds",
-            "Time in the gateway's queue before a slot.",
-            by_model,
+            "Time in the gateway's queue before a slot, by class of the request.",
+            ["model", "class"],
             buckets=QUEUE_WAIT_S,
             registry=registry,
         )
         held, waiting, running = _IN_FLIGHT
         self.held = Gauge(held, "Requests inside the gateway, waiting or running.", by_model, registry=registry)
-        self.waiting = Gauge(waiting, "Requests waiting for a slot.", by_model, registry=registry)
+        self.waiting = Gauge(waiting, "Requests waiting for a slot, by class.", ["model", "class"], registry=registry)
         self.running = Gauge(running, "Requests at an engine.", by_model, registry=registry)
         self.replicas = Gauge(
             "steelyard_replicas",

@@ -12,6 +12,7 @@ import pytest
 
 from serving.fleet.endpoint import START_TRIES, Endpoint, State, VersionFacts
 from serving.gateway import hold
+from serving.gateway.keys import create_key
 from tests.gateway.harness import CHAT, MESSAGES, EngineRoom, Front, chat, endless, events, eventually, recorded
 
 PINGS = {CHAT: b": keep-alive\n\n", MESSAGES: b'event: ping\ndata: {"type": "ping"}\n\n'}
@@ -181,6 +182,13 @@ async def test_who_does_not_stream_hears_nothing_before_its_answer(
 async def test_keep_alives_can_be_switched_off(front: Front) -> None:
     front.serve(limits={"keep_alive_after_s": None, "max_wait_s": 0.1})
     assert (await front.ask(body=endless())).status == 503
+
+
+async def test_a_key_may_do_without_keep_alives(front: Front) -> None:
+    _, quiet = create_key(front.keys.path, name="quiet", scopes=["infer:*"], now=time.time(), keep_alive=False)
+    assert front.gateway.keys.reload_if_changed() is None
+    front.serve(limits={"keep_alive_after_s": 0, "max_wait_s": 0.1})
+    assert [(await front.ask(body=endless(), key=key)).status for key in (quiet, front.keys.all)] == [503, 200]
 
 
 async def test_a_client_that_leaves_while_it_hears_keep_alives_is_forgotten(front: Front) -> None:

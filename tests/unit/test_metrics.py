@@ -39,13 +39,13 @@ def value(text: str, name: str, **labels: str) -> float:
 def used(metrics: GatewayMetrics) -> GatewayMetrics:
     """Every metric touched once."""
     model = metrics.of("tiny")
-    for gauge in (model.held, model.waiting, model.running):
+    for gauge in (model.held, model.waiting("batch"), model.running):
         gauge.inc()
     for counter in (model.prompt_tokens, model.completion_tokens, model.cached_tokens):
         counter.inc(3)
-    model.queue_wait.observe(0.01)
+    model.queue_wait("batch").observe(0.01)
     model.request_done("/v1/chat/completions", 200, "ok", 1.5)
-    model.rejected("queue_full")
+    model.rejected("queue_full", "batch")
     model.attempted("busy")
     meter = model.stream(10.0)
     for now in (10.05, 10.06, 10.09):
@@ -67,15 +67,16 @@ def test_every_metric_is_counted(metrics: GatewayMetrics) -> None:
     text = used(metrics).text()
     route = "/v1/chat/completions"
     assert value(text, "steelyard_requests_total", model="tiny", route=route, status="200", reason="ok") == 1
-    assert value(text, "steelyard_rejections_total", model="tiny", reason="queue_full") == 1
+    assert value(text, "steelyard_rejections_total", model="tiny", reason="queue_full", **{"class": "batch"}) == 1
     assert value(text, "steelyard_upstream_attempts_total", model="tiny", outcome="busy") == 1
     assert [
         value(text, "steelyard_tokens_total", model="tiny", kind=k) for k in ("prompt", "completion", "cached")
     ] == [3] * 3
     assert value(text, "steelyard_stream_events_total", model="tiny") == 3
     assert value(text, "steelyard_replicas", model="tiny", version="v1", state="READY") == 2
-    for name in ("ttft", "e2e", "queue_wait"):
+    for name in ("ttft", "e2e"):
         assert value(text, f"steelyard_{name}_seconds_count", model="tiny") == 1
+    assert value(text, "steelyard_queue_wait_seconds_count", model="tiny", **{"class": "batch"}) == 1
     assert "_created" not in text
 
 
@@ -121,7 +122,7 @@ def test_gauges_rest_when_every_request_has_ended(metrics: GatewayMetrics) -> No
         "steelyard_requests_waiting{tiny}": 1,
         "steelyard_requests_running{tiny}": 1,
     }
-    for gauge in (metrics.of("tiny").held, metrics.of("tiny").waiting, metrics.of("tiny").running):
+    for gauge in (metrics.of("tiny").held, metrics.of("tiny").waiting("batch"), metrics.of("tiny").running):
         gauge.dec()
     assert unrested_gauges(metrics.text()) == {}
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Sequence as Seq
 from types import TracebackType
 
+from serving.engine.simulator.kv import Held, KvCache
 from serving.engine.simulator.metrics import Metrics
 from serving.engine.simulator.sins import Sins
 
@@ -31,34 +33,51 @@ class ClientGone(Exception):
 class Core:
     """Admits requests first come, first served, while a slot and their KV room are free.
 
-    A request holds prompt + max_tokens tokens of `kv_tokens` from admission to its end: unlike vLLM, which grows and
-    preempts, so that a test can count on who waits.
+    A request holds prompt + max_tokens tokens of `kv` from admission to its end: unlike vLLM, which grows and
+    preempts, so that a test can count on who waits. Prompts are computed one after the other, `prefill_s` a token, but for
+    what is in the cache; then the first token takes `ttft_s`.
     """
 
     def __init__(
-        self, *, slots: int, kv_tokens: int, ttft_s: float, itl_s: float, sins: Sins, metrics: Metrics
+        self,
+        *,
+        slots: int,
+        kv: KvCache,
+        ttft_s: float,
+        itl_s: float,
+        sins: Sins,
+        metrics: Metrics,
+        prefill_s: float = 0.0,
     ) -> None:
         self.slots = slots
-        self.kv_tokens = kv_tokens
+        self.kv = kv
         self.ttft_s = ttft_s
+        self.prefill_s = prefill_s
         self.itl_s = itl_s
         self.grid_s = min(_GRID_S, itl_s / 100)
         self.sins = sins
         self.metrics = metrics
         self.running: set[Sequence] = set()
         self.waiting: dict[Sequence, None] = {}  # a FIFO that forgets a member in O(1)
-        self.kv_used = 0
+        self._prefilling_until = 0.0  # loop time
         self.frozen = False
         self.dead = False
         metrics.watch(
             running=lambda: len(self.running),
             waiting=lambda: len(self.waiting),
-            kv_usage=lambda: self.kv_used / self.kv_tokens,
+            kv_usage=lambda: kv.used / kv.tokens,
         )
 
-    def sequence(self, prompt_tokens: int, max_tokens: int) -> Sequence:
-        """A generation to be used as a context manager: inside it counts as waiting or running."""
-        return Sequence(self, prompt_tokens, max_tokens)
+    def sequence(self, prompt_tokens: int, max_tokens: int, blocks: Seq[int] = ()) -> Sequence:
+        """A generation to be used as a context manager: inside it counts as waiting or running. `blocks`: its prompt's
+        whole blocks, for the cache."""
+        return Sequence(self, prompt_tokens, max_tokens, blocks)
+
+    def prefill(self, tokens: int) -> float:
+        """Computes so much of a prompt after all that were admitted before; the loop time at which that is done."""
+        now = asyncio.get_running_loop().time()
+        self._prefilling_until = max(now, self._prefilling_until) + tokens * self.prefill_s
+        return self._prefilling_until
 
     def die(self) -> None:
         """The core is dead for good: everyone inside fails now, everyone later is refused."""
@@ -83,17 +102,18 @@ class Core:
         self.waiting.pop(seq, None)
         if seq in self.running:
             self.running.discard(seq)
-            self.kv_used -= seq.held
+            assert seq.held is not None
+            self.kv.free(seq.held)
         self._admit()
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.slots:
             seq = next(iter(self.waiting))
-            if self.kv_used + seq.held > self.kv_tokens:
+            seq.held = self.kv.take(seq.blocks, seq.prompt_tokens, seq.max_tokens)
+            if seq.held is None:
                 return
             del self.waiting[seq]
             self.running.add(seq)
-            self.kv_used += seq.held
             seq.begin()
 
 
@@ -101,14 +121,16 @@ class Sequence:
     """One generation. `next()` hands out its tokens as they fall due on a schedule fixed at admission, so that a late
     wake-up does not push later tokens back."""
 
-    def __init__(self, core: Core, prompt_tokens: int, max_tokens: int) -> None:
+    def __init__(self, core: Core, prompt_tokens: int, max_tokens: int, blocks: Seq[int]) -> None:
         self._core = core
         self.prompt_tokens = prompt_tokens
         self.max_tokens = max_tokens
-        self.held = prompt_tokens + max_tokens
+        self.blocks = blocks
+        self.held: Held | None = None
         self.sent = 0
         self._arrived = self._last = asyncio.get_running_loop().time()
         self._started: float | None = None
+        self._first_due = 0.0
         self._failed: Exception | None = None
         self._wake: asyncio.Future[None] | None = None
 
@@ -121,8 +143,15 @@ class Sequence:
 
     def begin(self) -> None:
         """Called by the core at admission."""
+        core = self._core
         self._started = asyncio.get_running_loop().time()
+        self._first_due = core.prefill(self.prompt_tokens - self.cached) + core.ttft_s
         self._settle()
+
+    @property
+    def cached(self) -> int:
+        """Tokens of its prompt that were in the cache; 0 before it is admitted."""
+        return 0 if self.held is None else self.held.cached
 
     def fail(self, error: Exception) -> None:
         """End the generation: the pending or the next `next()` raises `error`."""
@@ -150,11 +179,6 @@ class Sequence:
         if core.frozen:
             await self._until(None)
 
-    @property
-    def _first_due(self) -> float:
-        assert self._started is not None
-        return self._started + self._core.ttft_s
-
     def _due_by(self, now: float) -> int:
         """Tokens due until `now`, one more than `sent` at least: a timer may fire a little early."""
         core = self._core
@@ -166,11 +190,12 @@ class Sequence:
     def _count(self, tokens: range, now: float) -> None:
         metrics, self.sent = self._core.metrics, tokens.stop
         if tokens.start == 0:
-            metrics.first_token(self.prompt_tokens, now - self._arrived)
+            metrics.first_token(self.prompt_tokens, self.cached, now - self._arrived)
         else:
             metrics.inter_token.observe(now - self._last)
         self._last = now
-        metrics.tokens(len(tokens) + (self.prompt_tokens if tokens.start == 0 else 0), len(tokens))
+        computed = self.prompt_tokens - self.cached if tokens.start == 0 else 0
+        metrics.tokens(len(tokens) + computed, len(tokens))
 
     def finish(self, reason: str) -> None:
         """Count the request as answered. One whose client left is not counted, as in vLLM."""

@@ -6,6 +6,7 @@ import json
 import re
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -47,6 +48,7 @@ class Generation(msgspec.Struct, kw_only=True):
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    cache_salt: str | None = None
 
 
 class ChatRequest(Generation, kw_only=True):
@@ -195,13 +197,16 @@ class Reply:
     id: str
     model: str
     prompt_tokens: int
+    cached: Callable[[], int] | None  # how many of them were, once that is known; None: nobody is told
     created: int
 
     @classmethod
-    def new(cls, dialect: Dialect, request_id: str | None, model: str, prompt_tokens: int) -> Reply:
+    def new(
+        cls, dialect: Dialect, request_id: str | None, model: str, prompt_tokens: int, cached: Callable[[], int] | None
+    ) -> Reply:
         """vLLM builds the answer's id from the X-Request-Id header, whether or not it echoes the header."""
         base = request_id if request_id is not None else uuid.uuid4().hex[:16]
-        return cls(dialect, dialect.id_prefix + base, model, prompt_tokens, int(time.time()))
+        return cls(dialect, dialect.id_prefix + base, model, prompt_tokens, cached, int(time.time()))
 
     def full(self, text: str, tokens: int, reason: str) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
@@ -218,7 +223,7 @@ class Reply:
                 "prompt_tokens": self.prompt_tokens,
                 "total_tokens": self.prompt_tokens + tokens,
                 "completion_tokens": tokens,
-                "prompt_tokens_details": None,
+                "prompt_tokens_details": None if self.cached is None else _details(self.cached()),
                 "completion_tokens_details": None,
             },
         } | dict.fromkeys((*self.dialect.body_nulls, "kv_transfer_params", "ec_transfer_params", "metrics"))
@@ -230,6 +235,10 @@ class Reply:
         return {"message": {"role": "assistant", "content": text} | dict.fromkeys(nulls)}
 
 
+def _details(cached: int) -> dict[str, int | None]:
+    return {"cached_tokens": cached, "created_cache_tokens": None, "multimodal_tokens": None}
+
+
 class Events:
     """The events of one stream. What does not change from token to token is encoded once."""
 
@@ -237,6 +246,7 @@ class Events:
         self.usage_wanted = force_usage or bool(options and options.include_usage)
         self._continuous = force_usage or bool(self.usage_wanted and options and options.continuous_usage_stats)
         self._prompt = reply.prompt_tokens
+        self._cached = reply.cached
         self._dialect = reply.dialect
         head = {"id": reply.id, "object": reply.dialect.chunk_object, "created": reply.created, "model": reply.model}
         self._head = b"data: " + msgspec.json.encode(head)[:-1] + b',"choices":['
@@ -264,7 +274,8 @@ class Events:
 
     def usage(self, count: int) -> bytes:
         """The event between the last token and DONE, for those who asked."""
-        return self._head + b"]" + self._usage(count) + b"}" + self._fingerprint + b"}\n\n"
+        details = b"" if self._cached is None else b',"prompt_tokens_details":{"cached_tokens":%d}' % self._cached()
+        return self._head + b"]" + self._usage(count) + details + b"}" + self._fingerprint + b"}\n\n"
 
     def _running_usage(self, count: int) -> bytes:
         return self._usage(count) + self._dialect.usage_details + b"}"

@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import psutil
 import uvloop
 
 from bench import workloads
@@ -42,6 +41,7 @@ from bench.stream import Answer, Connection
 from bench.workloads import Call
 
 _OPENING_AT_ONCE = 64  # under a listener's backlog
+_SORTING_AT_ONCE = 512  # where most of them are another gateway's; under the backlogs of several
 _ACCEPT_S = 5.0  # for a gateway to take a connection from its backlog
 
 
@@ -122,7 +122,7 @@ class Pool:
     async def open(self, n: int) -> None:
         while len(self._idle) < n:
             missing = n - len(self._idle)
-            at_once = min(_OPENING_AT_ONCE, missing if not self._gateways else _OPENING_AT_ONCE)
+            at_once = _SORTING_AT_ONCE if self._gateways else min(_OPENING_AT_ONCE, missing)
             fresh = await asyncio.gather(*(self._connect() for _ in range(at_once)))
             self._idle.extend(await self._theirs(fresh))
 
@@ -174,16 +174,17 @@ class Pool:
         unknown, deadline = {c.local_port: c for c in fresh}, time.monotonic() + _ACCEPT_S
         found: list[Connection] = []
         while unknown:
-            took = taken_by(self._port)
+            await asyncio.sleep(0.01)
+            took = taken(self._port)
+            wanted = sockets_of(self._gateways)
             for port in unknown.keys() & took.keys():
                 connection = unknown.pop(port)
-                if took[port] in self._gateways:
+                if took[port] in wanted:
                     found.append(connection)
                 else:
                     connection.close()
             if unknown and time.monotonic() > deadline:
                 raise TimeoutError(f"nobody took {len(unknown)} connections to port {self._port}")
-            await asyncio.sleep(0.01)
         return found
 
     async def _connect(self) -> Connection:
@@ -191,12 +192,27 @@ class Pool:
         return connection
 
 
-def taken_by(port: int) -> dict[int, int]:
-    """Of the connections that processes of this user took on `port`: the client's port -> the pid."""
-    found: dict[int, int] = {}
-    for c in psutil.net_connections("tcp"):
-        if c.pid is not None and c.raddr and c.laddr and c.laddr[1] == port:
-            found[c.raddr[1]] = c.pid
+def taken(port: int) -> dict[int, str]:
+    """Of the connections to `port` (IPv4) that somebody took from the backlog: the client's port -> the socket's inode on
+    the side that took it. The lines are those of proc_pid_net(5)."""
+    found: dict[int, str] = {}
+    mine = f":{port:04X}"
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[1].endswith(mine) and fields[9] != "0":
+            found[int(fields[2].rpartition(":")[2], 16)] = fields[9]
+    return found
+
+
+def sockets_of(pids: tuple[int, ...]) -> set[str]:
+    """Inodes of the sockets that these processes hold."""
+    found = set()
+    for pid in pids:
+        for fd in os.scandir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):  # closed meanwhile
+                target = os.readlink(fd.path)
+                if target.startswith("socket:["):
+                    found.add(target[8:-1])
     return found
 
 

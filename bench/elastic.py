@@ -156,7 +156,7 @@ def from_zero(bench: Bench, fleet: Fleet, asked: Asked, bars: Bars, result: Repo
 
 def _falling(seed: int) -> Workload:
     """Twelve streams of 24 s, and short requests beside them all the while."""
-    return together(Steady(seed, 12, 0.2, 24_000 // ITL_MS), Steady(seed + 1, 100, 22.0, 8))
+    return together(Steady(seed, 12, 3.0, 24_000 // ITL_MS), Steady(seed + 1, 100, 22.0, 8))
 
 
 def _cold_start(metrics: Metrics) -> dict[str, float]:

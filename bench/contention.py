@@ -148,6 +148,11 @@ def served_by_party(recording: Recording, parties: int, since_s: float, until_s:
     return [int((inside & (recording.party == party)).sum()) for party in range(parties)]
 
 
+def crowded(seed: int) -> Uniform:
+    """Answers of different lengths: engines whose requests all end together would show in the pace."""
+    return Uniform(seed, max_tokens=TOKENS, spread=TOKENS // 2)
+
+
 def gateways(bench: Bench, one: Fleet, eight: Fleet, asked: Asked, bars: Bars, result: Report) -> None:
     """The same four replicas' worth of engines behind one gateway and behind eight, nine of ten requests at one of them."""
     seconds = 5.0 if asked.quick else 12.0
@@ -164,27 +169,27 @@ def gateways(bench: Bench, one: Fleet, eight: Fleet, asked: Asked, bars: Bars, r
                 summary, recording = fleet.ask(
                     bench,
                     "busy",
-                    Uniform(number, max_tokens=TOKENS),
+                    crowded(number),
                     tick=partial(_look, fleet, waiting[name]),
                     every_s=1.0,
                     concurrency=2 * REPLICAS * SLOTS,
                     duration_s=seconds,
                     parties=parties,
                 )
-            pace[name].append(recording.answered_per_s(settle, seconds))
+            pace[name].append(recording.tokens_per_s(settle, seconds))
             failed += sum(summary.errors.values())
-        bench.say(f"gateways {number + 1}: one {pace['one'][-1]:.1f}, eight {pace['eight'][-1]:.1f} answers/s")
+        bench.say(f"gateways {number + 1}: one {pace['one'][-1]:.1f}, eight {pace['eight'][-1]:.1f} tokens/s")
     add(result, "gateways8_throughput_ratio", ratio(pace["one"], pace["eight"]), asked, bars)
     share = percentile(waiting["eight"], 99) if waiting["eight"] else None
     add(result, "engine_waiting_p99_share", share, asked, bars)
     result.note("gateways8_failed", float(failed), "")
-    result.note("gateways8_answers_per_s", statistics.median(pace["eight"]), "1/s")
-    result.note("gateways1_answers_per_s", statistics.median(pace["one"]), "1/s")
-    result.note("engines_carry_per_s", CAPACITY, "1/s")
+    result.note("gateways8_tokens_per_s", statistics.median(pace["eight"]), "1/s")
+    result.note("gateways1_tokens_per_s", statistics.median(pace["one"]), "1/s")
+    result.note("engines_carry_tokens_per_s", CAPACITY * TOKENS, "1/s")
     result.note("gateways8_idle_cores", min(idle), "cores")
     if min(idle) < _IDLE_CORES:
         result.machine["warning"] = f"only {min(idle):.2f} cores were idle: the machine may be what was measured"
-    result.samples.append({"part": "gateways", "answers_per_s": pace, "waiting_share": waiting, "idle_cores": idle})
+    result.samples.append({"part": "gateways", "tokens_per_s": pace, "waiting_share": waiting, "idle_cores": idle})
 
 
 def _look(fleet: Fleet, shares: list[float]) -> None:
@@ -220,7 +225,7 @@ def directory(bench: Bench, eight: Fleet, asked: Asked, bars: Bars, result: Repo
         summary, recording = eight.ask(
             bench,
             "busy",
-            Uniform(1, max_tokens=TOKENS),
+            crowded(1),
             tick=script,
             every_s=0.2,
             concurrency=2 * REPLICAS * SLOTS,
@@ -232,19 +237,19 @@ def directory(bench: Bench, eight: Fleet, asked: Asked, bars: Bars, result: Repo
             os.kill(pid, signal.SIGCONT)
     stop, go_on, kill = (at - recording.began for at in script.done)
     pace = {
-        "before": recording.answered_per_s(2.0, stop),
-        "stopped": recording.answered_per_s(stop + 1.0, go_on),
-        "resumed": recording.answered_per_s(go_on + 1.0, kill),
-        "killed": recording.answered_per_s(kill + 1.0, before + away + again + killed),
+        "before": recording.tokens_per_s(2.0, stop),
+        "stopped": recording.tokens_per_s(stop + 1.0, go_on),
+        "resumed": recording.tokens_per_s(go_on + 1.0, kill),
+        "killed": recording.tokens_per_s(kill + 1.0, before + away + again + killed),
     }
     failed = sum(summary.errors.values())
-    bench.say("directory: " + ", ".join(f"{k} {v:.1f}" for k, v in pace.items()) + f" answers/s, {failed} failed")
+    bench.say("directory: " + ", ".join(f"{k} {v:.1f}" for k, v in pace.items()) + f" tokens/s, {failed} failed")
     worst = min(pace["stopped"], pace["resumed"], pace["killed"])
     add(result, "directory_down_ratio", worst / pace["before"] if pace["before"] else None, asked, bars)
     add(result, "directory_down_failed", float(failed), asked, bars)
     for name, value in pace.items():
-        result.note(f"directory_{name}_answers_per_s", value, "1/s")
-    result.samples.append({"part": "directory", "answers_per_s": pace, "errors": summary.errors})
+        result.note(f"directory_{name}_tokens_per_s", value, "1/s")
+    result.samples.append({"part": "directory", "tokens_per_s": pace, "errors": summary.errors})
 
 
 class Script:

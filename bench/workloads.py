@@ -29,16 +29,19 @@ class Call:
 
 @dataclass(frozen=True)
 class Uniform:
-    """`n` short, distinct prompts of about `chars` characters, `max_tokens` tokens out each."""
+    """`n` short, distinct prompts of about `chars` characters, `max_tokens` tokens out each, or evenly drawn from so many
+    by `spread` more or less."""
 
     seed: int
     n: int = 2000
     chars: int = 60
     max_tokens: int = 64
+    spread: int = 0
 
     def calls(self) -> list[Call]:
-        rng = random.Random(self.seed)
-        return [Call(0.0, f"{i} {_text(rng, self.chars)}", self.max_tokens) for i in range(self.n)]
+        rng, lengths = random.Random(self.seed), random.Random(f"lengths {self.seed}")
+        shortest, longest = self.max_tokens - self.spread, self.max_tokens + self.spread
+        return [Call(0.0, f"{i} {_text(rng, self.chars)}", lengths.randint(shortest, longest)) for i in range(self.n)]
 
 
 @dataclass(frozen=True)

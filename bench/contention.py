@@ -120,6 +120,11 @@ def growth_mib(sizes: Sequence[tuple[float, float]]) -> float | None:
 def fairness(bench: Bench, one: Fleet, eight: Fleet, asked: Asked, bars: Bars, result: Report) -> None:
     """Two keys, one asking for ten times as much, both for more than half of what there is."""
     seconds = 8.0 if asked.quick else 20.0
+    for fleet in (
+        one,
+        eight,
+    ):  # until every gateway has seen what answers of this model take, and its line forgot the start
+        fleet.ask(bench, "busy", crowded(0), concurrency=2 * REPLICAS * SLOTS, requests=60 * len(fleet.gateways()))
     greedy, modest = one.keys("greedy", "modest")
     gaps = {"one": _gap(bench, one, (Party(10, greedy), Party(1, modest)), seconds, result)}
     greedy, modest = eight.keys("greedy", "modest")

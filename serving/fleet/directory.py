@@ -91,11 +91,11 @@ class Table:
         return known is None or known[0].state is not endpoint.state or known[0].url != endpoint.url
 
     def announce_gateway(self, gateway: GatewayInfo, now: float) -> bool:
-        """Upserts; True when it is new or begins to hold requests for a version that must be woken."""
+        """Upserts; True when it is new, begins to hold requests for a version that must be woken, or has seen an engine die."""
         known = self._gateways.get(gateway.id)
         self._gateways[gateway.id] = (gateway, now + LEASE_S)
         self.unpublished |= known is None or known[0] != gateway
-        if known is None:
+        if known is None or known[0].deaths.items() != gateway.deaths.items():
             return True
         begun = gateway.held.keys() - known[0].held.keys()
         return bool(begun) and bool(

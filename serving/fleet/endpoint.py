@@ -94,7 +94,7 @@ class GatewayInfo(msgspec.Struct, frozen=True, kw_only=True):
     arrived: dict[str, int] = {}  # version id -> requests that asked for a slot since this gateway started
     finished: dict[str, int] = {}  # of them, answered by an engine to the end
     demand: dict[str, tuple[KeyDemand, ...]] = {}  # version id -> who asks for how much, bounded
-    deaths: dict[str, int] = {}  # fingerprint of a request -> engines that died with it inside, bounded
+    deaths: dict[str, tuple[str, ...]] = {}  # fingerprint of a request -> engines that died with it inside, bounded
 
 
 class Failure(msgspec.Struct, frozen=True):

@@ -207,7 +207,7 @@ class Gateway:
         """Binds the request to a replica and relays; failures before the first byte are tried elsewhere."""
         self.fleet.arrived[line.version_id] += 1
         keep_alive = KeepAlive(x, model.limits.keep_alive_after_s if x.line.stream else None)
-        killed, again, failed = 0, False, False
+        again = failed = False
         with contextlib.closing(retry.Retry(self._retries, line.trials)) as chance:
             while True:
                 if failed:
@@ -229,7 +229,7 @@ class Gateway:
                     await self._deliver(x, route, reply, metrics)
                     self.fleet.finished[line.version_id] += 1
                     if reply.crashed:
-                        self._count_death(x, charge)
+                        _count_death(x, charge)
                     else:
                         charge.survived()
                     metrics.attempted("died" if reply.scan is not None and reply.scan.died else "ok")
@@ -245,8 +245,8 @@ class Gateway:
                     chance.close()
                     ticket.avoid |= {upstream.endpoint.id}
                     if e.killed:
-                        killed, ticket.suspect = killed + 1, True
-                        if max(killed, self._count_death(x, charge)) >= DEATHS:
+                        ticket.suspect = True
+                        if _count_death(x, charge) >= DEATHS:
                             raise _crashed(charge) from None
                     if x.line.attempts >= MAX_ATTEMPTS:
                         raise EngineBroken(f"{line.version_id}: {x.line.attempts} attempts failed") from None
@@ -259,14 +259,6 @@ class Gateway:
                     metrics.running.dec()
                     self._at_engines -= 1
                     settle(ticket)
-
-    def _count_death(self, x: Exchange, charge: Charge) -> int:
-        """An engine died with this request inside; how many have by now."""
-        deaths = charge.died()
-        log.warning(
-            "an engine died with %s inside, %d by now", charge.print, deaths, extra={"request_id": x.request_id}
-        )
-        return deaths
 
     async def _turn(self, x: Exchange, model: ModelConfig, ticket: Ticket, chance: retry.Retry) -> None:
         """Waits for a place among the retries, as long as the request may wait at all."""
@@ -540,6 +532,13 @@ def _ticket(x: Exchange, key: Key, model: ModelConfig, tokens: int) -> Ticket:
             raise BadRequest("`x-steelyard-timeout` is a number of seconds, above 0")
         timeout_s = min(timeout_s, wanted)
     return Ticket(since=x.t0, deadline=x.t0 + timeout_s, key=key.id, rank=rank, weight=float(key.weight), tokens=tokens)
+
+
+def _count_death(x: Exchange, charge: Charge) -> int:
+    """An engine died with this request inside; how many have by now."""
+    deaths = charge.died(x.line.replica or "")
+    log.warning("an engine died with %s inside, %d by now", charge.print, deaths, extra={"request_id": x.request_id})
+    return deaths
 
 
 def _crashed(charge: Charge) -> RequestCrashedEngine:

@@ -167,7 +167,7 @@ class GatewayReplica:
     async def _announce_for_ever(self) -> None:
         """At once when a version must be woken, soon when what is held changed, each second in any case."""
         url = f"http://{self._node}:{self.gateway.private_port}"
-        untold, told, told_at = False, (dict[str, int](), dict[str, int]()), float("-inf")
+        untold, told, told_at = False, (dict[str, int](), dict[str, tuple[str, ...]]()), float("-inf")
         news = asyncio.Event()
         self.gateway.fleet.on_hold = self.gateway.fleet.fuse.on_news = news.set
         while True:

@@ -39,12 +39,13 @@ def fingerprint(version_id: str, path: str, adapter: str | None, fields: Mapping
 
 class Fuse:
     """The deaths of engines by the fingerprints of those inside, as this gateway saw them and as the others tell. While nobody
-    is remembered, which is nearly always, nothing is computed."""
+    is remembered, which is nearly always, nothing is computed. Engines are told apart by their endpoint's id: one that cuts
+    every answer and lives on is sick, and no request's fault; two gateways that lose theirs at once have seen one death."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._own: dict[str, tuple[int, float]] = {}  # deaths, and until when they are remembered; the oldest first
-        self._others: dict[str, int] = {}
+        self._own: dict[str, tuple[frozenset[str], float]] = {}  # engines, and until when; the oldest first
+        self._others: dict[str, frozenset[str]] = {}
         self._acquitted: set[str] = set()  # here, of what the others tell
         self.on_news: Callable[[], None] = lambda: None
 
@@ -54,23 +55,17 @@ class Fuse:
 
     def blown(self, print_: str) -> bool:
         """Whether this request is refused."""
-        return self.deaths(print_) >= DEATHS
+        return len(self._dead(print_)) >= DEATHS
 
-    def deaths(self, print_: str) -> int:
-        own, until = self._own.get(print_, (0, 0.0))
-        if own and self._clock() >= until:
-            del self._own[print_]
-            own = 0
-        return own + (0 if print_ in self._acquitted else self._others.get(print_, 0))
-
-    def died(self, print_: str) -> int:
-        """An engine died with this request inside; how many have by now."""
-        own = self._own.pop(print_, (0, 0.0))[0] if self.deaths(print_) else 0
-        self._own[print_] = own + 1, self._clock() + REMEMBERED_S
+    def died(self, print_: str, engine: str) -> int:
+        """That engine died with this request inside; how many have by now."""
+        known = self._known(print_)
+        self._own.pop(print_, None)
+        self._own[print_] = frozenset([*known, engine][-DEATHS:]), self._clock() + REMEMBERED_S
         while len(self._own) > MOST:
             del self._own[next(iter(self._own))]
         self.on_news()
-        return self.deaths(print_)
+        return len(self._dead(print_))
 
     def survived(self, print_: str) -> None:
         """It was answered to its end: whatever ended engines, it is not this."""
@@ -78,21 +73,29 @@ class Fuse:
         if print_ in self._others:
             self._acquitted.add(print_)
 
-    def told(self) -> dict[str, int]:
+    def told(self) -> dict[str, tuple[str, ...]]:
         """Of its own, for the other gateways."""
         now = self._clock()
         for print_ in [p for p, (_, until) in self._own.items() if until <= now]:
             del self._own[print_]
-        return {p: self._own[p][0] for p in list(self._own)[-TOLD:]}
+        return {p: tuple(sorted(self._own[p][0])) for p in list(self._own)[-TOLD:]}
 
-    def hear(self, told: Iterable[Mapping[str, int]]) -> None:
+    def hear(self, told: Iterable[Mapping[str, Iterable[str]]]) -> None:
         """What all the others tell now."""
-        others: dict[str, int] = {}
+        others: dict[str, frozenset[str]] = {}
         for deaths in told:
-            for print_, count in deaths.items():
-                others[print_] = others.get(print_, 0) + count
+            for print_, engines in deaths.items():
+                others[print_] = others.get(print_, frozenset()).union(engines)
         self._others = others
         self._acquitted &= others.keys()
+
+    def _known(self, print_: str) -> frozenset[str]:
+        engines, until = self._own.get(print_, (frozenset[str](), 0.0))
+        return engines if self._clock() < until else frozenset()
+
+    def _dead(self, print_: str) -> frozenset[str]:
+        known = self._known(print_)
+        return known if print_ in self._acquitted else known | self._others.get(print_, frozenset())
 
 
 class Charge:
@@ -114,8 +117,8 @@ class Charge:
         self._print = self._print or fingerprint(*self._of)
         return self._print
 
-    def died(self) -> int:
-        return self._fuse.died(self.print)
+    def died(self, engine: str) -> int:
+        return self._fuse.died(self.print, engine)
 
     def survived(self) -> None:
         if self._print:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 SHARE = 0.2  # of the requests at engines, so many at most may be there because an attempt failed
 LEAST = 3  # whatever runs
-TRIAL_S = 0.5
+TRIAL_S = 1.0  # alone among its like, unless it has an answer sooner
 SILENT_LEAST_S = 30.0  # a stream's first event may always take so long
 SILENT_TIMES = 10.0  # and so many times as long as the slowest of late
 WINDOW_S = 300.0

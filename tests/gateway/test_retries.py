@@ -75,7 +75,7 @@ async def test_an_engine_that_fails_in_a_row_is_asked_no_more_until_it_is_its_ti
 
 async def test_a_prompt_that_kills_engines_takes_no_innocent_with_it(front: Front, room: EngineRoom) -> None:
     """All were inside when the first engine died, and none had an answer yet. They are not beside each other again."""
-    dying = [room.start(sins="dies_on_prompt", sim_ttft_ms=150, slots=32) for _ in range(4)]
+    dying = [room.start(sins="dies_on_prompt", sim_ttft_ms=ms, slots=32) for ms in (5000, 5, 5, 5)]
     front.serve(dying[0])
     innocent = [asyncio.create_task(front.ask(body=chat(f"hello {i}", stream=i % 2 == 0))) for i in range(12)]
     await dying[0].inside(12)
@@ -91,14 +91,14 @@ async def test_a_prompt_that_kills_engines_takes_no_innocent_with_it(front: Fron
 
 async def test_streams_cut_by_the_death_of_their_engine_count_and_then_the_request_is_refused(front: Front) -> None:
     said = b'data: {"choices":[{"index":0,"delta":{"content":"so far"}}]}\n\n'
-    async with recorded(said, 0.01, cut=True) as engine:
-        front.serve(engine)
-        for _ in range(2):
+    async with recorded(said, 0.01, cut=True) as one, recorded(said, 0.01, cut=True) as two:
+        for engine in (one, one, two):  # to be cut twice by the same one says nothing of the request
+            front.serve(engine)
             answer = await front.ask(body=chat(stream=True))
             assert events(answer.body)[-1]["error"]["code"] == "engine_error"
         refused = await front.ask(body=chat(stream=True), headers={"x-request-id": "third"})
         assert (refused.status, refused.error["code"]) == (422, "request_crashed_engine")
-        assert len(engine.seen) == 2
+        assert (len(one.seen), len(two.seen)) == (2, 1)
         assert front.metric("steelyard_rejections_total", reason="request_crashed_engine") == 1
         assert (await front.line("third"))["reason"] == "request_crashed_engine"
         assert (await front.ask(body=chat("another", stream=True))).status == 200
@@ -106,14 +106,14 @@ async def test_streams_cut_by_the_death_of_their_engine_count_and_then_the_reque
 
 
 async def test_it_is_told_in_the_dialect_of_the_route(front: Front) -> None:
-    async with recorded(cut=True) as engine:
-        front.serve(engine)
+    async with recorded(cut=True) as one, recorded(cut=True) as two:
+        front.serve(one, two)
         with pytest.raises(anthropic.UnprocessableEntityError, match="engines died") as caught:
             await front.anthropic().messages.create(
                 model="tiny", max_tokens=5, messages=[{"role": "user", "content": "boom"}]
             )
         assert caught.value.body["error"]["type"] == "invalid_request_error"  # type: ignore[index]
-        assert engine.seen == [MESSAGES] * 2
+        assert one.seen == two.seen == [MESSAGES]
         front.engines.clear()
 
 

@@ -227,8 +227,9 @@ def test_two_deaths_blow_it_for_a_while() -> None:
     fuse = Fuse(lambda: now[0])
     assert not fuse.armed and not charge(fuse).blown
     first = charge(fuse)
-    assert (first.died(), charge(fuse).blown) == (1, False)
-    assert first.died() == DEATHS
+    assert (first.died("a"), charge(fuse).blown) == (1, False)
+    assert (first.died("a"), charge(fuse).blown) == (1, False)  # it lives, and cuts whatever it answers
+    assert first.died("b") == DEATHS
     assert charge(fuse).blown and not charge(fuse, max_tokens=7).blown
     now[0] = REMEMBERED_S
     assert not charge(fuse).blown
@@ -236,10 +237,10 @@ def test_two_deaths_blow_it_for_a_while() -> None:
 
 def test_who_is_answered_to_the_end_is_acquitted_here_and_of_what_others_tell() -> None:
     here, there = Fuse(), Fuse()
-    charge(there).died()
+    charge(there).died("a")
     here.hear([there.told()])
     charge(here).survived()
-    charge(here).died()
+    charge(here).died("b")
     assert not charge(here).blown
     charge(here).survived()
     assert here.told() == {}
@@ -248,9 +249,11 @@ def test_who_is_answered_to_the_end_is_acquitted_here_and_of_what_others_tell() 
 def test_gateways_count_together() -> None:
     here, there, news = Fuse(), Fuse(), []
     there.on_news = lambda: news.append(1)
-    charge(here).died()
-    charge(there).died()
-    assert news and not charge(here).blown
+    charge(here).died("a")
+    charge(there).died("a")
+    here.hear([there.told()])
+    assert news and not charge(here).blown  # both lost theirs by one death
+    charge(there).died("b")
     here.hear([there.told()])
     assert charge(here).blown
 
@@ -258,7 +261,7 @@ def test_gateways_count_together() -> None:
 def test_what_is_remembered_and_told_is_bounded() -> None:
     fuse = Fuse()
     for i in range(MOST + 10):
-        fuse.died(str(i))
+        fuse.died(str(i), "a")
     assert len(fuse._own) == MOST and len(fuse.told()) == TOLD
 
 

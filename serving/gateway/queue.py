@@ -300,22 +300,21 @@ class VersionLine:
         count, bound_s = 0, self._patience.bound_s()
         self._gone = [u for u in self._gone if u.awaiting]
         for u in (*self.upstreams.values(), *self._gone):
-            if not u.awaiting:
+            if not u.awaiting or count >= most:
                 continue
-            others = [
-                o for o in self.upstreams.values() if o is not u and o.endpoint.state is State.READY and o.room(now)
-            ]
             e = u.endpoint
             lost = e.state in (State.SUSPECT, State.FAILED) or self.upstreams.get(e.id) is not u
-            places = sum(o.endpoint.slots - o.sent for o in others)
-            for attempt in sorted(u.awaiting, key=lambda a: a.since):
-                if count >= most or places <= 0:
-                    break
-                if attempt.patient or not (lost or (attempt.stream and now - attempt.since > bound_s)):
-                    continue
+            due = [a for a in u.awaiting if not a.patient and (lost or (a.stream and now - a.since > bound_s))]
+            if not due:
+                continue
+            others = (
+                o for o in self.upstreams.values() if o is not u and o.endpoint.state is State.READY and o.room(now)
+            )
+            places = min(sum(o.endpoint.slots - o.sent for o in others), most - count)
+            for attempt in sorted(due, key=lambda a: a.since)[:places]:
                 why = f"it is {e.state}" if lost else f"nothing came for {now - attempt.since:.0f} s"
                 attempt.give_up(f"{e.id}: {why}", suspect=lost)
-                count, places = count + 1, places - 1
+                count += 1
         return count
 
     def pump(self, now: float | None = None) -> None:

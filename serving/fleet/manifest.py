@@ -129,6 +129,7 @@ def _engine_app(catalog: Catalog, model: ModelSpec, version: Version, locate: Lo
                 "user_config": {
                     "start_timeout_s": version.start_timeout_s,
                     "drain_s": version.drain_s,
+                    "stuck_timeout_s": version.stuck_timeout_s,
                     "builds": _builds(catalog, model, version),
                     # For `serve_policy`, which reads it here: Serve's autoscaling config has no place for it.
                     "schedule": [entry.model_dump() for entry in version.scaling.schedule],

@@ -20,6 +20,7 @@ from serving.gateway import shares
 from serving.gateway.order import CLASSES, Order
 from serving.gateway.pace import Holds, Pace
 from serving.gateway.prefix import KEPT_BLOCKS
+from serving.gateway.retry import Patience, Retry, Trials
 from serving.gateway.routes import Route
 from serving.gateway.routing import NOBODY, Upstream, pick
 from serving.gateway.sizes import Sizes
@@ -43,8 +44,8 @@ class Ticket:
     """One request's claim to a slot, from its arrival to its end, over all its attempts. Times are monotonic seconds."""
 
     __slots__ = (
-        *("adapter", "at", "avoid", "blocks", "cost", "deadline", "key", "place", "rank", "session", "since", "tokens"),
-        *("upstream", "weight", "_again_as", "_bound_at", "_future", "_over", "_pending"),
+        *("adapter", "again", "at", "avoid", "blocks", "cost", "deadline", "key", "place", "rank", "session", "since"),
+        *("suspect", "tokens", "upstream", "weight", "_again_as", "_bound_at", "_future", "_over", "_pending"),
     )
 
     def __init__(
@@ -68,6 +69,8 @@ class Ticket:
         self.blocks, self.session = blocks, session  # what of it an endpoint's cache may hold
         self.deadline, self.since = deadline, since
         self.avoid: frozenset[str] = NOBODY  # endpoints that failed it
+        self.suspect = False  # an engine died with it inside: not beside another such one, as far as there is room
+        self.again: Retry | None = None  # its further attempts
         self.upstream: Upstream | None = None  # where it is bound
         self._future: asyncio.Future[Upstream] | None = None  # while it waits
         self.place = -1  # among those that wait, for `Order`
@@ -90,6 +93,9 @@ class VersionLine:
         self.sizes = Sizes()
         self.running = 0  # bound now
         self.siblings = False  # other gateways send prompts to the same endpoints
+        self.trials = Trials(lambda: len(self.ready_ids()))
+        self._patience = Patience()
+        self._gone: list[Upstream] = []  # out of the table, while attempts there have no answer
         self._gateway_id = gateway_id
         self._order: Order[Ticket] = Order()
         self._returned: list[tuple[float, int, Ticket]] = []  # had their turn already: before all others, by arrival
@@ -162,10 +168,13 @@ class VersionLine:
                 known.heard(e)
         if not only_add:
             for gone in self.upstreams.keys() - seen:
-                del self.upstreams[gone]
+                self._gone.append(self.upstreams.pop(gone))
         most = KEPT_BLOCKS // max(1, len(self.upstreams))
         for u in self.upstreams.values():
             u.keep(most)
+        if not self._closed():
+            for u in self.upstreams.values():
+                u.close_breaker()
         for adapter in [a for a in self._parked if self._somewhere(a)]:
             self._unpark(adapter)
         self.pump()
@@ -238,10 +247,13 @@ class VersionLine:
 
     def entered(self, ticket: Ticket) -> None:
         """Its door let it in, and its answer has begun."""
-        if ticket.upstream is not None:
-            ticket.upstream.refusals = 0
-            ticket.upstream.pending -= ticket._pending
+        upstream = ticket.upstream
+        if upstream is not None:
+            upstream.refusals = 0
+            upstream.pending -= ticket._pending
             ticket._pending = 0
+            if upstream.failures:
+                upstream.close_breaker()
         if ticket._over:
             ticket._over = False
             self._overdraft_s = max(OVERDRAFT_LEAST_S, self._overdraft_s / 2)
@@ -268,10 +280,45 @@ class VersionLine:
 
     def broken(self, ticket: Ticket) -> None:
         """Nothing answers there."""
+        assert ticket.upstream is not None
+        ticket.upstream.broken(time.monotonic())
+        self.failed(ticket)
+
+    def failed(self, ticket: Ticket) -> None:
+        """What came from there was no answer."""
         now = time.monotonic()
-        self._unbind(ticket).broken(now)
+        upstream = self._unbind(ticket)
+        upstream.failed(now, not self._closed() - {upstream.endpoint.id})
         if self:
             self.pump(now)
+
+    def answered_first(self, ticket: Ticket) -> None:
+        """The first event of a stream is here."""
+        now = time.monotonic()
+        self._patience.took(now - ticket._bound_at, now)
+
+    def give_up_on_the_silent(self, now: float, most: int) -> int:
+        """Attempts without an answer at engines that are suspect or gone, or for longer than any of late, are tried elsewhere
+        where there is a place: `most` of them, and how many that were."""
+        count, bound_s = 0, self._patience.bound_s()
+        self._gone = [u for u in self._gone if u.awaiting]
+        for u in (*self.upstreams.values(), *self._gone):
+            if not u.awaiting or count >= most:
+                continue
+            e = u.endpoint
+            lost = e.state in (State.SUSPECT, State.FAILED) or self.upstreams.get(e.id) is not u
+            due = [a for a in u.awaiting if not a.patient and (lost or (a.stream and now - a.since > bound_s))]
+            if not due:
+                continue
+            others = (
+                o for o in self.upstreams.values() if o is not u and o.endpoint.state is State.READY and o.room(now)
+            )
+            places = min(sum(o.endpoint.slots - o.sent for o in others), most - count)
+            for attempt in sorted(due, key=lambda a: a.since)[:places]:
+                why = f"it is {e.state}" if lost else f"nothing came for {now - attempt.since:.0f} s"
+                attempt.give_up(f"{e.id}: {why}", suspect=lost)
+                count += 1
+        return count
 
     def pump(self, now: float | None = None) -> None:
         """Binds as many of those who wait as there are free slots, in order.
@@ -331,7 +378,11 @@ class VersionLine:
             kept = {*kept, *self._lacking(ticket.adapter)}
         if not ticket.avoid:
             return self._best(ticket, now, frozenset(kept) if kept else NOBODY)
-        found = self._best(ticket, now, ticket.avoid.union(kept))
+        avoid, found = ticket.avoid.union(kept), None
+        if ticket.suspect and self.trials.on:
+            found = self._best(ticket, now, avoid | self.trials.on)
+        if found is None:
+            found = self._best(ticket, now, avoid)
         if found is None and not self.ready_ids() - ticket.avoid - self._lacking(ticket.adapter):
             found = self._best(ticket, now, frozenset(kept))
         return found
@@ -351,6 +402,10 @@ class VersionLine:
         """Whether a ready endpoint has it."""
         ready = (u.endpoint for u in self.upstreams.values() if u.endpoint.state is State.READY)
         return any(e.adapters is None or adapter in e.adapters for e in ready)
+
+    def _closed(self) -> set[str]:
+        """Ready endpoints whose breaker is closed."""
+        return {i for i, u in self.upstreams.items() if u.endpoint.state is State.READY and not u.tripped}
 
     def _any_room(self, now: float) -> bool:
         return any(u.room(now) and u.endpoint.state is State.READY for u in self.upstreams.values())
@@ -553,6 +608,8 @@ class VersionLine:
                 at = u.full_until
             if now < u.broken_until < at:
                 at = u.broken_until
+            if u.tripped and now < u.try_at < at:
+                at = u.try_at
         # Where one more is let in already, it is room that is missing, and whatever frees some looks again.
         over = self._share is not None and self.running >= self._share.slots and now < self._overdraft_at
         if over and self._any_room(now):

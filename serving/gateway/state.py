@@ -23,6 +23,7 @@ from serving.fleet.endpoint import (
     VersionFacts,
     retry_delay_s,
 )
+from serving.gateway.fuse import Fuse
 from serving.gateway.queue import VersionLine
 from serving.gateway.shares import told
 from serving.gateway.waking import ready_in_s
@@ -80,6 +81,7 @@ class Fleet:
         self.models: dict[str, ModelConfig] = {}
         self.lines: dict[str, VersionLine] = {}
         self.gateways: tuple[GatewayInfo, ...] = ()
+        self.fuse = Fuse()
         self.asleep: frozenset[str] = frozenset()  # versions without a ready replica
         self.on_hold: Callable[[], None] = lambda: None  # a version must be woken: whoever announces does it now
         self.arrived: Counter[str] = Counter()  # version id -> requests that asked for a slot, ever
@@ -111,6 +113,7 @@ class Fleet:
         self.gateways = snapshot.gateways
         self._distribute(only_add=not snapshot.complete)
         self._count_elsewhere()
+        self.fuse.hear(g.deaths for g in self.gateways if g.id != self.gateway_id and g.deaths)
         for version, line in self.lines.items():
             others = {g.id: g.demand[version] for g in self.gateways if version in g.demand and g.id != self.gateway_id}
             line.others(others, snapshot.number)
@@ -146,6 +149,8 @@ class Fleet:
         starting = [e for e in self._endpoints.values() if e.version_id == version_id]
         left_s = ready_in_s(starting, facts, time.time())
         self.on_hold()
+        if any(e.state is State.SUSPECT for e in starting):
+            return  # it may be well again any moment
         broken = _broken(facts, starting)
         if not broken and (left_s is None or left_s <= patience_s):
             return

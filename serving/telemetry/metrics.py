@@ -304,6 +304,29 @@ class DirectoryMetrics:
             registry=registry,
         )
 
+        self.faults = Counter(
+            "steelyard_replica_faults_total",
+            "Replicas that became SUSPECT (no new work until it is well again) or FAILED (replaced), by cause.",
+            [*version, "state", "cause"],
+            registry=registry,
+        )
+        self.quarantined = Gauge(
+            "steelyard_quarantined_seconds",
+            "What is left of a version's quarantine on a node where it failed again and again.",
+            [*version, "node"],
+            registry=registry,
+        )
+
+    def troubled(self, model: str, version: str, state: str, cause: str) -> None:
+        self.faults.labels(model, version, state, cause or "unknown").inc()
+
+    def set_quarantined(self, left_s: Mapping[tuple[str, str], float]) -> None:
+        """(version id, node) -> seconds. What is over is no longer exported."""
+        self.quarantined.clear()
+        for (version_id, node), seconds in left_s.items():
+            model, _, version = version_id.partition("@")
+            self.quarantined.labels(model, version, node).set(seconds)
+
     def started(self, model: str, version: str, phases: Mapping[str, float]) -> None:
         self.cold_starts.labels(model, version).inc()
         for phase, seconds in phases.items():

@@ -62,10 +62,9 @@ class Core:
         self._prefilling_until = 0.0  # loop time
         self.frozen = False
         self.dead = False
+        self._told = (0, 0, 0.0)
         metrics.watch(
-            running=lambda: len(self.running),
-            waiting=lambda: len(self.waiting),
-            kv_usage=lambda: kv.used / kv.tokens,
+            running=lambda: self._load()[0], waiting=lambda: self._load()[1], kv_usage=lambda: self._load()[2]
         )
 
     def sequence(self, prompt_tokens: int, max_tokens: int, blocks: Seq[int] = ()) -> Sequence:
@@ -78,6 +77,12 @@ class Core:
         now = asyncio.get_running_loop().time()
         self._prefilling_until = max(now, self._prefilling_until) + tokens * self.prefill_s
         return self._prefilling_until
+
+    def _load(self) -> tuple[int, int, float]:
+        """Running, waiting, share of the KV room: as the core said last, so a core that stands still says no more."""
+        if not self.frozen:
+            self._told = len(self.running), len(self.waiting), self.kv.used / self.kv.tokens
+        return self._told
 
     def die(self) -> None:
         """The core is dead for good: everyone inside fails now, everyone later is refused."""

@@ -74,6 +74,7 @@ def catalog_facts() -> dict[str, Any]:
         "scaling": version.scaling.model_dump(),
         "slots": command.DEFAULT_SLOTS,
         "limits": model.limits.model_dump(),
+        "slo": model.slo.model_dump(),
         "cpu": {"args": cpu.args, "env": cpu.env},
         "sim": {"args": list(store.SIMULATED_ARGS)},
         "stopGraceSeconds": manifest.STOP_GRACE_S,

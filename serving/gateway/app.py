@@ -373,6 +373,9 @@ class Gateway:
     def _observe(self) -> None:
         """Gauges of what is elsewhere, when somebody looks."""
         fleet, m = self.fleet, self.metrics
+        for c in fleet.catalog.models:
+            for version in c.versions:  # series from the start: a rate sees their first increase
+                m.of(c.name, version)
         set_all(m.replicas, fleet.replica_counts())
         set_all(m.replicas_required, fleet.required())
         set_all(m.objective, {(c.name,): c.slo.objective for c in fleet.catalog.models})

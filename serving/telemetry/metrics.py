@@ -180,6 +180,9 @@ class ModelMetrics:
 
         self._request, self._rejection, self._attempt = request, rejection, attempt
         self._retry, self._token, self._slo = retry, token, slo
+        if model != UNKNOWN_MODEL:
+            for verdict in VERDICTS:  # an error rate is 0, not unknown, before the first error
+                slo(verdict)
 
     def request_done(self, route: str, status: int, reason: str, e2e_s: float) -> None:
         """The one terminal event of a request. `route` is the route's pattern, `reason` one of a few fixed words."""
@@ -220,6 +223,9 @@ class ModelMetrics:
 
 # Reasons that are the client's own doing, or a limit somebody set for it: they say nothing of the service.
 _NOT_OURS = frozenset({"client_gone", "limit_reached", "engine_refused"})
+
+
+VERDICTS = ("good", "slow", "failed")
 
 
 def slo_verdict(status: int, reason: str, ttft_s: float | None, slo_ttft_s: float) -> str | None:

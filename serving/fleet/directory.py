@@ -27,7 +27,7 @@ from serving.fleet.endpoint import Endpoint, GatewayInfo, Snapshot, State, Targe
 from serving.fleet.history import Change, History
 from serving.settings import load_settings
 from serving.telemetry import logs
-from serving.telemetry.metrics import DirectoryMetrics
+from serving.telemetry.metrics import DirectoryMetrics, set_all
 
 log = logging.getLogger(__name__)
 
@@ -202,6 +202,7 @@ class Directory:
         self._log = logs.setup("directory", settings.log_dir)
         self._history = History()
         self._metrics = DirectoryMetrics(CollectorRegistry())
+        self._metrics.before_text = self._observe
         self._on_head = settings.node_role == "head"
         self._keys_file = KeysFile(settings.keys_file) if self._on_head else None
 
@@ -209,6 +210,8 @@ class Directory:
         endpoint = unpack(entry, Endpoint)
         self._ensure_janitor()
         before = self._table.endpoint(endpoint.id)
+        if before is None:
+            self._metrics.seen(endpoint.model, endpoint.version)
         if endpoint.state is State.READY and before is not None and before.state is State.STARTING:
             self._metrics.started(endpoint.model, endpoint.version, endpoint.phases)
         if endpoint.state is State.FAILED and before is not None and before.state is not State.FAILED:
@@ -282,6 +285,14 @@ class Directory:
     async def metrics(self) -> str:
         """Its own exposition; a gateway that is scraped puts it among the others'."""
         return self._metrics.text()
+
+    def _observe(self) -> None:
+        health: dict[tuple[str, ...], float] = {
+            (e.model, e.version, e.id, e.node): float(e.state is not State.FAILED)
+            for e in self._table.snapshot(time.monotonic()).endpoints
+            if e.state in (State.READY, State.DRAINING, State.FAILED)
+        }
+        set_all(self._metrics.health, health)
 
     def _wake(self) -> None:
         if self._load_news is not None:

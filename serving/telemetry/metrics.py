@@ -438,6 +438,12 @@ class DirectoryMetrics:
         _process(registry)
         self.before_text: Callable[[], None] = lambda: None
 
+    def seen(self, model: str, version: str) -> None:
+        """A version has a replica: its series begin at zero, so that a rate sees their first increase."""
+        self.cold_starts.labels(model, version)
+        for phase in ("start", "serving"):
+            self.failures.labels(model, version, phase)
+
     def started(self, model: str, version: str, phases: Mapping[str, float]) -> None:
         self.cold_starts.labels(model, version).inc()
         for phase, seconds in phases.items():

@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serving.fleet.endpoint import Target
 from serving.gateway.keys import create_key
+from serving.gateway.scrape import FRESH_S
 from serving.telemetry.metrics import KEYS_SHOWN, unrested_gauges
 from tests.gateway.harness import CHAT, HOST, SECRET, Engine, EngineRoom, Front, Keys, chat, eventually, listening
 from tests.gateway.test_own_routes import scrape
@@ -219,3 +220,19 @@ async def test_a_version_without_a_replica_is_seen_to_be_so(front: Front) -> Non
     assert found["steelyard_replicas", "READY", "tiny", "v1"] == 0
     assert found["steelyard_replicas_required", "tiny", "v1"] == 1
     assert found["steelyard_slo_requests_total", "failed", "tiny", "v1"] == 0
+
+
+@pytest.mark.soak
+async def test_sixty_four_replicas_are_merged_within_a_second(front: Front, room: EngineRoom) -> None:
+    engine = room.shared()
+    front.serve(*(msgspec.structs.replace(engine.endpoint, id=f"tiny@v1#{i}", node=f"10.0.0.{i}") for i in range(64)))
+    took = []
+    for _ in range(5):
+        await asyncio.sleep(FRESH_S)
+        began = time.monotonic()
+        page = await scrape(front)
+        took.append(time.monotonic() - began)
+        assert page.count("vllm:num_requests_running{") == 64
+        assert len(re.findall(r"^steelyard_target_up{.*} 1$", page, re.M)) == 65
+    print(f"merged in {sorted(took)} s, {len(page)} bytes")
+    assert sorted(took)[2] < 1

@@ -23,7 +23,7 @@ import msgspec
 from prometheus_client import CollectorRegistry
 
 from serving.fleet import keeper
-from serving.fleet.endpoint import Endpoint, GatewayInfo, Snapshot, State, VersionFacts, retry_delay_s
+from serving.fleet.endpoint import Endpoint, GatewayInfo, Snapshot, State, Target, VersionFacts, retry_delay_s
 from serving.fleet.history import Change, History
 from serving.settings import load_settings
 from serving.telemetry import logs
@@ -63,6 +63,7 @@ class Table:
         self._born = now
         self._endpoints: dict[str, tuple[Endpoint, float]] = {}
         self._gateways: dict[str, tuple[GatewayInfo, float]] = {}
+        self._targets: dict[str, tuple[Target, float]] = {}
         self._facts: dict[str, VersionFacts] = {}
 
     def announce(self, endpoint: Endpoint, now: float) -> bool:
@@ -88,6 +89,14 @@ class Table:
         return bool(begun) and bool(
             begun - {e.version_id for e, _ in self._endpoints.values() if e.state is State.READY}
         )
+
+    def announce_target(self, target: Target, now: float) -> bool:
+        """Upserts; True when it is new or another."""
+        known = self._targets.get(target.id)
+        self._targets[target.id] = (target, now + LEASE_S)
+        new = known is None or known[0] != target
+        self.unpublished |= new
+        return new
 
     def facts(self, version_id: str) -> VersionFacts:
         return self._facts.get(version_id, VersionFacts())
@@ -145,14 +154,12 @@ class Table:
 
     def expire(self, now: float) -> bool:
         """Drops entries whose lease ran out; True when there were any."""
-        dead = [i for i, (_, until) in self._endpoints.items() if until < now]
-        gone = [i for i, (_, until) in self._gateways.items() if until < now]
-        for i in dead:
-            del self._endpoints[i]
-        for i in gone:
-            del self._gateways[i]
-        self.unpublished |= bool(dead or gone)
-        return bool(dead or gone)
+        tables: tuple[dict[str, tuple[Any, float]], ...] = (self._endpoints, self._gateways, self._targets)
+        gone = [(table, i) for table in tables for i, (_, until) in table.items() if until < now]
+        for table, i in gone:
+            del table[i]
+        self.unpublished |= bool(gone)
+        return bool(gone)
 
     def publish(self) -> None:
         """Makes what changed a new number."""
@@ -166,6 +173,7 @@ class Table:
             complete=now - self._born >= SETTLE_S,
             endpoints=tuple(e for e, _ in self._endpoints.values()),
             gateways=tuple(g for g, _ in self._gateways.values()),
+            targets=tuple(t for t, _ in self._targets.values()),
             versions=dict(self._facts),
             keys=self.keys,
         )
@@ -203,6 +211,9 @@ class Directory:
         before = self._table.endpoint(endpoint.id)
         if endpoint.state is State.READY and before is not None and before.state is State.STARTING:
             self._metrics.started(endpoint.model, endpoint.version, endpoint.phases)
+        if endpoint.state is State.FAILED and before is not None and before.state is not State.FAILED:
+            phase = "start" if endpoint.ready_after_s is None else "serving"
+            self._metrics.failures.labels(endpoint.model, endpoint.version, phase).inc()
         if self._table.announce(endpoint, time.monotonic()):
             self._wake()
         else:
@@ -214,6 +225,12 @@ class Directory:
             self._wake()
         else:
             self._load_changed()
+
+    async def announce_target(self, entry: bytes) -> None:
+        """A process with metrics that is neither gateway nor replica; renewed within `LEASE_S`."""
+        self._ensure_janitor()
+        if self._table.announce_target(unpack(entry, Target), time.monotonic()):
+            self._wake()
 
     def _load_changed(self) -> None:
         if self._table.unpublished and self._load_news is None:

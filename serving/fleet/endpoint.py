@@ -87,6 +87,24 @@ class GatewayInfo(msgspec.Struct, frozen=True, kw_only=True):
     demand: dict[str, tuple[KeyDemand, ...]] = {}  # version id -> who asks for how much, bounded
 
 
+class Target(msgspec.Struct, frozen=True, kw_only=True):
+    """A process whose Prometheus text gateways hand on, at `/metrics` and each alone by `/metrics/targets`. Gateways and
+    engines have one by their own entry; whatever else has metrics (a node's GPU exporter) announces this one, whole and as
+    often as a replica its endpoint. It answers whoever has the cluster secret, and nobody else."""
+
+    id: str  # unique in the cluster, e.g. gpu#10.0.0.7; becomes the label `instance`
+    component: str  # gateway, engine, directory, gpu
+    url: str  # of the exposition itself; empty where the gateway has another way
+    node: str = ""
+    labels: dict[str, str] = {}  # beside `component`, `instance` and `node`: put on every series of it
+
+    @property
+    def joined(self) -> dict[str, str]:
+        """What tells its series from those of others."""
+        node = {"node": self.node} if self.node else {}
+        return {"component": self.component, "instance": self.id, **node, **self.labels}
+
+
 class VersionFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What the directory remembers of a version, also when it has no replica."""
 
@@ -117,5 +135,6 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     complete: bool
     endpoints: tuple[Endpoint, ...] = ()
     gateways: tuple[GatewayInfo, ...] = ()
+    targets: tuple[Target, ...] = ()
     versions: dict[str, VersionFacts] = {}
     keys: str = ""  # digest of the head's keys file; empty where every node has its own

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import heapq
 import hmac
 import json
 import os
@@ -126,6 +127,11 @@ class KeyRing:
         """The keys of another node's file, in force from now on, whether or not they can be written down here. Raises
         OperatorError, and keeps the last good keys, when `content` is no keys file."""
         self._keys = _keys_of(content, "the head's keys file")
+
+    def expiries(self, count: int, now: float) -> dict[str, float]:
+        """Key id -> epoch seconds, of the `count` keys that expire the soonest; revoked and expired ones are no news."""
+        good = [(k.expires_at, k.id) for k in self._keys.values() if k.expires_at is not None and k.good(now)]
+        return {key_id: at for at, key_id in heapq.nsmallest(count, good)}
 
     def __len__(self) -> int:
         return len(self._keys)

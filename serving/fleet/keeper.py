@@ -47,12 +47,17 @@ async def keep_for_ever() -> None:
 
 def staying_nodes() -> frozenset[str]:
     """Nodes that are alive and not being drained, as the control store knows them. Blocks."""
+    return frozenset(n["NodeID"] for n in staying())
+
+
+def staying() -> list[dict[str, Any]]:
+    """The same with all that Ray says of them."""
     import ray
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     client = GcsClient(address=ray.get_runtime_context().gcs_address)
     leaving = set(client.get_draining_nodes())
-    return frozenset(n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving)
+    return [n for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving]
 
 
 def strays(replicas: Iterable[Mapping[str, Any]], staying: Collection[str]) -> list[str]:

@@ -16,7 +16,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SLOW_EVERY_S = 10.0  # of what changes slowly or costs more: errors, clocks, temperatures, processes
-REOPEN_EVERY_S = 30.0  # while the driver or a GPU is away
+REOPEN_FIRST_S, REOPEN_LONGEST_S = 30.0, 300.0  # while the driver or a GPU is away, it is looked for; doubles
 STALE_S = 15.0  # a call that hangs: older values are not shown
 WORKS = 0.01  # mean SM activity beyond which a GPU does something
 PROCESSES_KEPT = 32  # per GPU
@@ -49,18 +49,18 @@ class Figure(NamedTuple):
     labels: tuple[str, ...] = ()
 
 
-# Which GPU or MIG instance, and who holds it; several holders are joined by commas, empty is nobody.
-UNIT = ("gpu", "uuid", "mig", "model", "version", "replica")
+# Which GPU or MIG instance, by UUID, and who holds it; several holders are joined by commas, empty is nobody.
+UNIT = ("gpu", "index", "mig", "name", "model", "version", "replica")
 
 FIGURES: dict[str, Figure] = {
     "steelyard_gpu_up": Figure("1 while the GPU answers, 0 when it is lost or its driver is away."),
-    "steelyard_gpu_info": Figure("Always 1; names the product and the driver.", labels=("name", "driver")),
+    "steelyard_gpu_info": Figure("Always 1; names the driver.", labels=("driver",)),
     "steelyard_gpu_sm_active_ratio": Figure(
         "Mean share of the SMs that had work (GPM; Hopper and later). The headline figure."
     ),
     "steelyard_gpu_sm_occupancy_ratio": Figure("Warps in flight of those that the SMs can hold (GPM)."),
     "steelyard_gpu_tensor_active_ratio": Figure("Share of time in which the tensor cores computed (GPM)."),
-    "steelyard_gpu_dram_bandwidth_ratio": Figure("Memory bandwidth used of what the GPU has (GPM)."),
+    "steelyard_gpu_dram_active_ratio": Figure("Memory bandwidth used of what the GPU has (GPM)."),
     "steelyard_gpu_kernel_active_ratio": Figure(
         "Share of time in which any kernel ran, however small: NVML's utilisation. It reads 1 in any decode loop."
     ),
@@ -74,7 +74,7 @@ FIGURES: dict[str, Figure] = {
     "steelyard_gpu_temperature_celsius": Figure("Temperature of the chip (gpu) and of its memory.", labels=("sensor",)),
     "steelyard_gpu_clock_hertz": Figure("Clock now.", labels=("clock",)),
     "steelyard_gpu_clock_max_hertz": Figure("Highest clock of the product.", labels=("clock",)),
-    "steelyard_gpu_throttle_active": Figure("1 while the clocks are held down for this reason.", labels=("reason",)),
+    "steelyard_gpu_throttled": Figure("1 while the clocks are held down for this reason.", labels=("reason",)),
     "steelyard_gpu_throttled_seconds_total": Figure(
         "Time in which the clocks were held down for this reason, since the driver was loaded.", "counter", ("reason",)
     ),
@@ -85,9 +85,9 @@ FIGURES: dict[str, Figure] = {
     "steelyard_gpu_ecc_errors_total": Figure(
         "Memory errors: volatile ones since the driver was loaded, aggregate ones in the GPU's life.",
         "counter",
-        ("type", "scope"),
+        ("severity", "scope"),
     ),
-    "steelyard_gpu_remapped_rows": Figure("Memory rows replaced by spare ones.", labels=("cause",)),
+    "steelyard_gpu_remapped_rows": Figure("Memory rows replaced by spare ones.", labels=("kind",)),
     "steelyard_gpu_row_remap_pending": Figure("1 when a remap waits for a reset of the GPU."),
     "steelyard_gpu_row_remap_failed": Figure("1 when no spare row was left: replace the GPU."),
     "steelyard_gpu_recovery_action": Figure(
@@ -101,7 +101,7 @@ _GPM: dict[int, tuple[str, tuple[str, ...], float]] = {  # metric -> figure, lab
     pynvml.NVML_GPM_METRIC_SM_UTIL: ("steelyard_gpu_sm_active_ratio", (), 0.01),
     pynvml.NVML_GPM_METRIC_SM_OCCUPANCY: ("steelyard_gpu_sm_occupancy_ratio", (), 0.01),
     pynvml.NVML_GPM_METRIC_ANY_TENSOR_UTIL: ("steelyard_gpu_tensor_active_ratio", (), 0.01),
-    pynvml.NVML_GPM_METRIC_DRAM_BW_UTIL: ("steelyard_gpu_dram_bandwidth_ratio", (), 0.01),
+    pynvml.NVML_GPM_METRIC_DRAM_BW_UTIL: ("steelyard_gpu_dram_active_ratio", (), 0.01),
     pynvml.NVML_GPM_METRIC_GRAPHICS_UTIL: ("steelyard_gpu_kernel_active_ratio", (), 0.01),
     pynvml.NVML_GPM_METRIC_PCIE_TX_PER_SEC: ("steelyard_gpu_pcie_bytes_per_second", ("tx",), _MIB),
     pynvml.NVML_GPM_METRIC_PCIE_RX_PER_SEC: ("steelyard_gpu_pcie_bytes_per_second", ("rx",), _MIB),
@@ -215,12 +215,14 @@ class Holder(NamedTuple):
     running: int = 0  # requests
 
 
-class Known(NamedTuple):
+@dataclass(frozen=True)
+class Known:
     """What was seen once stays: a GPU that the driver does not count any more is a GPU that is lost."""
 
-    gpu: str  # index
+    index: str
     physical: str  # UUID
     mig: str
+    name: str
     share: float
 
 
@@ -228,9 +230,9 @@ class Known(NamedTuple):
 class Unit:
     """What a replica can hold: a whole GPU, or a MIG instance of one."""
 
-    gpu: str  # index of the physical GPU, as nvidia-smi counts
+    index: str  # of the physical GPU, as nvidia-smi counts
     uuid: str
-    name: str
+    name: str  # of the product
     handle: Handle
     instance: int | None = None  # GPU instance id of a MIG instance
     share: float = 1.0  # of a whole GPU
@@ -265,9 +267,10 @@ class Gpu:
 class Shown:
     """What one unit showed in the last round."""
 
-    gpu: str
     uuid: str
+    index: str
     mig: str
+    name: str
     up: bool
     values: Values
 
@@ -282,7 +285,7 @@ class Page(NamedTuple):
 
 
 class GpuTelemetry:
-    """`round` and `hold` are called from one thread at a time, `text` and `busy` from any."""
+    """`round` is called by one thread at a time, everything else by any."""
 
     def __init__(self, nvml: Nvml, clock: Callable[[], float] = time.monotonic) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -290,6 +293,7 @@ class GpuTelemetry:
         self._clock = clock
         self._open = False
         self._retry_at = self._slow_at = self._round_at = float("-inf")
+        self._retry_s = REOPEN_FIRST_S
         self._why = ""  # the driver is away; said once
         self._gpus: list[Gpu] = []
         self._order: list[str] = []  # UUIDs of physical GPUs by index, which one that is lost keeps
@@ -314,10 +318,13 @@ class GpuTelemetry:
         """Reads everything that is due. Raises nothing that NVML can raise. Blocks as long as the driver does."""
         now = self._clock()
         try:
-            if self._open and any(g.lost for g in self._gpus) and now >= self._retry_at:
+            missing = {k.physical for k in self._known.values()} - {g.whole.uuid for g in self._gpus if not g.lost}
+            if self._open and missing and now >= self._retry_at:
                 self._close()
+            if self._open and not missing:
+                self._retry_s = REOPEN_FIRST_S
             if not self._open and now >= self._retry_at:
-                self._retry_at = now + REOPEN_EVERY_S
+                self._retry_at, self._retry_s = now + self._retry_s, min(2 * self._retry_s, REOPEN_LONGEST_S)
                 self._enumerate()
             if self._open:
                 self._read(now)
@@ -346,7 +353,7 @@ class GpuTelemetry:
         for gpu in self._gpus:  # another MIG layout than before
             for uuid in [u for u, k in self._known.items() if k.physical == gpu.whole.uuid]:
                 del self._known[uuid]
-            self._known |= {u.uuid: Known(u.gpu, gpu.whole.uuid, u.mig, u.share) for u in gpu.units}
+            self._known |= {u.uuid: Known(u.index, gpu.whole.uuid, u.mig, u.name, u.share) for u in gpu.units}
 
     def _found(self, index: int) -> Gpu:
         handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
@@ -375,7 +382,7 @@ class GpuTelemetry:
                 handle = self._nvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu.whole.handle, i)
                 slices = self._nvml.nvmlDeviceGetAttributes(handle).gpuInstanceSliceCount
                 yield Unit(
-                    gpu.whole.gpu,
+                    gpu.whole.index,
                     self._nvml.nvmlDeviceGetUUID(handle),
                     self._nvml.nvmlDeviceGetName(handle),
                     handle,
@@ -403,8 +410,8 @@ class GpuTelemetry:
                 self._read_gpu(gpu, slow)
             except Lost as e:
                 gpu.lost = True
-                self._retry_at = now + REOPEN_EVERY_S
-                log.error("GPU %s (%s) is lost: %s", gpu.whole.gpu, gpu.whole.uuid, e)
+                self._retry_at = now + self._retry_s
+                log.error("GPU %s (%s) does not answer any more: %s", gpu.whole.index, gpu.whole.uuid, e)
         self._take_events()
 
     def _read_gpu(self, gpu: Gpu, slow: bool) -> None:
@@ -506,7 +513,7 @@ class GpuTelemetry:
         bits = self._maybe(gpu, "throttle", lambda: nvml.nvmlDeviceGetCurrentClocksEventReasons(handle))
         if bits is not None:
             for reason, bit in THROTTLE.items():
-                put["steelyard_gpu_throttle_active", (reason,)] = float(bool(bits & bit))
+                put["steelyard_gpu_throttled", (reason,)] = float(bool(bits & bit))
         if not gpu.gpm and not gpu.has_mig:
             for direction, counter in (("tx", pynvml.NVML_PCIE_UTIL_TX_BYTES), ("rx", pynvml.NVML_PCIE_UTIL_RX_BYTES)):
                 one(
@@ -556,7 +563,7 @@ class GpuTelemetry:
             self._xids[unit.uuid, xid] = self._xids.get((unit.uuid, xid), 0) + 1
             self._last_xid[unit.uuid] = xid
             told = XIDS.get(xid, "see NVIDIA's catalogue of XID errors")
-            log.error("GPU %s (%s): XID %d: %s", unit.gpu, unit.uuid, xid, told)
+            log.error("GPU %s (%s): XID %d: %s", unit.index, unit.uuid, xid, told)
 
     # -- errors ----------------------------------------------------------------------------------------------------
 
@@ -586,7 +593,7 @@ class GpuTelemetry:
 
     def _away(self, e: Any) -> None:
         if str(e) != self._why:
-            log.warning("the GPU driver does not answer, tried again every %.0f s: %s", REOPEN_EVERY_S, e)
+            log.warning("the GPU driver does not answer, it is looked for again and again: %s", e)
         self._why = str(e)
         self._close()
 
@@ -617,14 +624,14 @@ class GpuTelemetry:
 
     def resolve(self, ids: Sequence[str]) -> list[str]:
         """UUIDs of the units that Ray calls so: by index in the order of the bus, or by (a part of) the UUID."""
-        units = list(self._known)
-        by_index = units if any(k.mig for k in self._known.values()) else self._order
+        known = dict(self._known)  # a round may go on beside this
+        by_index = list(known) if any(k.mig for k in known.values()) else self._order
         found = []
         for i in ids:
             if i.isdigit():
                 found += [by_index[int(i)]] if int(i) < len(by_index) else []
             else:
-                found += [uuid for uuid in units if uuid.startswith(i)]
+                found += [uuid for uuid in known if uuid.startswith(i)]
         return found
 
     def _count(self, now: float) -> None:
@@ -673,13 +680,13 @@ class GpuTelemetry:
             for unit in gpu.all:
                 values = {} if gpu.lost else dict(unit.values)
                 if unit is gpu.whole and not gpu.lost:
-                    values["steelyard_gpu_info", (unit.name, self._driver)] = 1.0
+                    values["steelyard_gpu_info", (self._driver,)] = 1.0
                 values |= self._xid_values(unit.uuid)
-                shown.append(Shown(unit.gpu, unit.uuid, unit.mig, not gpu.lost, values))
+                shown.append(Shown(unit.uuid, unit.index, unit.mig, unit.name, not gpu.lost, values))
         seen = {s.uuid for s in shown}
         for uuid, known in self._known.items():
             if uuid not in seen:
-                shown.append(Shown(known.gpu, uuid, known.mig, False, self._xid_values(uuid)))
+                shown.append(Shown(uuid, known.index, known.mig, known.name, False, self._xid_values(uuid)))
         self._page = Page(now, self._open, tuple(shown), dict(self._seconds))
 
     def _xid_values(self, uuid: str) -> Values:
@@ -693,7 +700,7 @@ class GpuTelemetry:
         page = self._page
         if self._clock() - page.at <= STALE_S:
             return page.units
-        return tuple(Shown(s.gpu, s.uuid, s.mig, False, {}) for s in page.units)
+        return tuple(replace(s, up=False, values={}) for s in page.units)
 
     def text(self) -> str:
         """The exposition of this node's GPUs and of this process."""
@@ -707,9 +714,10 @@ class GpuTelemetry:
         for shown in self._current():
             holders = self._holders.get(shown.uuid, ())
             unit = [
-                shown.gpu,
                 shown.uuid,
+                shown.index,
                 shown.mig,
+                shown.name,
                 ",".join(sorted({h.model for h in holders})),
                 ",".join(sorted({h.version for h in holders})),
                 ",".join(h.replica for h in holders),

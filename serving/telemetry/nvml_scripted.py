@@ -100,6 +100,11 @@ class Script(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     events: tuple[Event, ...] = ()
     unsupported: tuple[str, ...] = ()  # NVML functions that this product lacks
 
+    @property
+    def units(self) -> int:
+        """What replicas can hold: GPUs, or their MIG instances."""
+        return self.gpus * max(1, len(self.mig))
+
 
 _SERVING = Figures(  # a decode loop: kernels run all the time, a third of the chip works
     sm=(0.25, 0.65, 60),

@@ -14,6 +14,7 @@ import hmac
 import logging
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -42,7 +43,7 @@ class GpuExporter:
         settings = load_settings()
         self._process_log = logs.setup("gpu-exporter", settings.log_dir)
         self._node = ray.util.get_node_ip_address()
-        self._secret = settings.secret().encode()
+        self._secret = settings.secret()
         self._directory = directory.Client()
         self._telemetry = GpuTelemetry(from_settings(settings.nvml_script))
         self._replicas: dict[str, Endpoint] = {}
@@ -57,7 +58,7 @@ class GpuExporter:
             os._exit(1)  # Ray starts it again
 
     async def _run(self) -> None:
-        url = await self._listen()
+        url, _ = await listen(self._node, self._secret, self._telemetry.text)
         target = Target(id=f"gpu#{self._node}", component="gpu", url=url, node=self._node)
         loop, driver = asyncio.get_running_loop(), ThreadPoolExecutor(1, "nvml")
         reading: asyncio.Future[None] | None = None
@@ -87,20 +88,22 @@ class GpuExporter:
         fresh = {e.id: e for e in here.endpoints}
         self._replicas = fresh if here.complete else self._replicas | fresh
 
-    async def _listen(self) -> str:
-        app = web.Application()
-        app.router.add_get("/metrics", self._metrics)
-        runner = web.AppRunner(app, access_log=None, handle_signals=False)
-        await runner.setup()
-        await web.TCPSite(runner, self._node, 0).start()
-        host = f"[{self._node}]" if ":" in self._node else self._node
-        return f"http://{host}:{runner.addresses[0][1]}/metrics"
 
-    async def _metrics(self, request: web.Request) -> web.Response:
-        given = request.headers.get("x-steelyard-secret", "").encode()
-        if not hmac.compare_digest(given, self._secret):
+async def listen(host: str, secret: str, text: Callable[[], str]) -> tuple[str, web.AppRunner]:
+    """Serves `text` at a port of its own to whoever has the secret; its URL, and what to clean up."""
+
+    async def metrics(request: web.Request) -> web.Response:
+        if not hmac.compare_digest(request.headers.get("x-steelyard-secret", "").encode(), secret.encode()):
             return web.Response(status=401, text="this listener answers gateways only\n")
-        return web.Response(text=self._telemetry.text())
+        return web.Response(text=text())
+
+    app = web.Application()
+    app.router.add_get("/metrics", metrics)
+    runner = web.AppRunner(app, access_log=None, handle_signals=False)
+    await runner.setup()
+    await web.TCPSite(runner, host, 0).start()
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{runner.addresses[0][1]}/metrics", runner
 
 
 def holder(endpoint: Endpoint) -> Holder:

@@ -7,10 +7,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from serving.cli import cluster
 from serving.errors import OperatorError
+from serving.fleet import gpu_exporter
+from serving.fleet.endpoint import Endpoint, State
+from serving.settings import load_settings
 from serving.telemetry import gpu as telemetry
 from serving.telemetry.gpu import FIGURES, GpuTelemetry, Holder
 from serving.telemetry.nvml import driver
@@ -287,6 +293,31 @@ def test_samples_of_the_driver_are_given_back() -> None:
     assert node.nvml.calls["nvmlGpmSampleAlloc"] - node.nvml.calls["nvmlGpmSampleFree"] == 4  # two for each GPU
 
 
+# -- who may see it ------------------------------------------------------------------------------------------------------
+
+
+async def test_the_exporter_answers_whoever_has_the_cluster_secret_and_nobody_else() -> None:
+    node = Node().run(4, of("a", "0"))
+    url, runner = await gpu_exporter.listen("127.0.0.1", "secret", node.gpus.text)
+    try:
+        async with aiohttp.ClientSession() as http:
+            for headers in ({}, {"x-steelyard-secret": "wrong"}):
+                async with http.get(url, headers=headers) as refused:
+                    assert refused.status == 401 and "steelyard_gpu" not in await refused.text()
+            async with http.get(url, headers={"x-steelyard-secret": "secret"}) as page:
+                assert page.status == 200 and 'model="a"' in await page.text()
+            async with http.post(url, headers={"x-steelyard-secret": "secret"}) as refused:
+                assert refused.status == 405
+    finally:
+        await runner.cleanup()
+
+
+def test_a_replica_loads_until_it_is_ready() -> None:
+    e = Endpoint(id="m@v#1", model="m", version="v", url="", state=State.STARTING, slots=1, gpus=("3",), in_flight=2)
+    assert gpu_exporter.holder(e) == Holder("m@v#1", "m", "v", ("3",), starting=True, running=2)
+    assert not gpu_exporter.holder(msgspec.structs.replace(e, state=State.READY)).starting
+
+
 # -- the script ----------------------------------------------------------------------------------------------------------
 
 
@@ -315,6 +346,15 @@ def test_a_bad_script_is_refused_with_its_name(tmp_path: Path, text: str | None,
     with pytest.raises(OperatorError, match=said) as refused:
         read(str(file))
     assert str(file) in str(refused.value)
+
+
+def test_scripted_gpus_are_for_simulated_engines_alone() -> None:
+    assert cluster.gpus(load_settings(), "gpu") is None and cluster.gpus(load_settings(), "sim") == 0
+    scripted = load_settings(nvml_script="h200x8")
+    assert cluster.gpus(scripted, "sim") == 8
+    for profile in ("cpu", "gpu"):
+        with pytest.raises(OperatorError, match="profile sim"):
+            cluster.gpus(scripted, profile)
 
 
 def test_the_driver_has_every_function_that_the_script_plays() -> None:

@@ -333,9 +333,9 @@ class Directory:
         if self._janitor is None:
             loop = asyncio.get_running_loop()
             self._janitor = loop.create_task(self._tidy_for_ever())
-            self._keepers.append(loop.create_task(_keep_gpu_exporters()))
+            self._keepers.append(loop.create_task(keeper.keep_gpu_exporters()))
             if self._on_head:
-                self._keepers.append(loop.create_task(keeper.keep_for_ever()))
+                self._keepers.append(loop.create_task(keeper.keep_gateways()))
 
     async def _tidy_for_ever(self) -> None:
         while True:
@@ -348,12 +348,6 @@ class Directory:
             except Exception:  # leases and revocations must go on whatever one round met
                 log.exception("a round of the directory's tidying failed")
             await asyncio.sleep(JANITOR_EVERY_S)
-
-
-async def _keep_gpu_exporters() -> None:
-    from serving.fleet import gpu_exporter  # which reports to this module
-
-    await gpu_exporter.keep_for_ever()
 
 
 class KeysFile:

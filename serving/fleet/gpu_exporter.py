@@ -16,7 +16,6 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from aiohttp import web
 
@@ -31,7 +30,6 @@ log = logging.getLogger(__name__)
 
 EVERY_S = 2.0  # a round: below 1 % of a core for eight GPUs
 OLD_S = 6.0  # without the directory for so long, nobody knows what runs
-NODES_EVERY_S = 2.0  # a leaving node waits for its exporter no longer
 
 
 class GpuExporter:
@@ -115,46 +113,3 @@ def holder(endpoint: Endpoint) -> Holder:
         starting=endpoint.state is State.STARTING,
         running=endpoint.in_flight,
     )
-
-
-async def keep_for_ever() -> None:
-    """In the directory: an exporter on every node with GPUs that is alive and stays."""
-    exporters: dict[str, Any] = {}  # by Ray's id of the node
-    troubled = False
-    while True:
-        try:
-            await asyncio.to_thread(_keep, exporters)
-            troubled = False
-        except asyncio.CancelledError:
-            raise
-        except Exception as e:  # the control store is away or slow: asked again in a moment
-            if not troubled:
-                log.warning("GPU exporters cannot be kept now: %s", type(e).__name__)
-            troubled = True
-        await asyncio.sleep(NODES_EVERY_S)
-
-
-def _keep(exporters: dict[str, Any]) -> None:
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    from serving.fleet import keeper
-
-    nodes = {n["NodeID"] for n in keeper.staying() if n["Resources"].get("GPU", 0) > 0}
-    for node in exporters.keys() - nodes:  # Ray ends a leaving node when the last actor is gone from it
-        ray.kill(exporters.pop(node))
-    for node in nodes - exporters.keys():
-        exporters[node] = (
-            ray.remote(GpuExporter)
-            .options(
-                name=f"gpu-exporter-{node}",
-                namespace=directory.NAMESPACE,
-                lifetime="detached",
-                get_if_exists=True,
-                max_restarts=-1,
-                num_cpus=0,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-            )
-            .remote()
-        )
-        log.info("a GPU exporter for node %s", node)

@@ -128,11 +128,6 @@ _FIELDS: dict[int, tuple[str, tuple[str, ...], float]] = {  # read in one call; 
     pynvml.NVML_FI_DEV_PCIE_COUNT_CORRECTABLE_ERRORS: ("steelyard_gpu_pcie_errors_total", ("correctable",), 1),
     pynvml.NVML_FI_DEV_PCIE_COUNT_NON_FATAL_ERROR: ("steelyard_gpu_pcie_errors_total", ("non_fatal",), 1),
     pynvml.NVML_FI_DEV_PCIE_COUNT_FATAL_ERROR: ("steelyard_gpu_pcie_errors_total", ("fatal",), 1),
-    pynvml.NVML_FI_DEV_NVLINK_CRC_FLIT_ERROR_COUNT_TOTAL: ("steelyard_gpu_nvlink_errors_total", ("crc_flit",), 1),
-    pynvml.NVML_FI_DEV_NVLINK_CRC_DATA_ERROR_COUNT_TOTAL: ("steelyard_gpu_nvlink_errors_total", ("crc_data",), 1),
-    pynvml.NVML_FI_DEV_NVLINK_REPLAY_ERROR_COUNT_TOTAL: ("steelyard_gpu_nvlink_errors_total", ("replay",), 1),
-    pynvml.NVML_FI_DEV_NVLINK_RECOVERY_ERROR_COUNT_TOTAL: ("steelyard_gpu_nvlink_errors_total", ("recovery",), 1),
-    pynvml.NVML_FI_DEV_NVLINK_ECC_DATA_ERROR_COUNT_TOTAL: ("steelyard_gpu_nvlink_errors_total", ("ecc_data",), 1),
     pynvml.NVML_FI_DEV_ECC_SBE_VOL_TOTAL: ("steelyard_gpu_ecc_errors_total", ("corrected", "volatile"), 1),
     pynvml.NVML_FI_DEV_ECC_DBE_VOL_TOTAL: ("steelyard_gpu_ecc_errors_total", ("uncorrected", "volatile"), 1),
     pynvml.NVML_FI_DEV_ECC_SBE_AGG_TOTAL: ("steelyard_gpu_ecc_errors_total", ("corrected", "aggregate"), 1),
@@ -143,6 +138,20 @@ _FIELDS: dict[int, tuple[str, tuple[str, ...], float]] = {  # read in one call; 
     pynvml.NVML_FI_DEV_REMAPPED_FAILURE: ("steelyard_gpu_row_remap_failed", (), 1),
     pynvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION: ("steelyard_gpu_recovery_action", (), 1),
 }
+# Hopper answers the old totals with zeroes, whatever went wrong; its own counters are of each link, the field's scope.
+_NVLINK_TOTALS: dict[int, tuple[str, tuple[str, ...], float]] = {
+    pynvml.NVML_FI_DEV_NVLINK_CRC_FLIT_ERROR_COUNT_TOTAL: ("steelyard_gpu_nvlink_errors_total", ("crc_flit",), 1),
+    pynvml.NVML_FI_DEV_NVLINK_CRC_DATA_ERROR_COUNT_TOTAL: ("steelyard_gpu_nvlink_errors_total", ("crc_data",), 1),
+    pynvml.NVML_FI_DEV_NVLINK_REPLAY_ERROR_COUNT_TOTAL: ("steelyard_gpu_nvlink_errors_total", ("replay",), 1),
+    pynvml.NVML_FI_DEV_NVLINK_RECOVERY_ERROR_COUNT_TOTAL: ("steelyard_gpu_nvlink_errors_total", ("recovery",), 1),
+    pynvml.NVML_FI_DEV_NVLINK_ECC_DATA_ERROR_COUNT_TOTAL: ("steelyard_gpu_nvlink_errors_total", ("ecc_data",), 1),
+}
+_NVLINK_OF_LINKS: dict[int, tuple[str, tuple[str, ...], float]] = {
+    pynvml.NVML_FI_DEV_NVLINK_ERROR_DL_CRC: ("steelyard_gpu_nvlink_errors_total", ("crc",), 1),
+    pynvml.NVML_FI_DEV_NVLINK_ERROR_DL_REPLAY: ("steelyard_gpu_nvlink_errors_total", ("replay",), 1),
+    pynvml.NVML_FI_DEV_NVLINK_ERROR_DL_RECOVERY: ("steelyard_gpu_nvlink_errors_total", ("recovery",), 1),
+}
+_MEANS = _FIELDS | _NVLINK_TOTALS | _NVLINK_OF_LINKS
 _VALUE_OF_TYPE = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")  # by NVML_VALUE_TYPE_*
 
 _CLOCKS = {
@@ -525,15 +534,27 @@ class GpuTelemetry:
             self._processes(gpu, unit)
 
     def _fields(self, gpu: Gpu) -> None:
-        """Many counters by one call of the driver."""
-        wanted = [f for f in _FIELDS if f"field {f}" not in gpu.never]
-        answers = self._maybe(gpu, "fields", lambda: self._nvml.nvmlDeviceGetFieldValues(gpu.whole.handle, wanted))
+        """Many counters by few calls of the driver."""
+        self._ask_fields(gpu, "fields", [(f, 0) for f in (_FIELDS if gpu.gpm else _FIELDS | _NVLINK_TOTALS)])
+        if gpu.gpm:
+            links = range(pynvml.NVML_NVLINK_MAX_LINKS)
+            self._ask_fields(gpu, "nvlink fields", [(f, link) for f in _NVLINK_OF_LINKS for link in links])
+
+    def _ask_fields(self, gpu: Gpu, what: str, fields: Sequence[tuple[int, int]]) -> None:
+        """`fields` and their scopes; what several scopes say of one figure is added up."""
+        wanted = [f for f in fields if f"field {f}" not in gpu.never]
+        if not wanted:
+            return
+        answers = self._maybe(gpu, what, lambda: self._nvml.nvmlDeviceGetFieldValues(gpu.whole.handle, wanted))
+        values: Values = {}
         for answer in answers or ():
             if answer.nvmlReturn in _NEVER or answer.nvmlReturn == pynvml.NVML_ERROR_INVALID_ARGUMENT:
-                gpu.never.add(f"field {answer.fieldId}")  # this driver, or this product
+                gpu.never.add(f"field {(answer.fieldId, answer.scopeId)}")  # this driver, this product, or no such link
             elif answer.nvmlReturn == pynvml.NVML_SUCCESS and answer.valueType < len(_VALUE_OF_TYPE):
-                name, labels, factor = _FIELDS[answer.fieldId]
-                gpu.whole.values[name, labels] = getattr(answer.value, _VALUE_OF_TYPE[answer.valueType]) * factor
+                name, labels, factor = _MEANS[answer.fieldId]
+                value = getattr(answer.value, _VALUE_OF_TYPE[answer.valueType]) * factor
+                values[name, labels] = values.get((name, labels), 0.0) + value
+        gpu.whole.values |= values
 
     def _processes(self, gpu: Gpu, unit: Unit) -> None:
         found = self._maybe(

@@ -367,10 +367,10 @@ class ScriptedNvml:
 
     def nvmlDeviceGetFieldValues(self, handle: Handle, fieldIds: Sequence[Any]) -> Sequence[Any]:
         gpu = self._gpu("nvmlDeviceGetFieldValues", handle)
-        known = self._fields(gpu)
+        known = self._fields(gpu) | self._links(gpu)
         answers: Sequence[Any] = (pynvml.c_nvmlFieldValue_t * len(fieldIds))()
         for answer, field in zip(answers, fieldIds, strict=True):
-            answer.fieldId = field
+            answer.fieldId, answer.scopeId = field
             if field in known:
                 answer.nvmlReturn, answer.valueType = pynvml.NVML_SUCCESS, pynvml.NVML_VALUE_TYPE_UNSIGNED_LONG_LONG
                 answer.value.ullVal = round(known[field])
@@ -378,15 +378,25 @@ class ScriptedNvml:
                 answer.nvmlReturn = pynvml.NVML_ERROR_NOT_SUPPORTED
         return answers
 
-    def _fields(self, gpu: _Gpu) -> dict[int, float]:
+    def _links(self, gpu: _Gpu) -> dict[tuple[int, int], float]:
+        """As Hopper has them: counters of each link, and zeroes in the totals of before."""
+        replays = gpu.figures.nvlink_replays
+        total = pynvml.NVML_FI_DEV_NVLINK_REPLAY_ERROR_COUNT_TOTAL, 0
+        if not self._script.gpm:
+            return {total: replays}
+        links = {(pynvml.NVML_FI_DEV_NVLINK_ERROR_DL_REPLAY, link): 0.0 for link in range(18)}
+        links[pynvml.NVML_FI_DEV_NVLINK_ERROR_DL_REPLAY, 3] = replays - replays // 2
+        links[pynvml.NVML_FI_DEV_NVLINK_ERROR_DL_REPLAY, 17] = replays // 2
+        return links | {total: 0.0}
+
+    def _fields(self, gpu: _Gpu) -> dict[tuple[int, int], float]:
         f, held = gpu.figures, gpu.throttled_s
-        return {
+        found = {
             pynvml.NVML_FI_DEV_MEMORY_TEMP: self._value(f.memory_temperature_c),
             pynvml.NVML_FI_DEV_PERF_POLICY_POWER: held["power_cap"] * 1e9,
             pynvml.NVML_FI_DEV_PERF_POLICY_THERMAL: (held["sw_thermal"] + held["hw_thermal"]) * 1e9,
             pynvml.NVML_FI_DEV_PERF_POLICY_SYNC_BOOST: held["sync_boost"] * 1e9,
             pynvml.NVML_FI_DEV_PCIE_REPLAY_COUNTER: f.pcie_replays,
-            pynvml.NVML_FI_DEV_NVLINK_REPLAY_ERROR_COUNT_TOTAL: f.nvlink_replays,
             pynvml.NVML_FI_DEV_ECC_SBE_VOL_TOTAL: f.ecc_corrected,
             pynvml.NVML_FI_DEV_ECC_DBE_VOL_TOTAL: f.ecc_uncorrected,
             pynvml.NVML_FI_DEV_ECC_SBE_AGG_TOTAL: f.ecc_corrected,
@@ -397,6 +407,7 @@ class ScriptedNvml:
             pynvml.NVML_FI_DEV_REMAPPED_FAILURE: f.remap_failed,
             pynvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION: f.recovery_action,
         }
+        return {(field, 0): value for field, value in found.items()}
 
     def nvmlGpmQueryDeviceSupport(self, device: Handle) -> Any:
         self._gpu("nvmlGpmQueryDeviceSupport", device)

@@ -138,7 +138,8 @@ def test_without_gpm_only_that_a_kernel_ran_is_known_and_pcie_is_read_the_old_wa
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.INFO, telemetry.__name__):
-        node = Node(gpus=4, gpm=False, figures=Figures(kernel=1.0, pcie_tx_mib_s=2)).run(30)
+        node = Node(gpus=4, gpm=False, figures=Figures(kernel=1.0, pcie_tx_mib_s=2, nvlink_replays=8)).run(30)
+    assert node.all("steelyard_gpu_nvlink_errors_total", kind="replay") == [8] * 4
     assert node.all("steelyard_gpu_kernel_active_ratio") == [1.0] * 4
     assert node.one("steelyard_gpu_pcie_bytes_per_second", index="0", direction="tx") == 2 * 1024 * 1024
     shown = {n for n, _, _ in node.series()}

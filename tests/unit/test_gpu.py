@@ -156,7 +156,7 @@ def test_what_a_product_lacks_has_no_series_and_is_not_asked_for_again() -> None
     assert not shown & {"steelyard_gpu_energy_joules_total", "steelyard_gpu_ecc_errors_total"}
     assert node.all("steelyard_gpu_memory_used_bytes") == []
     assert node.all("steelyard_gpu_up") == [1.0, 1.0]
-    assert [node.nvml.calls[f] for f in lacking] == [2, 2, 2]  # once per GPU
+    assert [node.nvml.calls[f] for f in lacking] == [2, 4, 2]  # once per GPU, of its links too
 
 
 # -- joins ---------------------------------------------------------------------------------------------------------------

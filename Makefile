@@ -57,7 +57,8 @@ format: install ## put the source into ruff's format
 bench-overhead: install ## the stack against the raw engine: table, .steelyard/bench/overhead.json, exit 1 when a bar is missed
 	$(PY) -m bench.overhead $(ARGS)
 
-gpu-check: ## the same on a GPU with an 8B-shaped model; runs where there is one
+gpu-check: ## where there is a GPU: its figures under known loads, then the stack against the raw engine with an 8B-shaped model
+	$(if $(wildcard .venv/bin/python),$(PY),$(PYTHON)) -m pytest -q tests/gpu/test_gpu_figures.py
 	$(if $(wildcard .venv/bin/python),$(PY),$(PYTHON)) -m bench.gpu_check $(ARGS)
 
 observe: install ## a Prometheus (and Grafana where installed) for what runs, on 127.0.0.1; ARGS="--port 9090 --grafana-port 3000"

@@ -23,7 +23,16 @@ import msgspec
 from prometheus_client import CollectorRegistry
 
 from serving.fleet import keeper
-from serving.fleet.endpoint import Endpoint, GatewayInfo, Snapshot, State, Target, VersionFacts, retry_delay_s
+from serving.fleet.endpoint import (
+    Endpoint,
+    GatewayInfo,
+    GpuReport,
+    Snapshot,
+    State,
+    Target,
+    VersionFacts,
+    retry_delay_s,
+)
 from serving.fleet.history import Change, History
 from serving.settings import load_settings
 from serving.telemetry import logs
@@ -64,6 +73,7 @@ class Table:
         self._endpoints: dict[str, tuple[Endpoint, float]] = {}
         self._gateways: dict[str, tuple[GatewayInfo, float]] = {}
         self._targets: dict[str, tuple[Target, float]] = {}
+        self._gpu_busy: dict[str, tuple[dict[str, float], float]] = {}  # by the exporter's target
         self._facts: dict[str, VersionFacts] = {}
 
     def announce(self, endpoint: Endpoint, now: float) -> bool:
@@ -98,8 +108,20 @@ class Table:
         self.unpublished |= new
         return new
 
+    def report_gpus(self, report: GpuReport, now: float) -> bool:
+        """Upserts the exporter's target and what it saw; True when the target is new or another."""
+        known = self._gpu_busy.get(report.target.id)
+        self._gpu_busy[report.target.id] = (report.busy, now + LEASE_S)
+        self.unpublished |= known is None or known[0] != report.busy
+        return self.announce_target(report.target, now)
+
     def facts(self, version_id: str) -> VersionFacts:
         return self._facts.get(version_id, VersionFacts())
+
+    def holders(self, node: str, now: float) -> Snapshot:
+        """The part of the table that is replicas with GPUs of `node`."""
+        found = tuple(e for e, _ in self._endpoints.values() if e.node == node and e.gpus)
+        return Snapshot(epoch=self.epoch, number=self.number, complete=now - self._born >= SETTLE_S, endpoints=found)
 
     def endpoint(self, endpoint_id: str) -> Endpoint | None:
         known = self._endpoints.get(endpoint_id)
@@ -154,7 +176,12 @@ class Table:
 
     def expire(self, now: float) -> bool:
         """Drops entries whose lease ran out; True when there were any."""
-        tables: tuple[dict[str, tuple[Any, float]], ...] = (self._endpoints, self._gateways, self._targets)
+        tables: tuple[dict[str, tuple[Any, float]], ...] = (
+            self._endpoints,
+            self._gateways,
+            self._targets,
+            self._gpu_busy,
+        )
         gone = [(table, i) for table in tables for i, (_, until) in table.items() if until < now]
         for table, i in gone:
             del table[i]
@@ -174,6 +201,7 @@ class Table:
             endpoints=tuple(e for e, _ in self._endpoints.values()),
             gateways=tuple(g for g, _ in self._gateways.values()),
             targets=tuple(t for t, _ in self._targets.values()),
+            gpu_busy={replica: share for busy, _ in self._gpu_busy.values() for replica, share in busy.items()},
             versions=dict(self._facts),
             keys=self.keys,
         )
@@ -197,7 +225,7 @@ class Directory:
         self._news = asyncio.Event()
         self._load_news: asyncio.TimerHandle | None = None
         self._janitor: asyncio.Task[None] | None = None
-        self._keeper: asyncio.Task[None] | None = None
+        self._keepers: list[asyncio.Task[None]] = []
         settings = load_settings()
         self._log = logs.setup("directory", settings.log_dir)
         self._history = History()
@@ -234,6 +262,16 @@ class Directory:
         self._ensure_janitor()
         if self._table.announce_target(unpack(entry, Target), time.monotonic()):
             self._wake()
+
+    async def report_gpus(self, entry: bytes) -> bytes:
+        """A node's GPU exporter; renewed within `LEASE_S`. Returns the replicas of that node, which it joins to their GPUs."""
+        self._ensure_janitor()
+        report = unpack(entry, GpuReport)
+        if self._table.report_gpus(report, time.monotonic()):
+            self._wake()
+        else:
+            self._load_changed()
+        return pack(self._table.holders(report.target.node, time.monotonic()))
 
     def _load_changed(self) -> None:
         if self._table.unpublished and self._load_news is None:
@@ -304,9 +342,11 @@ class Directory:
 
     def _ensure_janitor(self) -> None:
         if self._janitor is None:
-            self._janitor = asyncio.get_running_loop().create_task(self._tidy_for_ever())
+            loop = asyncio.get_running_loop()
+            self._janitor = loop.create_task(self._tidy_for_ever())
+            self._keepers.append(loop.create_task(keeper.keep_gpu_exporters()))
             if self._on_head:
-                self._keeper = asyncio.get_running_loop().create_task(keeper.keep_for_ever())
+                self._keepers.append(loop.create_task(keeper.keep_gateways()))
 
     async def _tidy_for_ever(self) -> None:
         while True:

@@ -54,6 +54,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     adapters: tuple[str, ...] | None = None  # that it has loaded; None: it does not say
     reason: str = ""  # why FAILED, one line
     node: str = ""
+    gpus: tuple[str, ...] = ()  # of that node which Ray gave it: indices, or UUIDs where the node was given such
     started_at: float = 0.0  # epoch seconds
     ready_after_s: float | None = None  # spawn to first token
     phases: dict[str, float] = {}  # seconds of a start: spawn (of the process), health, first_token
@@ -105,6 +106,13 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         return {"component": self.component, "instance": self.id, **node, **self.labels}
 
 
+class GpuReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node's GPU exporter tells the directory."""
+
+    target: Target
+    busy: dict[str, float] = {}  # replica id -> share of time that its GPUs worked, 0..1
+
+
 class VersionFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What the directory remembers of a version, also when it has no replica."""
 
@@ -136,5 +144,6 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     endpoints: tuple[Endpoint, ...] = ()
     gateways: tuple[GatewayInfo, ...] = ()
     targets: tuple[Target, ...] = ()
+    gpu_busy: dict[str, float] = {}  # replica id -> share of time that its GPUs worked; only of those that are watched
     versions: dict[str, VersionFacts] = {}
     keys: str = ""  # digest of the head's keys file; empty where every node has its own

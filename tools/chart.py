@@ -91,7 +91,7 @@ def catalog_facts() -> dict[str, Any]:
             ).parent.name
             for script in sorted((ROOT / "models").glob("*/build.py"))
         },
-        "version": {"drain_s": version.drain_s, "start_timeout_s": version.start_timeout_s},
+        "version": {name: getattr(version, name) for name in ("drain_s", "start_timeout_s", "stuck_timeout_s")},
         "engine": {"kind": version.engine.kind, "args": {}, "env": {}},
         "resources": {"gpus": version.resources.gpus, "cpus": version.resources.cpus},
         "scaling": version.scaling.model_dump(),

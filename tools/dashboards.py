@@ -28,6 +28,7 @@ GOOD = ',verdict="good"'
 MADE = ',kind="completion"'
 COMPLETED = ',outcome="completed"'
 OK = ',reason="ok"'
+FAULTS = "sum (increase(steelyard_replica_faults_total{{{}}}[1d]))"
 BROKEN = ',status="200",reason="engine_error"'
 READY = 'steelyard_replicas{{{},state="READY"}}'
 
@@ -459,13 +460,13 @@ FAILURES = Dashboard(
         by_version("Requests waiting", "short", f"sum by (model, version) (steelyard_requests_waiting{{{VERSION}}})"),
         Row("Failures"),
         Panel(
-            "Failed replicas",
+            "Suspect and failed replicas",
             "short",
             {
-                "{{model}} {{phase}}": "sum by (model, phase) "
-                f"(increase(steelyard_replica_failures_total{{{VERSION}}}[15m]))"
+                "{{model}} {{state}} {{cause}}": "sum by (model, state, cause) "
+                f"(increase(steelyard_replica_faults_total{{{VERSION}}}[15m]))"
             },
-            "Within fifteen minutes: in their start, or while they served.",
+            "Within fifteen minutes. SUSPECT ones get no new work until they prove to be well, FAILED ones are replaced.",
         ),
         by_replica("Health", "short", f"min by (replica) (steelyard_replica_health{{{VERSION}}})", top=1),
         stack("Tries at engines", "reqps", "steelyard_upstream_attempts_total", VERSION, "outcome"),
@@ -480,13 +481,13 @@ FAILURES = Dashboard(
             about="Clients saw a part of an answer and an error.",
             seldom=True,
         ),
-        *(
-            stat(f"{title}, a day", "short", or_zero(f"sum (increase({series}{{{VERSION}}}[1d]))"))
-            for title, series in (
-                ("Verdicts against replicas", "steelyard_health_failures_total"),
-                ("Engines restarted", "steelyard_replica_restarts_total"),
-                ("Quarantines", "steelyard_quarantines_total"),
-            )
+        stat("Suspicions, a day", "short", or_zero(FAULTS.format(VERSION + ',state="SUSPECT"'))),
+        stat("Failed replicas, a day", "short", or_zero(FAULTS.format(VERSION + ',state="FAILED"'))),
+        stat(
+            "Quarantined nodes",
+            "short",
+            or_zero(f"count (steelyard_quarantined_seconds{{{VERSION}}})"),
+            "Where a version failed again and again, and stays away for a while.",
         ),
         stat("Processes without metrics", "short", or_zero(f"count (up{{{JOB}}} == 0)")),
         stat("Processes", "short", f"count (up{{{JOB}}})"),

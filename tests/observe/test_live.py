@@ -153,7 +153,7 @@ def eventful(sim: Stack, prometheus: Prometheus) -> Iterator[Prometheus]:
         victim = ready(sim)[0]
         door = httpx.get(victim["url"] + "/-/door", headers={"x-steelyard-secret": sim.secret}).json()
         os.kill(door["pid"], signal.SIGKILL)
-        died = 'steelyard_replica_failures_total{phase="serving"} > 0'
+        died = 'steelyard_replica_faults_total{state="FAILED",cause="process"} > 0'
         until(lambda: prometheus.ask(died), "its death is counted", 60)
         yield prometheus
 

@@ -359,7 +359,7 @@ GPUS = Dashboard(
         Row("Money"),
         stack(
             *("GPUs by what they do", "short", "steelyard_gpu_seconds_total", GPU + ',state!="reserved"', "state"),
-            about="GPUs that replicas hold: computing, idle, or loading weights.",
+            about="Computing, idle or loading weights for the replicas that hold them, or free.",
         ),
         by_version("Idle GPUs", "short", _IDLE, stacked=True),
         by_version("Cost of idleness, an hour", "currencyUSD", f"$price * {_IDLE}", stacked=True),

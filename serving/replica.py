@@ -96,6 +96,7 @@ class EngineReplica:
             slots=self.spec.slots,
             adapters=tuple(a.name for a in self.spec.adapters),
             node=self._host,
+            gpus=_assigned_gpus(),
             started_at=time.time(),
             spec=hashlib.sha256(msgspec.json.encode(self.spec)).hexdigest()[:16],
         )
@@ -389,6 +390,12 @@ def _replica_tag() -> str:
     with contextlib.suppress(Exception):  # outside Serve (tests) there is no replica context
         return str(serve.get_replica_context().replica_tag)[-8:]
     return str(os.getpid())
+
+
+def _assigned_gpus() -> tuple[str, ...]:
+    with contextlib.suppress(Exception):  # likewise
+        return tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", ()))
+    return ()
 
 
 def _free_port(host: str) -> int:

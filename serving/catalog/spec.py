@@ -249,6 +249,14 @@ class Limits(Spec):
     tokens_per_minute: int | None = Field(default=None, ge=1, le=10**12)
 
 
+class Slo(Spec):
+    """What the model's users are promised: this share of requests gets a right answer, and streams begin within `ttft_s`.
+    Alerts burn against it (docs/observability.md)."""
+
+    ttft_s: float = Field(default=2.5, gt=0, le=600)
+    objective: float = Field(default=0.99, ge=0.5, lt=1)
+
+
 class Placement(Spec):
     """Node labels that replicas of the model require."""
 
@@ -262,6 +270,7 @@ class ModelSpec(Spec):
     versions: Annotated[tuple[Version, ...], Listed]
     release: Release
     limits: Limits = Limits()
+    slo: Slo = Slo()
     allow: Annotated[tuple[AllowedField, ...], Listed] = ()
     placement: Placement = Placement()
 

@@ -87,6 +87,19 @@ def environment(settings: Settings, *, one_node: bool) -> None:
     }
 
 
+def gpus(settings: Settings, profile: Profile) -> int | None:
+    """What Ray is told of this node's GPUs; None lets it look."""
+    if settings.nvml_script is None:
+        return None if profile == "gpu" else 0
+    if profile != "sim":
+        raise OperatorError(
+            f"STEELYARD_NVML_SCRIPT is set and the profile is {profile}", "unset it: scripted GPUs are for profile sim"
+        )
+    from serving.telemetry import nvml_scripted
+
+    return nvml_scripted.read(settings.nvml_script).units
+
+
 def runtime_folder(settings: Settings) -> str:
     """Makes the folder of Ray's sockets and logs; Ray's processes are tied to their parents and marked as engines are:
     see `engine/guard`."""
@@ -111,7 +124,7 @@ def start(settings: Settings, profile: Profile) -> ClusterFile:
         ray.init(
             address="local",
             num_cpus=LOGICAL_CPUS,
-            num_gpus=None if profile == "gpu" else 0,
+            num_gpus=gpus(settings, profile),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,

@@ -58,7 +58,7 @@ def profile_of(settings: Settings) -> Profile:
 
 
 def load_catalog(settings: Settings) -> Catalog:
-    return store.load(settings.models, profile_of(settings))
+    return store.load(settings.models, profile_of(settings), simulated_gpus=settings.nvml_script is not None)
 
 
 def locator(settings: Settings, *, here: bool = True) -> manifest.Locate:

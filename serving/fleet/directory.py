@@ -30,8 +30,10 @@ from serving.fleet.endpoint import (
     Endpoint,
     Failure,
     GatewayInfo,
+    GpuReport,
     Snapshot,
     State,
+    Target,
     VersionFacts,
     quarantined_until,
     quarantines,
@@ -40,7 +42,7 @@ from serving.fleet.endpoint import (
 from serving.fleet.history import Change, History, Kept
 from serving.settings import load_settings
 from serving.telemetry import logs
-from serving.telemetry.metrics import DirectoryMetrics
+from serving.telemetry.metrics import DirectoryMetrics, set_all
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +84,8 @@ class Table:
         self._tidied_at: float | None = None
         self._endpoints: dict[str, tuple[Endpoint, float]] = {}
         self._gateways: dict[str, tuple[GatewayInfo, float]] = {}
+        self._targets: dict[str, tuple[Target, float]] = {}
+        self._gpu_busy: dict[str, tuple[dict[str, float], float]] = {}  # by the exporter's target
         self._facts = {v: VersionFacts(ready_after_s=s) for v, s in (ready_after_s or {}).items()}
 
     def ready_after_s(self) -> dict[str, float]:
@@ -112,8 +116,28 @@ class Table:
             begun - {e.version_id for e, _ in self._endpoints.values() if e.state is State.READY}
         )
 
+    def announce_target(self, target: Target, now: float) -> bool:
+        """Upserts; True when it is new or another."""
+        known = self._targets.get(target.id)
+        self._targets[target.id] = (target, now + LEASE_S)
+        new = known is None or known[0] != target
+        self.unpublished |= new
+        return new
+
+    def report_gpus(self, report: GpuReport, now: float) -> bool:
+        """Upserts the exporter's target and what it saw; True when the target is new or another."""
+        known = self._gpu_busy.get(report.target.id)
+        self._gpu_busy[report.target.id] = (report.busy, now + LEASE_S)
+        self.unpublished |= known is None or known[0] != report.busy
+        return self.announce_target(report.target, now)
+
     def facts(self, version_id: str) -> VersionFacts:
         return self._facts.get(version_id, VersionFacts())
+
+    def holders(self, node: str, now: float) -> Snapshot:
+        """The part of the table that is replicas with GPUs of `node`."""
+        found = tuple(e for e, _ in self._endpoints.values() if e.node == node and e.gpus)
+        return Snapshot(epoch=self.epoch, number=self.number, complete=now - self._born >= SETTLE_S, endpoints=found)
 
     def endpoint(self, endpoint_id: str) -> Endpoint | None:
         known = self._endpoints.get(endpoint_id)
@@ -196,14 +220,17 @@ class Table:
 
     def expire(self, now: float) -> bool:
         """Drops entries whose lease ran out; True when there were any."""
-        dead = [i for i, (_, until) in self._endpoints.items() if until < now]
-        gone = [i for i, (_, until) in self._gateways.items() if until < now]
-        for i in dead:
-            del self._endpoints[i]
-        for i in gone:
-            del self._gateways[i]
-        self.unpublished |= bool(dead or gone)
-        return bool(dead or gone)
+        tables: tuple[dict[str, tuple[Any, float]], ...] = (
+            self._endpoints,
+            self._gateways,
+            self._targets,
+            self._gpu_busy,
+        )
+        gone = [(table, i) for table in tables for i, (_, until) in table.items() if until < now]
+        for table, i in gone:
+            del table[i]
+        self.unpublished |= bool(gone)
+        return bool(gone)
 
     def publish(self) -> None:
         """Makes what changed a new number."""
@@ -217,6 +244,8 @@ class Table:
             complete=now - self._born >= SETTLE_S,
             endpoints=tuple(e for e, _ in self._endpoints.values()),
             gateways=tuple(g for g, _ in self._gateways.values()),
+            targets=tuple(t for t, _ in self._targets.values()),
+            gpu_busy={replica: share for busy, _ in self._gpu_busy.values() for replica, share in busy.items()},
             versions=dict(self._facts),
             keys=self.keys,
         )
@@ -239,8 +268,7 @@ class Directory:
         self._news = asyncio.Event()
         self._load_news: asyncio.TimerHandle | None = None
         self._janitor: asyncio.Task[None] | None = None
-        self._keeping: asyncio.Task[None] | None = None
-        self._keeper: asyncio.Task[None] | None = None
+        self._keepers: list[asyncio.Task[None]] = []
         settings = load_settings()
         self._log = logs.setup("directory", settings.log_dir)
         self._kept_file = settings.state_dir / KEPT_FILE
@@ -248,6 +276,7 @@ class Directory:
         self._table = Table(time.monotonic(), ready_after_s=self._kept.ready_after_s)
         self._history = History(self._kept.changes)
         self._metrics = DirectoryMetrics(CollectorRegistry())
+        self._metrics.before_text = self._observe
         self._on_head = settings.node_role == "head"
         self._keys_file = KeysFile(settings.keys_file) if self._on_head else None
 
@@ -255,6 +284,8 @@ class Directory:
         endpoint = unpack(entry, Endpoint)
         self._ensure_janitor()
         before = self._table.endpoint(endpoint.id)
+        if before is None:
+            self._metrics.seen(endpoint.model, endpoint.version)
         if endpoint.state is State.READY and before is not None and before.state is State.STARTING:
             self._metrics.started(endpoint.model, endpoint.version, endpoint.phases)
         if self._table.announce(endpoint, time.monotonic()):
@@ -277,6 +308,22 @@ class Directory:
             self._wake()
         else:
             self._load_changed()
+
+    async def announce_target(self, entry: bytes) -> None:
+        """A process with metrics that is neither gateway nor replica; renewed within `LEASE_S`."""
+        self._ensure_janitor()
+        if self._table.announce_target(unpack(entry, Target), time.monotonic()):
+            self._wake()
+
+    async def report_gpus(self, entry: bytes) -> bytes:
+        """A node's GPU exporter; renewed within `LEASE_S`. Returns the replicas of that node, which it joins to their GPUs."""
+        self._ensure_janitor()
+        report = unpack(entry, GpuReport)
+        if self._table.report_gpus(report, time.monotonic()):
+            self._wake()
+        else:
+            self._load_changed()
+        return pack(self._table.holders(report.target.node, time.monotonic()))
 
     def _load_changed(self) -> None:
         if self._table.unpublished and self._load_news is None:
@@ -327,7 +374,6 @@ class Directory:
 
     async def metrics(self) -> str:
         """Its own exposition; a gateway that is scraped puts it among the others'."""
-        self._metrics.set_quarantined(self._table.quarantined())
         return self._metrics.text()
 
     async def _keep_for_ever(self) -> None:
@@ -343,6 +389,16 @@ class Directory:
                 log.warning("cannot write %s: %s", self._kept_file, e.strerror)
             self._kept = kept  # tried again when there is more to tell
 
+    def _observe(self) -> None:
+        health: dict[tuple[str, ...], float] = {
+            (e.model, e.version, e.id, e.node): float(e.state not in (State.SUSPECT, State.FAILED))
+            for e in self._table.snapshot(time.monotonic()).endpoints
+            if e.state is not State.STARTING
+        }
+        set_all(self._metrics.health, health)
+        left_s = self._table.quarantined()
+        set_all(self._metrics.quarantined, {(*v.split("@", 1), node): s for (v, node), s in left_s.items()})
+
     def _wake(self) -> None:
         if self._load_news is not None:
             self._load_news.cancel()
@@ -353,10 +409,11 @@ class Directory:
 
     def _ensure_janitor(self) -> None:
         if self._janitor is None:
-            self._janitor = asyncio.get_running_loop().create_task(self._tidy_for_ever())
-            self._keeping = asyncio.get_running_loop().create_task(self._keep_for_ever())
+            loop = asyncio.get_running_loop()
+            self._janitor = loop.create_task(self._tidy_for_ever())
+            self._keepers += [loop.create_task(keeper.keep_gpu_exporters()), loop.create_task(self._keep_for_ever())]
             if self._on_head:
-                self._keeper = asyncio.get_running_loop().create_task(keeper.keep_for_ever())
+                self._keepers.append(loop.create_task(keeper.keep_gateways()))
 
     async def _tidy_for_ever(self) -> None:
         while True:

@@ -65,6 +65,7 @@ def gateway_config(catalog: Catalog) -> dict[str, Any]:
             "versions": [v.version for v in m.versions],
             "required": [v.version for v in m.versions if v.scaling.min > 0],
             "allow": list(m.allow),
+            "slo": {"ttft_s": m.slo.ttft_s, "objective": m.slo.objective},
             "limits": {
                 "max_queue": m.limits.max_queue,
                 "max_wait_s": m.limits.max_wait_s,

@@ -207,6 +207,7 @@ def observe(snapshot: Snapshot | None, version_id: str, asked: int, age_s: float
     if snapshot is None:
         return Load(replicas=asked, ready=0, age_s=AWAY_S)
     ready = [e for e in snapshot.endpoints if e.version_id == version_id and e.state is State.READY]
+    busy = [snapshot.gpu_busy[e.id] for e in ready if e.id in snapshot.gpu_busy]
     return Load(
         replicas=asked,
         ready=len(ready),
@@ -218,6 +219,7 @@ def observe(snapshot: Snapshot | None, version_id: str, asked: int, age_s: float
         kv_mean=sum(e.kv_usage for e in ready) / len(ready) if ready else None,
         arrived_per_s=None if rates is None else rates.arrived,
         finished_per_s=None if rates is None else rates.finished,
+        gpu_busy=sum(busy) / len(busy) if busy else None,
         age_s=max(0.0, age_s),
     )
 

@@ -46,7 +46,15 @@ from serving.gateway.routing import Upstream
 from serving.gateway.sizes import check_input, has_media
 from serving.gateway.state import Fleet, ModelConfig, Name
 from serving.telemetry.logs import RequestLog
-from serving.telemetry.metrics import UNKNOWN_MODEL, GatewayMetrics, ModelMetrics, StreamMeter
+from serving.telemetry.metrics import (
+    KEYS_SHOWN,
+    UNKNOWN_MODEL,
+    GatewayMetrics,
+    ModelMetrics,
+    StreamMeter,
+    set_all,
+    slo_verdict,
+)
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +73,20 @@ class Gateway:
     """One gateway process: `await gateway.start()` once, then it is an ASGI app."""
 
     def __init__(
-        self, *, gateway_id: str, keys: KeyRing, secret: str, metrics: GatewayMetrics, log: RequestLog
+        self,
+        *,
+        gateway_id: str,
+        keys: KeyRing,
+        secret: str,
+        metrics: GatewayMetrics,
+        log: RequestLog,
+        node: str = "",
     ) -> None:
         self.id = gateway_id
-        self.fleet = Fleet(gateway_id)
+        self.fleet = Fleet(gateway_id, node)
         self._admission = Admission(self.fleet.elsewhere)
         self.metrics = metrics
+        metrics.before_text = self._observe
         self.requests = 0  # inside now
         self._at_engines = 0
         self._retries = retry.budget(lambda: self._at_engines)
@@ -108,7 +124,6 @@ class Gateway:
 
     async def _http(self, x: Exchange) -> None:
         """Every request ends in exactly one terminal event: an answer, an error, or a client that left."""
-        model = UNKNOWN_MODEL
         self.requests += 1
         try:
             await self._dispatch(x)
@@ -122,8 +137,7 @@ class Gateway:
         finally:
             self.requests -= 1
             if x.path in routes.SERVED or x.line.status >= 400:
-                model = x.line.model or UNKNOWN_MODEL
-                self._write_down(x, model)
+                self._write_down(x)
 
     async def _dispatch(self, x: Exchange) -> None:
         if self.private_port and x.came_by[1] == self.private_port:
@@ -168,7 +182,7 @@ class Gateway:
             ticket.session = _session(x, key, fields)
         x.line.stream = bool(fields.get("stream"))
         body, withhold_usage = _adapted(body, fields, route, name)
-        metrics = self.metrics.of(model.name)
+        metrics = self.metrics.of(name.model, name.version, name.adapter or "")
         metrics.held.inc()
         entered = False
         try:
@@ -210,10 +224,11 @@ class Gateway:
     ) -> None:
         """Binds the request to a replica and relays; failures before the first byte are tried elsewhere."""
         self.fleet.arrived[line.version_id] += 1
-        again = False
+        again, failed = False, ""
         while True:
             if ticket.again is not None and not ticket.again.taken:
                 await self._turn(x, model, ticket, ticket.again)
+                metrics.retried(failed)
             upstream = await self._slot(x, line, model, metrics, ticket, keep_alive, again)
             x.line.replica = upstream.endpoint.id
             settle = line.release
@@ -244,7 +259,7 @@ class Gateway:
                 x.line.attempts += 1
                 metrics.attempted(e.outcome)
                 log.warning("attempt %d failed: %s", x.line.attempts, e, extra={"request_id": x.request_id})
-                settle, again = (line.broken if e.gone else line.failed), True
+                settle, again, failed = (line.broken if e.gone else line.failed), True, e.outcome
                 ticket.again = ticket.again or retry.Retry(self._retries, line.trials)
                 ticket.again.close()
                 ticket.avoid |= {upstream.endpoint.id}
@@ -343,13 +358,12 @@ class Gateway:
                 _count_unstreamed(x, reply, metrics)
                 return
             await self._stream(x, route, reply, meter)
-            x.line.prompt_tokens, x.line.completion_tokens = scan.usage.prompt, scan.usage.completion
-            _count(metrics, scan.usage.prompt, scan.usage.completion, scan.usage.cached)
         finally:
             reply.close()
             meter.flush()
             if scan is not None:
                 x.line.events = scan.events
+                _count_streamed(x, reply, metrics)
             if meter.ttft_s is not None:
                 x.line.ttft_ms = round(meter.ttft_s * 1e3, 3)
 
@@ -411,7 +425,19 @@ class Gateway:
                     # Not after a 413: most clients read nothing before they have sent all, and would see a reset.
                     await x.fail(error, close=isinstance(error, DeadlinePassed))
 
-    def _write_down(self, x: Exchange, model: str) -> None:
+    def _observe(self) -> None:
+        """Gauges of what is elsewhere, when somebody looks."""
+        fleet, m = self.fleet, self.metrics
+        for c in fleet.catalog.models:
+            for version in c.versions:  # series from the start: a rate sees their first increase
+                m.of(c.name, version)
+        set_all(m.replicas, fleet.replica_counts())
+        set_all(m.replicas_required, fleet.required())
+        set_all(m.objective, {(c.name,): c.slo.objective for c in fleet.catalog.models})
+        expiries = self.keys.expiries(KEYS_SHOWN, time.time())
+        set_all(m.key_expiry, {(key_id,): at for key_id, at in expiries.items()})
+
+    def _write_down(self, x: Exchange) -> None:
         e2e = time.monotonic() - x.t0
         line = x.line
         line.e2e_ms = round(e2e * 1e3, 3)
@@ -420,7 +446,15 @@ class Gateway:
         if line.status >= 500 or line.reason == EngineBroken.code:
             line.level = "error"
         route = x.path if x.path in routes.SERVED or x.path in routes.OWN else "other"
-        self.metrics.of(model).request_done(route, line.status, line.reason or "ok", e2e)
+        reason = line.reason or "ok"
+        metrics = self.metrics.of(line.model or UNKNOWN_MODEL, line.version or "", line.adapter or "")
+        metrics.request_done(route, line.status, reason, e2e)
+        model = self.fleet.models.get(line.model or "")
+        if model is not None:
+            ttft_s = None if line.ttft_ms is None else line.ttft_ms / 1e3
+            verdict = slo_verdict(line.status, reason, ttft_s, model.slo.ttft_s)
+            if verdict is not None:
+                metrics.judged(verdict)
         if route == "other":
             line.route = x.path[:200]
         self._log.write(line)
@@ -637,13 +671,16 @@ def _count_unstreamed(x: Exchange, reply: Reply, metrics: ModelMetrics) -> None:
             completion = usage.completion_tokens if usage.completion_tokens is not None else usage.output_tokens
             x.line.prompt_tokens, x.line.completion_tokens = prompt, completion
             details = usage.prompt_tokens_details or usage.input_tokens_details
-            _count(metrics, prompt, completion, details.cached_tokens if details is not None else None)
+            metrics.used(prompt, completion, details.cached_tokens if details is not None else None)
 
 
-def _count(metrics: ModelMetrics, prompt: int | None, completion: int | None, cached: int | None) -> None:
-    if prompt:
-        metrics.prompt_tokens.inc(prompt)
-    if completion:
-        metrics.completion_tokens.inc(completion)
-    if cached:
-        metrics.cached_tokens.inc(cached)
+def _count_streamed(x: Exchange, reply: Reply, metrics: ModelMetrics) -> None:
+    """What its engine counted, of a stream that came to its end; of any other, what its events tell."""
+    scan = reply.scan
+    assert scan is not None
+    if reply.finished and not scan.died:
+        x.line.prompt_tokens, x.line.completion_tokens = scan.usage.prompt, scan.usage.completion
+        metrics.used(scan.usage.prompt, scan.usage.completion, scan.usage.cached)
+    else:
+        x.line.aborted_tokens = scan.tokens
+        metrics.aborted(scan.tokens)

@@ -73,6 +73,7 @@ class GatewayReplica:
             secret=settings.secret(),
             metrics=GatewayMetrics(CollectorRegistry()),
             log=RequestLog(settings.log_dir),
+            node=self._node,
         )
         self.gateway.sources["directory"] = self._directory_metrics
         self._server: _Server | None = None

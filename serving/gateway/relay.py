@@ -78,12 +78,13 @@ class StreamScan:
 
     __slots__ = (
         *("complete", "died", "error", "events", "usage"),
-        *("_ends", "_mark", "_tail", "_usage_by_option", "_withhold"),
+        *("_ends", "_mark", "_opening", "_tail", "_usage_by_option", "_withhold"),
     )
 
     def __init__(self, route: Route, *, withhold_usage: bool) -> None:
         self._tail = b""
         self._ends = route.ends
+        self._opening = route.opening
         self._usage_by_option = route.usage_by_option
         self._mark = _USAGE_EVENT if route.usage_by_option else _USAGE_MARK
         self._withhold = withhold_usage
@@ -92,6 +93,11 @@ class StreamScan:
         self.complete = False  # the route's end was seen
         self.died = False  # the engine's error frame was seen: nothing from it on was returned
         self.error = b""  # that frame
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the events so far, where the engine has not told yet: one each but for those that open the stream."""
+        return max(0, self.events - self._opening)
 
     def feed(self, data: bytes) -> bytes:
         """The whole events in what came so far that the client may have; the rest is kept for the next call."""

@@ -208,7 +208,8 @@ async def test_what_the_directory_counts_is_in_the_merged_metrics(front: Front) 
 
     front.serve()
     sample = (
-        'steelyard_scale_decisions_total{source="directory",model="tiny",version="v1",direction="up",reason="load"} 3'
+        'steelyard_scale_decisions_total{component="directory",instance="directory",'
+        'model="tiny",version="v1",direction="up",reason="load"} 3'
     )
     front.gateway.sources["directory"] = directory
     merged = await front.ask("/metrics", method="GET", key=front.keys.metrics)

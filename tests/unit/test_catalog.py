@@ -237,7 +237,10 @@ def test_gpus_default_to_the_parallel_size(tmp_path: Path) -> None:
     text = GOOD.replace("    resources: {gpus: 1, accelerator: H100}\n", "").replace(
         "max-num-seqs", "tensor-parallel-size"
     )
-    assert load(write(tmp_path, text), "gpu").models[0].versions[0].resources.gpus == 8
+    path = write(tmp_path, text)
+    assert load(path, "gpu").models[0].versions[0].resources.gpus == 8
+    simulated = load(path, "sim", simulated_gpus=True).models[0].versions[0]
+    assert (simulated.engine.kind, simulated.resources.gpus, simulated.resources.accelerator) == ("simulator", 8, None)
 
 
 @pytest.mark.parametrize("profile", ["cpu", "gpu", "sim"])

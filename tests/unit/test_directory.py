@@ -15,7 +15,9 @@ from serving.fleet.endpoint import (
     CRASHES_KEPT,
     Endpoint,
     GatewayInfo,
+    GpuReport,
     State,
+    Target,
     VersionFacts,
     advance,
 )
@@ -234,6 +236,21 @@ def test_the_history_is_bounded_and_keeps_the_last() -> None:
         history.add(Change(version_id="m@v", at=i, before=1, after=2, cause="load", reason=str(i)))
     assert [c.at for c in history.of("m@v")] == list(range(5, KEPT + 5))
     assert history.of("other@v") == []
+
+
+def test_an_exporter_is_told_who_holds_its_nodes_gpus_and_what_it_saw_is_told_to_all() -> None:
+    table = Table(0)
+    for name, node, gpus in (("a", "n1", ("0",)), ("b", "n2", ("0",)), ("c", "n1", ())):
+        table.announce(endpoint(name, node=node, gpus=gpus), 0)
+    report = GpuReport(target=Target(id="gpu#n1", component="gpu", url="http://n1/metrics", node="n1"), busy={"a": 0.5})
+    assert table.report_gpus(report, 0)
+    assert [e.id for e in table.holders("n1", 0).endpoints] == ["a"]
+    assert (table.holders("n1", 0).complete, table.holders("n1", SETTLE_S).complete) == (False, True)
+    assert not table.report_gpus(report, 1)
+    snapshot = table.snapshot(1)
+    assert (snapshot.gpu_busy, [t.id for t in snapshot.targets]) == ({"a": 0.5}, ["gpu#n1"])
+    assert table.expire(LEASE_S + 1.1)
+    assert (table.snapshot(7).gpu_busy, table.snapshot(7).targets) == ({}, ())
 
 
 # -- failures of those that served

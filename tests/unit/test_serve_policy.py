@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 pytest.importorskip("ray", reason="Ray is not installed")
@@ -301,3 +302,14 @@ def test_rates_are_of_gateways_that_were_watched_and_not_of_one_that_came() -> N
     tell(32, ("new", 5001, 5001))
     assert table.rates(ID) is None
     assert table.rates("other@v") is None
+
+
+def test_how_the_gpus_of_ready_replicas_worked_is_part_of_the_load() -> None:
+    endpoints = tuple(
+        Endpoint(id=i, model="m", version="v", url="x", state=s, slots=8)
+        for i, s in (("a", State.READY), ("b", State.READY), ("c", State.STARTING), ("unwatched", State.READY))
+    )
+    snapshot = Snapshot(epoch="e", number=1, complete=True, endpoints=endpoints)
+    assert serve_policy.observe(snapshot, ID, 3, 0.0).gpu_busy is None
+    seen = msgspec.structs.replace(snapshot, gpu_busy={"a": 0.4, "b": 0.2, "c": 1.0, "gone": 1.0})
+    assert serve_policy.observe(seen, ID, 3, 0.0).gpu_busy == pytest.approx(0.3)

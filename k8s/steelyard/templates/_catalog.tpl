@@ -91,6 +91,7 @@ business; what concerns more than one key is refused here.
 {{- $models = append $models (dict
     "name" $model.name "versions" $versions "stable" $stable "allow" (default list $model.allow)
     "limits" (include "steelyard.with" (list $known.limits (default dict $model.limits)) | fromJson)
+    "slo" (include "steelyard.with" (list $known.slo (default dict $model.slo)) | fromJson)
     "labels" (default dict (default dict $model.placement).labels)) -}}
 {{- end -}}
 {{- toJson (dict "models" $models) -}}

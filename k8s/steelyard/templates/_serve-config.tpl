@@ -70,7 +70,7 @@ files/catalog.json; a test compares the whole with `steelyard render`.
 {{- end -}}
 {{- $models = append $models (dict
     "name" $model.name "versions" $ids "required" $required "allow" $model.allow
-    "limits" $model.limits) -}}
+    "limits" $model.limits "slo" $model.slo) -}}
 {{- end -}}
 {{- $gateway := deepCopy $known.gatewayApp -}}
 {{- $deployment := index $gateway.deployments 0 -}}

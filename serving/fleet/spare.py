@@ -1,9 +1,9 @@
 """A process that waits for this node's next replica, kept where a version may be at zero: a start from zero takes it.
 
 Between Serve's decision and a replica's first line lie a new process of Ray's, its connections and all imports: two seconds,
-where everything else of ours takes half of one. Ray starts an actor in an idle process of the same job, if that has run
-nothing yet: one that has run a task is for tasks alone. Ray's node process (raylet) makes such a process when it is
-asked to, and `PRELOAD` has it import what a replica needs. About 90 MB.
+where everything else of ours takes half of one. Ray starts an actor in an idle process that has run nothing yet: one that
+has run a task is for tasks alone. Ray's node process (raylet) makes one, of no job, when it is asked to, and `PRELOAD` has
+it import what a replica needs. About 90 MB.
 
 Each gateway looks after its own node, since there is one on every node; of several on one, the holder of a lock does.
 """
@@ -25,19 +25,26 @@ PRELOAD = "serving.replica,ray.serve._private.replica"
 CHECK_EVERY_S = 2.0
 AFTER_ONE_S = 10.0  # until the next: where memory is short Ray ends them, and imports cost a second of a core
 RETRY_S = 60.0
+COMES_WITHIN_S = 60.0
 KEPT_S = 24 * 3600  # then Ray ends it, and another one is made
 _CALL_S = 5.0
 
 
 async def keep_for_ever(wanted: Callable[[], bool], lock: Path) -> None:
-    """Whenever `wanted()` and there is none, has one made. It is a comfort: without it a start takes longer."""
-    mine = FileLock(lock, timeout=0, mode=0o600)
+    """Whenever `wanted()` and there is none, has one made. It is a comfort: without it a start takes longer. Returns where
+    there can be none."""
+    mine, raylet = FileLock(lock, timeout=0, mode=0o600), os.getppid()
     troubled = False
     while True:
         pause_s = CHECK_EVERY_S
         try:
-            if wanted() and _held(mine) and not await asyncio.to_thread(waiting, os.getppid()):
-                await asyncio.to_thread(_make)
+            if wanted() and _held(mine) and not await _is_there(raylet):
+                if not await asyncio.to_thread(_make):
+                    return
+                if not await _comes(wanted, raylet):
+                    # Each round would make another that nobody sees.
+                    log.error("the process for the next replica did not come: none is kept any more")
+                    return
                 pause_s = AFTER_ONE_S
             troubled = False
         except Exception as e:  # Ray's own are many
@@ -45,6 +52,18 @@ async def keep_for_ever(wanted: Callable[[], bool], lock: Path) -> None:
                 log.warning("no process can be kept for the next replica: %s: %s", type(e).__name__, e)
             troubled, pause_s = True, RETRY_S
         await asyncio.sleep(pause_s)
+
+
+async def _comes(wanted: Callable[[], bool], raylet: int) -> bool:
+    for _ in range(round(COMES_WITHIN_S / CHECK_EVERY_S)):
+        await asyncio.sleep(CHECK_EVERY_S)
+        if not wanted() or await _is_there(raylet):  # a replica may have taken it already
+            return True
+    return False
+
+
+async def _is_there(raylet: int) -> bool:
+    return bool(await asyncio.to_thread(waiting, raylet))
 
 
 def _held(lock: FileLock) -> bool:
@@ -59,6 +78,8 @@ def _held(lock: FileLock) -> bool:
 
 def waiting(raylet: int) -> list[int]:
     """Pids of Ray's processes below its node process that wait for work, or start."""
+    if (called := Path(f"/proc/{raylet}/comm").read_text().strip()) != "raylet":
+        raise RuntimeError(f"this process's parent is {called}, not Ray's raylet")
     found = []
     for task in Path(f"/proc/{raylet}/task").iterdir():
         for pid in (task / "children").read_text().split():
@@ -71,8 +92,9 @@ def waiting(raylet: int) -> list[int]:
     return found
 
 
-def _make() -> None:
-    """Asks this node's raylet for a process of this job and environment, which is that of every replica. Blocks."""
+def _make() -> bool:
+    """Asks this node's raylet for a process of this one's environment, which is that of every replica; False on a head that
+    runs no engines. Blocks."""
     import ray
     from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc
@@ -80,13 +102,14 @@ def _make() -> None:
     here = ray.get_runtime_context()
     node = next(n for n in ray.nodes() if n["NodeID"] == here.get_node_id())
     if not node["Resources"].get("CPU"):
-        return  # a head that runs no engines
+        return False
     request = node_manager_pb2.PrestartWorkersRequest(
         language=common_pb2.Language.PYTHON,
-        job_id=bytes.fromhex(here.get_job_id()),
+        job_id=ray.JobID.nil().binary(),  # replicas' own may have ended with the command that applied the catalog first
         num_workers=1,
         keep_alive_duration_secs=KEPT_S,
     )
     request.runtime_env_info.serialized_runtime_env = here.get_runtime_env_string()
     with init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:
         node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=_CALL_S)
+    return True

@@ -159,9 +159,9 @@ def test_the_first_request_after_nothing_wakes_a_replica_and_each_one_around_an_
 
 
 def test_a_killed_directory_moves_nothing_and_scaling_goes_on_when_it_is_back(sim: Stack) -> None:
-    before, told = ready(sim, "steps"), explained(sim, "zero")["changes"]
-    kept = sim.state_dir / "directory.json"
-    until(lambda: kept.exists() and str(told[-1]["at"]) in kept.read_text(), "it has written down what it knows", 10)
+    before, kept = ready(sim, "steps"), sim.state_dir / "directory.json"
+    until(lambda: kept.exists() and "zero@a" in kept.read_text(), "it has written down what it knows", 10)
+    told = json.loads(kept.read_text())["changes"]["zero@a"]
     (directory,) = titled(sim, b"ray::Directory")
     os.kill(directory, signal.SIGKILL)
     assert sim.chat("steps", "hello", max_tokens=2).status_code == 200
@@ -177,7 +177,6 @@ def test_a_schedule_keeps_replicas_without_a_request(sim: Stack) -> None:
     assert told["scaling"]["schedule"][0]["holds_now"] is True
     assert (told["changes"][0]["cause"], told["changes"][0]["after"]) == ("from_zero", 1)
     assert "the schedule keeps 1" in told["changes"][0]["reason"]
-    assert "(now)" in sim.cli("scale", "explain", "clock").stdout
 
 
 def test_bounds_set_at_run_time_hold_over_an_up_until_they_are_reset(sim: Stack, catalog: Path) -> None:

@@ -51,9 +51,9 @@ def blocks_of(route: Route, fields: Mapping[str, Any], adapter: str | None) -> t
 
 
 def stable_hash(data: bytes | memoryview, chain: int = 0) -> int:
-    """Of all that came before and these bytes, the same in every process, as Python's own of text is not. Who makes two prompts
-    hash alike misleads the routing of their own requests alone."""
-    return hash((chain, zlib.crc32(data), zlib.adler32(data)))
+    """Of all that came before and these bytes, the same in every process, as Python's own of text is not. Two pieces that come
+    after the same and have the same checksum mislead the routing of one request: nobody gains by making some."""
+    return hash((chain, zlib.crc32(data)))
 
 
 def _parts(content: Any) -> Iterator[Any]:

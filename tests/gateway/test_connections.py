@@ -7,9 +7,12 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+import pytest
+
 from serving.fleet.endpoint import Endpoint, State
 from tests.gateway.harness import CHAT, Front, chat, eventually
 
+pytestmark = pytest.mark.usefixtures("short_pauses")
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 

@@ -149,6 +149,13 @@ def test_without_gpm_only_that_a_kernel_ran_is_known_and_pcie_is_read_the_old_wa
     ]
 
 
+def test_a_user_who_may_not_read_gpm_gets_the_old_figures() -> None:
+    node = Node(figures=Figures(kernel=0.9, pcie_rx_mib_s=1), unsupported=("nvmlGpmSampleGet",)).run(30)
+    assert node.all("steelyard_gpu_sm_active_ratio") == []
+    assert node.all("steelyard_gpu_kernel_active_ratio") == [0.9, 0.9]
+    assert len(node.all("steelyard_gpu_pcie_bytes_per_second", direction="rx")) == 2
+
+
 def test_what_a_product_lacks_has_no_series_and_is_not_asked_for_again() -> None:
     lacking = ("nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetFieldValues", "nvmlDeviceGetMemoryInfo")
     node = Node(unsupported=lacking).run(60)

@@ -13,7 +13,7 @@ INSTALL := $(PYTHON) tools/install.py $(PROFILE)
 PYTEST := $(PY) -m pytest
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
-.PHONY: help install serve up down status test test-fast lint format soak bench-overhead gpu-check chart chart-docs images lock clean deploy deploy-upgrade deploy-remove wheelhouse
+.PHONY: help install serve up down status test test-fast lint format soak bench-overhead gpu-check observe dashboards chart chart-docs images lock clean deploy deploy-upgrade deploy-remove wheelhouse
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,12 @@ bench-overhead: install ## the stack against the raw engine: table, .steelyard/b
 gpu-check: ## where there is a GPU: its figures under known loads, then the stack against the raw engine with an 8B-shaped model
 	$(if $(wildcard .venv/bin/python),$(PY),$(PYTHON)) -m pytest -q tests/gpu/test_gpu_figures.py
 	$(if $(wildcard .venv/bin/python),$(PY),$(PYTHON)) -m bench.gpu_check $(ARGS)
+
+observe: install ## a Prometheus (and Grafana where installed) for what runs, on 127.0.0.1; ARGS="--port 9090 --grafana-port 3000"
+	@exec $(PY) -m tools.observe $(ARGS)
+
+dashboards: install ## Grafana's dashboards in deploy/observability from tools/dashboards.py
+	$(PY) -m tools.dashboards
 
 chart: install ## every ci/ variant of the Helm chart: lint, render, validate, one line each
 	$(PYTEST) -q tests/k8s

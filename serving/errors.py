@@ -15,6 +15,7 @@
         ├── UnknownRoute       404  not_found
         ├── WrongMethod        405  method_not_allowed      with Allow
         ├── BodyTooLarge       413  request_too_large
+        ├── RequestCrashedEngine 422 request_crashed_engine  engines died with this request inside
         ├── QueueFull          429  queue_full              with Retry-After
         ├── WaitTooLong        429  queue_timeout           with Retry-After
         ├── LimitReached       429  limit_reached           a limit of the key or the model; with Retry-After
@@ -157,6 +158,13 @@ class BodyTooLarge(RequestError):
     """The body is over the limit; said before it is read when content-length tells."""
 
     status, type, code, anthropic_type = 413, "invalid_request_error", "request_too_large", "request_too_large"
+
+
+class RequestCrashedEngine(RequestError):
+    """Two engines died or stood still while they had this request; the same one is refused for a while."""
+
+    status, type, code = 422, "invalid_request_error", "request_crashed_engine"
+    anthropic_type = "invalid_request_error"
 
 
 class QueueFull(RequestError):

@@ -1,8 +1,11 @@
 """EngineReplica: the Serve deployment around one engine. It starts, watches, announces, drains and stops it; it never
 carries a token.
 
-    STARTING --first token--> READY --shutdown hook--> DRAINING --door counts zero--> STOPPED
-        \\_______________________ engine died, start failed ______________________/-> FAILED
+    STARTING --first token--> READY <--> SUSPECT --shutdown hook--> DRAINING --door counts zero--> STOPPED
+        \\_______________ engine died, start failed, or does not work any more ______________/-> FAILED
+
+`engine/health` says which of READY, SUSPECT and FAILED it is. A FAILED one has left every gateway's table, and its engine is
+ended here and now; Serve replaces the replica when `check_health` has told it so three times.
 
 Serve waits for its own count of ongoing requests, which is always zero here, and then awaits `__del__` for up to
 `graceful_shutdown_timeout_s`: so the drain lives there. `__del__` does not run on kill -9 or node loss; then the parent-death
@@ -16,7 +19,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import re
 import socket
 import time
 from pathlib import Path
@@ -31,7 +33,9 @@ from serving.catalog import weights
 from serving.engine import command, stats
 from serving.engine.command import EngineSpec
 from serving.engine.door import CLOSE_PATH, SECRET_HEADER, STATUS_PATH
+from serving.engine.health import Judgement, Limits
 from serving.engine.process import EngineProcess
+from serving.engine.watch import Watch, generates
 from serving.errors import EngineError, WeightsError
 from serving.fleet import directory
 from serving.fleet.endpoint import Endpoint, State, advance
@@ -42,7 +46,10 @@ log = logging.getLogger(__name__)
 START_ATTEMPTS = 2  # a port lost to a race or a moment without memory is transient; a bad model is not
 NEVER_GIVE_UP = 1_000_000_000  # starts; Serve takes the smaller of it and so many per replica (`cli/cluster`)
 RETRY_ASKED_EVERY_S = 2.0  # while it waits: has somebody changed something?
-SCRAPE_EVERY_S = 2.0  # of the engine's /metrics while it is busy: a scrape costs ~10 ms of its event loop
+LOOK_EVERY_S = 0.5  # at the engine
+LAST_DRAIN_S = 2.0  # for what a failed engine may still finish
+LAST_GRACE_S = 1.0  # between SIGTERM and SIGKILL of a failed engine
+_UP = (State.READY, State.SUSPECT, State.DRAINING)
 
 
 class Build(msgspec.Struct, frozen=True):
@@ -57,6 +64,7 @@ class Knobs(msgspec.Struct, frozen=True):
 
     start_timeout_s: float = 600.0
     drain_s: float = 30.0
+    stuck_timeout_s: float = 30.0
     builds: tuple[Build, ...] = ()
 
 
@@ -73,7 +81,8 @@ class EngineReplica:
         self._loop = asyncio.get_running_loop()
         self._engine: EngineProcess | None = None
         self._http: aiohttp.ClientSession | None = None
-        self._reporter: asyncio.Task[None] | None = None
+        self._watch: Watch | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()
         self._directory = directory.Client()
         self._untold = False  # the last report did not reach the directory; said once
@@ -108,13 +117,15 @@ class EngineReplica:
 
     async def __del__(self) -> None:
         """Serve's shutdown hook: announce DRAINING, wait for the door to count zero, stop the engine."""
-        if self._endpoint.state in (State.STARTING, State.READY):
+        if self._endpoint.state in (State.STARTING, State.READY, State.SUSPECT):
             self._set(state=State.DRAINING)
             await self._announce()
             await self._close_door()
-            await self._drained()
-        if self._reporter is not None:
-            self._reporter.cancel()
+            await self._drained(self._knobs.drain_s)
+        for task in self._tasks:
+            task.cancel()
+        if self._watch is not None:
+            self._watch.close()
         await self._stop_engine()
         self._set(state=State.STOPPED)
         await self._announce()
@@ -127,7 +138,7 @@ class EngineReplica:
         self._http = aiohttp.ClientSession(
             headers={SECRET_HEADER.decode(): self._secret}, timeout=aiohttp.ClientTimeout(total=30)
         )
-        self._reporter = asyncio.create_task(self._report_for_ever())
+        self._tasks.append(asyncio.create_task(self._report_for_ever()))
         await self._pause_after_failures()
         await self._have_weights()
         for attempt in range(1, START_ATTEMPTS + 1):
@@ -137,7 +148,7 @@ class EngineReplica:
             except EngineError as e:
                 await self._stop_engine()
                 if attempt == START_ATTEMPTS or not _transient(str(e)):
-                    self._set(state=State.FAILED, reason=str(e))
+                    self._set(state=State.FAILED, reason=str(e), fault="start")
                     await self._announce()
                     raise
                 log.warning("%s: start attempt %d failed, trying again: %s", self._id, attempt, e)
@@ -147,7 +158,7 @@ class EngineReplica:
         where gateways see when it ends, and where it ends at once when an operator applies a catalog."""
         while True:
             try:
-                delay = float(await self._directory.call("start_delay", self.spec.id, self._endpoint.spec))
+                delay = float(await self._directory.call("start_delay", self.spec.id, self._endpoint.spec, self._host))
             except Exception:  # any Ray error: nobody knows of failures
                 delay = 0.0
             if delay <= 0:
@@ -155,7 +166,7 @@ class EngineReplica:
                     self._set(state=State.STARTING, waits_until=time.time())
                 return
             if not self._endpoint.waits_until:
-                log.warning("%s: its starts failed; the next one is in %.0f s", self._id, delay)
+                log.warning("%s: it failed before; the next start is in %.0f s", self._id, delay)
             self._set(state=State.STARTING, waits_until=time.time() + delay)
             await asyncio.sleep(min(delay, RETRY_ASKED_EVERY_S))
 
@@ -178,7 +189,7 @@ class EngineReplica:
                 await asyncio.to_thread(weights.verify, Path(adapter.path), "adapter")
         except WeightsError as e:
             reason = f"{self.spec.id}: node {self._host}: {e}"
-            self._set(state=State.FAILED, reason=reason)
+            self._set(state=State.FAILED, reason=reason, fault="start")
             await self._announce()
             raise EngineError(reason) from None
 
@@ -218,6 +229,9 @@ class EngineReplica:
             },
         )
         await self._announce()
+        assert self._http is not None
+        self._watch = Watch(self._http, url, self.spec.served_names[0], lambda: engine.alive)
+        self._tasks.append(asyncio.create_task(self._watch_while_up(self._watch)))
         log.info("%s: ready at %s after %.1f s", self._id, url, time.monotonic() - began)
 
     async def _until_it_generates(self, engine: EngineProcess, url: str, deadline: float) -> tuple[float, int | None]:
@@ -242,16 +256,11 @@ class EngineReplica:
                     healthy = r.status == 200
                 if healthy:
                     healthy_at = healthy_at or time.monotonic()
-                    if await self._generates(url):
+                    async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                        generated = await generates(self._http, url, self.spec.served_names[0])
+                    if generated == "ok":
                         return healthy_at, await self._context_length(url)
             await asyncio.sleep(0.1)
-
-    async def _generates(self, url: str) -> bool:
-        assert self._http is not None
-        probe = {"model": self.spec.served_names[0], "prompt": "a", "max_tokens": 1}
-        async with self._http.post(url + "/v1/completions", json=probe) as r:
-            # A pooling model has no such route: it is ready when it is healthy.
-            return r.status in (200, 404, 405, 501)
 
     async def _context_length(self, url: str) -> int | None:
         assert self._http is not None
@@ -282,44 +291,46 @@ class EngineReplica:
             self._loop.call_soon_threadsafe(self._on_engine_exit, how)
 
     def _on_engine_exit(self, how: str) -> None:
-        if self._endpoint.state in (State.READY, State.DRAINING):
+        if self._endpoint.state in _UP:
             assert self._engine is not None
-            self._set(state=State.FAILED, reason=f"{how}: {self._engine.telling_lines(1)}")
+            self._set(state=State.FAILED, reason=f"{how}: {self._engine.telling_lines(1)}", fault="process")
 
     async def _report_for_ever(self) -> None:
         """Announces the whole endpoint every half second, and at once when its state changes."""
-        scraped = 0.0
         while True:
-            if self._endpoint.state in (State.READY, State.DRAINING):
-                with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError, KeyError, ValueError):
-                    in_flight, tokens = await self._inside()
-                    self._endpoint = msgspec.structs.replace(self._endpoint, in_flight=in_flight, tokens=tokens)
-                    if in_flight and time.monotonic() - scraped > SCRAPE_EVERY_S:
-                        scraped = time.monotonic()
-                        await self._scrape()
-                    elif not in_flight:
-                        self._endpoint = msgspec.structs.replace(self._endpoint, waiting=0)
             await self._announce()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), directory.REPORT_EVERY_S)
             self._changed.clear()
 
-    async def _inside(self) -> tuple[int, int]:
-        """Generations behind the door, and the tokens that they may take."""
-        assert self._http is not None
-        async with self._http.get(self._endpoint.url + STATUS_PATH) as r:
-            door = await r.json()
-        return int(door["in_flight"]), int(door["tokens"])
+    async def _watch_while_up(self, watch: Watch) -> None:
+        """Looks at the engine twice a second, and acts on the verdict."""
+        while self._endpoint.state in _UP:
+            judged = await watch.look(Limits(replace_s=self._knobs.stuck_timeout_s))
+            self._endpoint = msgspec.structs.replace(
+                self._endpoint,
+                in_flight=watch.in_flight,
+                tokens=watch.tokens,
+                waiting=watch.waiting,
+                kv_usage=watch.kv_usage,
+            )
+            await self._follow(judged)
+            await asyncio.sleep(LOOK_EVERY_S)
+        watch.close()
 
-    async def _scrape(self) -> None:
-        assert self._http is not None
-        async with self._http.get(self._endpoint.url + "/metrics") as r:
-            text = await r.text()
-        self._endpoint = msgspec.structs.replace(
-            self._endpoint,
-            waiting=int(_sample(text, "vllm:num_requests_waiting")),
-            kv_usage=_sample(text, "vllm:kv_cache_usage_perc"),
-        )
+    async def _follow(self, judged: Judgement) -> None:
+        state, why = self._endpoint.state, f"{judged.cause}: {judged.why}"
+        if judged.verdict == "ok" and state is State.SUSPECT:
+            self._set(state=State.READY, reason="", fault="")
+        elif judged.verdict == "suspect" and state is State.READY:
+            self._set(state=State.SUSPECT, reason=why, fault=judged.cause)
+        elif judged.verdict == "failed" and judged.cause != "process" and state in _UP:
+            self._set(state=State.FAILED, reason=why, fault=judged.cause)
+            if judged.cause in ("health", "refuses"):
+                await self._close_door()
+                await self._drained(LAST_DRAIN_S)
+            assert self._engine is not None
+            await asyncio.to_thread(self._engine.stop, LAST_GRACE_S)
 
     async def _announce(self) -> None:
         try:
@@ -334,7 +345,8 @@ class EngineReplica:
         """Moves to `state` (guarded) and sets other fields with it."""
         if state is not self._endpoint.state:
             advance(self._endpoint.state, state)
-            log.info("%s: %s -> %s %s", self._id, self._endpoint.state, state, fields.get("reason", ""))
+            level = logging.WARNING if state in (State.SUSPECT, State.FAILED) else logging.INFO
+            log.log(level, "%s: %s -> %s %s", self._id, self._endpoint.state, state, fields.get("reason", ""))
         self._endpoint = msgspec.structs.replace(self._endpoint, state=state, **fields)
         self._changed.set()
 
@@ -347,13 +359,15 @@ class EngineReplica:
                 async with self._http.post(self._endpoint.url + CLOSE_PATH):
                     pass
 
-    async def _drained(self) -> None:
-        """Until the door counts zero, the engine is gone, or the drain bound passes."""
-        deadline = time.monotonic() + self._knobs.drain_s
+    async def _drained(self, within_s: float) -> None:
+        """Until the door counts zero, the engine is gone, or `within_s` have passed."""
+        assert self._http is not None
+        deadline = time.monotonic() + within_s
         while time.monotonic() < deadline and self._engine is not None and self._engine.alive:
             try:
-                if (await self._inside())[0] == 0:
-                    return
+                async with asyncio.timeout(within_s), self._http.get(self._endpoint.url + STATUS_PATH) as r:
+                    if not (await r.json())["in_flight"]:
+                        return
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
                 return
             await asyncio.sleep(0.1)
@@ -391,8 +405,3 @@ def _free_port(host: str) -> int:
 
 def _transient(why: str) -> bool:
     return any(t in why.lower() for t in ("address already in use", "resource temporarily unavailable"))
-
-
-def _sample(text: str, name: str) -> float:
-    """Sum of a metric's samples over its labels; 0 when absent."""
-    return sum(float(v) for v in re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", text, re.M))

@@ -173,6 +173,7 @@ class Version(Spec):
     scaling: Scaling = Scaling()
     drain_s: float = Field(default=30, ge=0, le=3600)
     start_timeout_s: float = Field(default=600, gt=0, le=7200)
+    stuck_timeout_s: float = Field(default=30, ge=5, le=3600)
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
@@ -19,8 +21,8 @@ from serving.cli import bounds, cluster, doctor, keys, node, up
 from serving.cli.scale import scale_app
 from serving.cli.term import one_line_errors
 from serving.errors import OperatorError
-from serving.fleet import manifest
-from serving.fleet.endpoint import GATEWAY_APP
+from serving.fleet import endpoint, manifest
+from serving.fleet.endpoint import GATEWAY_APP, Snapshot, quarantines
 from serving.settings import Settings, load_settings
 
 app = typer.Typer(
@@ -96,8 +98,19 @@ def status(state_dir: State = None, as_json: Json = False) -> None:
 
             replicas = [msgspec.to_builtins(e) for e in table.endpoints]
             gateways = [msgspec.to_builtins(g) for g in table.gateways]
+            versions = {v: msgspec.to_builtins(f) for v, f in table.versions.items()}
             told = {n: {"status": s, "message": m} for n, (s, m) in apps.items()}
-            print(json.dumps({"applications": told, "replicas": replicas, "gateways": gateways, "nodes": nodes}))
+            print(
+                json.dumps(
+                    {
+                        "applications": told,
+                        "replicas": replicas,
+                        "gateways": gateways,
+                        "nodes": nodes,
+                        "versions": versions,
+                    }
+                )
+            )
             return
         for n in nodes:
             gpus = f", {n['gpus']:g} GPUs" if n["gpus"] else ""
@@ -114,6 +127,21 @@ def status(state_dir: State = None, as_json: Json = False) -> None:
             for row in rows or [("",) * 5]:
                 view.add_row(name, state, *row)
         Console(highlight=False).print(view)
+        print(*_troubles(table), sep="", end="")
+
+
+def _troubles(table: Snapshot) -> Iterator[str]:
+    """A line for everything that is not as it should be: replicas, quarantines, prompts that end engines."""
+    now = time.time()
+    for e in table.endpoints:
+        if e.state in (endpoint.State.SUSPECT, endpoint.State.FAILED):
+            yield f"{e.id} is {e.state}: {e.reason}\n"
+    for version, facts in sorted(table.versions.items()):
+        for where, (until, crashes) in quarantines(facts, now).items():
+            yield (
+                f"{version} is quarantined on {where} for {until - now:.0f} s: {len(crashes)} failures, "
+                f"the last: {crashes[-1].reason}\n"
+            )
 
 
 @app.command()

@@ -24,6 +24,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 SECRET_HEADER = b"x-steelyard-secret"
 BUSY_HEADER = b"x-steelyard-busy"
 TOKENS_HEADER = b"x-steelyard-tokens"
+PROBE_HEADER = b"x-steelyard-probe"  # whether the engine generates: takes no slot and is no load
 STATUS_PATH = "/-/door"
 CLOSE_PATH = "/-/door/close"  # POST: nothing more comes in; what is inside ends
 # A request that was refused for its size keeps smaller ones out for this long, until it tries again: else it would wait for
@@ -55,12 +56,14 @@ class Door:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        given = tokens = b""
+        given = tokens = probe = b""
         for name, value in scope["headers"]:
             if name == SECRET_HEADER:
                 given = value
             elif name == TOKENS_HEADER:
                 tokens = value
+            elif name == PROBE_HEADER:
+                probe = value
         if not hmac.compare_digest(given, self._secret):
             await self._refuse(scope, send)
             return
@@ -77,7 +80,7 @@ class Door:
         elif scope.get("method") == "POST" and path == CLOSE_PATH:
             self.slots = 0  # `busy` from now on: gateways that have not heard of the drain yet try elsewhere
             await _answer(send, 200, {"in_flight": self.in_flight})
-        elif scope.get("method") == "POST" and path.startswith(_TAKES_SLOT) and path not in _FREE:
+        elif scope.get("method") == "POST" and path.startswith(_TAKES_SLOT) and path not in _FREE and not probe:
             await self._through(scope, receive, send, int(tokens) if tokens.isdigit() and len(tokens) < 16 else 0)
         else:
             await self.app(scope, receive, send)

@@ -24,19 +24,25 @@ from prometheus_client import CollectorRegistry
 
 from serving.fleet import keeper
 from serving.fleet.endpoint import (
+    ALONE_LONGEST_S,
+    CRASH_WINDOW_S,
+    CRASHES_KEPT,
     Endpoint,
+    Failure,
     GatewayInfo,
     GpuReport,
     Snapshot,
     State,
     Target,
     VersionFacts,
+    quarantined_until,
+    quarantines,
     retry_delay_s,
 )
 from serving.fleet.history import Change, History
 from serving.settings import load_settings
 from serving.telemetry import logs
-from serving.telemetry.metrics import DirectoryMetrics
+from serving.telemetry.metrics import DirectoryMetrics, set_all
 
 log = logging.getLogger(__name__)
 
@@ -89,11 +95,11 @@ class Table:
         return known is None or known[0].state is not endpoint.state or known[0].url != endpoint.url
 
     def announce_gateway(self, gateway: GatewayInfo, now: float) -> bool:
-        """Upserts; True when it is new or begins to hold requests for a version that must be woken."""
+        """Upserts; True when it is new, begins to hold requests for a version that must be woken, or has seen an engine die."""
         known = self._gateways.get(gateway.id)
         self._gateways[gateway.id] = (gateway, now + LEASE_S)
         self.unpublished |= known is None or known[0] != gateway
-        if known is None:
+        if known is None or known[0].deaths.items() != gateway.deaths.items():
             return True
         begun = gateway.held.keys() - known[0].held.keys()
         return bool(begun) and bool(
@@ -128,10 +134,22 @@ class Table:
         known = self._endpoints.get(endpoint_id)
         return None if known is None else known[0]
 
-    def start_delay_s(self, version_id: str, spec: str) -> float:
-        """How long a replica waits before it starts the engine of digest `spec`: earlier starts of it failed."""
-        facts = self.facts(version_id)
-        return max(0.0, facts.failed_at + retry_delay_s(facts) - self._wall()) if facts.spec == spec else 0.0
+    def start_delay_s(self, version_id: str, spec: str, node: str = "") -> float:
+        """How long a replica waits before it starts the engine of digest `spec`: earlier starts of it failed, or it failed on
+        that node, again and again, while it served."""
+        facts, now = self.facts(version_id), self._wall()
+        delay_s = facts.failed_at + retry_delay_s(facts) - now if facts.spec == spec else 0.0
+        away_s = quarantined_until(facts, spec, node, now) - now
+        if away_s > 0 and not any(
+            e.version_id == version_id and e.state is State.READY for e, _ in self._endpoints.values()
+        ):
+            away_s = min(away_s, facts.crashes[-1].at + ALONE_LONGEST_S - now)
+        return max(0.0, delay_s, away_s)
+
+    def quarantined(self) -> dict[tuple[str, str], float]:
+        """(version id, node) -> seconds that are left."""
+        now = self._wall()
+        return {(v, n): until - now for v, f in self._facts.items() for n, (until, _) in quarantines(f, now).items()}
 
     def forget_failures(self) -> None:
         """An operator changed something: the next starts wait for nothing."""
@@ -143,18 +161,23 @@ class Table:
         """What outlives the replica: how long its start took, or that it failed. Told by its change of state, once."""
         if before is not None and before.state is endpoint.state:
             return
-        version_id, facts = endpoint.version_id, self.facts(endpoint.version_id)
+        version_id, facts, now = endpoint.version_id, self.facts(endpoint.version_id), self._wall()
+        crashes = tuple(c for c in facts.crashes if now - c.at < CRASH_WINDOW_S)[-CRASHES_KEPT + 1 :]
         if endpoint.state is State.READY:
-            if before is None and facts.ready_after_s is not None:
-                return  # it tells a restarted directory of a start long ago
-            facts = VersionFacts(ready_after_s=endpoint.ready_after_s)
-        elif endpoint.state is State.FAILED and endpoint.ready_after_s is None:  # not one that died while it served
+            if (before is None and facts.ready_after_s is not None) or (before and before.state is State.SUSPECT):
+                return  # it tells a restarted directory of a start long ago, or was ready all the time
+            facts = VersionFacts(ready_after_s=endpoint.ready_after_s, crashes=crashes)
+        elif endpoint.state is State.FAILED and endpoint.ready_after_s is not None:
+            failure = Failure(now, endpoint.node, endpoint.spec, endpoint.fault, endpoint.reason)
+            facts = msgspec.structs.replace(facts, crashes=(*crashes, failure))
+        elif endpoint.state is State.FAILED:
             facts = VersionFacts(
                 ready_after_s=facts.ready_after_s,
                 failures=facts.failures + 1 if facts.spec == endpoint.spec else 1,
-                failed_at=self._wall(),
+                failed_at=now,
                 reason=endpoint.reason,
                 spec=endpoint.spec,
+                crashes=crashes,
             )
         else:
             return
@@ -231,6 +254,7 @@ class Directory:
         self._log = logs.setup("directory", settings.log_dir)
         self._history = History()
         self._metrics = DirectoryMetrics(CollectorRegistry())
+        self._metrics.before_text = self._observe
         self._on_head = settings.node_role == "head"
         self._keys_file = KeysFile(settings.keys_file) if self._on_head else None
 
@@ -238,15 +262,23 @@ class Directory:
         endpoint = unpack(entry, Endpoint)
         self._ensure_janitor()
         before = self._table.endpoint(endpoint.id)
+        if before is None:
+            self._metrics.seen(endpoint.model, endpoint.version)
         if endpoint.state is State.READY and before is not None and before.state is State.STARTING:
             self._metrics.started(endpoint.model, endpoint.version, endpoint.phases)
-        if endpoint.state is State.FAILED and before is not None and before.state is not State.FAILED:
-            phase = "start" if endpoint.ready_after_s is None else "serving"
-            self._metrics.failures.labels(endpoint.model, endpoint.version, phase).inc()
         if self._table.announce(endpoint, time.monotonic()):
+            if endpoint.state in (State.SUSPECT, State.FAILED):
+                self._troubled(endpoint)
             self._wake()
         else:
             self._load_changed()
+
+    def _troubled(self, endpoint: Endpoint) -> None:
+        log.warning("%s is %s: %s", endpoint.id, endpoint.state, endpoint.reason)
+        self._metrics.troubled(endpoint.model, endpoint.version, str(endpoint.state), endpoint.fault)
+        left_s = self._table.quarantined().get((endpoint.version_id, endpoint.node))
+        if left_s is not None and endpoint.state is State.FAILED:
+            log.error("%s is quarantined on %s for %.0f s", endpoint.version_id, endpoint.node, left_s)
 
     async def announce_gateway(self, entry: bytes) -> None:
         self._ensure_janitor()
@@ -295,9 +327,9 @@ class Directory:
         """The head's keys file, for the gateways of other nodes."""
         return self._keys_file.content if self._keys_file is not None else b""
 
-    async def start_delay(self, version_id: str, spec: str) -> float:
+    async def start_delay(self, version_id: str, spec: str, node: str = "") -> float:
         """Asked by a replica before it starts its engine: seconds to wait."""
-        return self._table.start_delay_s(version_id, spec)
+        return self._table.start_delay_s(version_id, spec, node)
 
     async def forget_failures(self) -> None:
         """Asked by `steelyard up`: what failed may be mended, so replicas that wait try again now."""
@@ -321,6 +353,16 @@ class Directory:
     async def metrics(self) -> str:
         """Its own exposition; a gateway that is scraped puts it among the others'."""
         return self._metrics.text()
+
+    def _observe(self) -> None:
+        health: dict[tuple[str, ...], float] = {
+            (e.model, e.version, e.id, e.node): float(e.state not in (State.SUSPECT, State.FAILED))
+            for e in self._table.snapshot(time.monotonic()).endpoints
+            if e.state is not State.STARTING
+        }
+        set_all(self._metrics.health, health)
+        left_s = self._table.quarantined()
+        set_all(self._metrics.quarantined, {(*v.split("@", 1), node): s for (v, node), s in left_s.items()})
 
     def _wake(self) -> None:
         if self._load_news is not None:

@@ -11,18 +11,26 @@ GATEWAY_DEPLOYMENT = "gateway"
 
 
 class State(StrEnum):
-    """A replica's life: STARTING -> READY -> DRAINING -> STOPPED, FAILED from any but STOPPED."""
+    """A replica's life: STARTING -> READY -> DRAINING -> STOPPED, FAILED from any but STOPPED. SUSPECT is a READY one that
+    does not prove to be well: it gets no new work, and is READY again, or FAILED, within a minute."""
 
     STARTING = "STARTING"
     READY = "READY"
+    SUSPECT = "SUSPECT"
     DRAINING = "DRAINING"
     STOPPED = "STOPPED"
     FAILED = "FAILED"
 
+    @classmethod
+    def _missing_(cls, value: object) -> State:
+        """A newer release's state: whatever it is, it is not READY. One unknown word must not cost the whole table."""
+        return cls.SUSPECT
+
 
 _NEXT: dict[State, frozenset[State]] = {
     State.STARTING: frozenset({State.READY, State.DRAINING, State.FAILED}),
-    State.READY: frozenset({State.DRAINING, State.FAILED}),
+    State.READY: frozenset({State.SUSPECT, State.DRAINING, State.FAILED}),
+    State.SUSPECT: frozenset({State.READY, State.DRAINING, State.FAILED}),
     State.DRAINING: frozenset({State.STOPPED, State.FAILED}),
     State.STOPPED: frozenset(),
     State.FAILED: frozenset({State.STOPPED}),
@@ -52,7 +60,8 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     kv_usage: float = 0.0  # share of KV cache blocks in use, 0..1
     max_model_len: int | None = None  # tokens
     adapters: tuple[str, ...] | None = None  # that it has loaded; None: it does not say
-    reason: str = ""  # why FAILED, one line
+    reason: str = ""  # why SUSPECT or FAILED, one line
+    fault: str = ""  # the same in a word: process, silent, health, stuck, refuses, start
     node: str = ""
     gpus: tuple[str, ...] = ()  # of that node which Ray gave it: indices, or UUIDs where the node was given such
     started_at: float = 0.0  # epoch seconds
@@ -86,6 +95,17 @@ class GatewayInfo(msgspec.Struct, frozen=True, kw_only=True):
     arrived: dict[str, int] = {}  # version id -> requests that asked for a slot since this gateway started
     finished: dict[str, int] = {}  # of them, answered by an engine to the end
     demand: dict[str, tuple[KeyDemand, ...]] = {}  # version id -> who asks for how much, bounded
+    deaths: dict[str, tuple[str, ...]] = {}  # fingerprint of a request -> engines that died with it inside, bounded
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """A replica that failed after it had served."""
+
+    at: float  # epoch seconds
+    node: str
+    spec: str  # digest of its engine
+    fault: str  # in a word
+    reason: str  # one line; for operators, not for clients
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,17 +141,44 @@ class VersionFacts(msgspec.Struct, frozen=True, kw_only=True):
     failed_at: float = 0.0  # epoch seconds of the last of them
     reason: str = ""  # of the last of them, one line; for operators, not for clients
     spec: str = ""  # digest of the engine that failed
+    crashes: tuple[Failure, ...] = ()  # of the last `CRASH_WINDOW_S`, the oldest first, bounded
 
 
 START_TRIES = 3  # starts that may fail before the next one waits
 RETRY_FIRST_S, RETRY_LONGEST_S = 10.0, 300.0
+CRASH_WINDOW_S = 600.0
+CRASHES_KEPT = 32
+# While no other replica serves, a version's next start is the only way to an answer, whatever it will be.
+ALONE_LONGEST_S = 5.0
 
 
 def retry_delay_s(facts: VersionFacts) -> float:
     """Pause between the last failed start and the next, seconds: doubles with each from the third on."""
-    if facts.failures < START_TRIES:
+    return _doubling_s(facts.failures)
+
+
+def quarantined_until(facts: VersionFacts, spec: str, node: str, now: float) -> float:
+    """Epoch seconds until which the engine of that digest stays away from that node, where it failed while it served as often
+    as three times in ten minutes; 0 when it may start."""
+    there = [c for c in facts.crashes if c.spec == spec and c.node == node and now - c.at < CRASH_WINDOW_S]
+    until = there[-1].at + _doubling_s(len(there)) if there else 0.0
+    return until if until > now else 0.0
+
+
+def quarantines(facts: VersionFacts, now: float) -> dict[str, tuple[float, tuple[Failure, ...]]]:
+    """Node -> until when some engine of the version is quarantined there (epoch seconds), and its failures."""
+    found = {}
+    for spec, node in {(c.spec, c.node) for c in facts.crashes}:
+        until = quarantined_until(facts, spec, node, now)
+        if until:
+            found[node] = until, tuple(c for c in facts.crashes if (c.spec, c.node) == (spec, node))
+    return found
+
+
+def _doubling_s(failures: int) -> float:
+    if failures < START_TRIES:
         return 0.0
-    return float(min(RETRY_FIRST_S * 2 ** min(facts.failures - START_TRIES, 16), RETRY_LONGEST_S))
+    return float(min(RETRY_FIRST_S * 2 ** min(failures - START_TRIES, 16), RETRY_LONGEST_S))
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):

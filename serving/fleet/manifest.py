@@ -130,6 +130,7 @@ def _engine_app(catalog: Catalog, model: ModelSpec, version: Version, locate: Lo
                 "user_config": {
                     "start_timeout_s": version.start_timeout_s,
                     "drain_s": version.drain_s,
+                    "stuck_timeout_s": version.stuck_timeout_s,
                     "builds": _builds(catalog, model, version),
                 },
                 "graceful_shutdown_timeout_s": version.drain_s + STOP_GRACE_S,

@@ -23,15 +23,17 @@ from serving.errors import (
     LimitReached,
     NoReplica,
     QueueFull,
+    RequestCrashedEngine,
     RequestError,
     ScopeMissing,
     ShuttingDown,
     UnknownModel,
     WaitTooLong,
 )
-from serving.gateway import routes
+from serving.gateway import retry, routes
 from serving.gateway.admission import Admission
 from serving.gateway.exchange import ClientGone, Exchange, Receive, Scope, Send, rest
+from serving.gateway.fuse import DEATHS, Charge
 from serving.gateway.hold import NO_CACHE, KeepAlive
 from serving.gateway.keys import Key, KeyRing
 from serving.gateway.order import RANK
@@ -58,7 +60,7 @@ log = logging.getLogger(__name__)
 
 MAX_REQUESTS = 10_000  # inside one gateway at once; file descriptors and memory are finite
 MAX_ATTEMPTS = 3  # at different replicas, `busy` not counted
-FUSE = 2  # a request under which this many engines died is not tried again
+SILENCE_CHECK_EVERY_S = 0.5
 BODY_TIMEOUT_S = 60.0  # for the whole request body to arrive
 LAST_WORD_S = 5.0  # for a client to take its error
 KEYS_CHECK_EVERY_S = 1.0
@@ -86,6 +88,8 @@ class Gateway:
         self.metrics = metrics
         metrics.before_text = self._observe
         self.requests = 0  # inside now
+        self._at_engines = 0
+        self._retries = retry.budget(lambda: self._at_engines)
         self.draining = False
         self.private_port = 0  # the listener for siblings; set by whoever opens it
         self.keys = keys
@@ -94,17 +98,17 @@ class Gateway:
         self._engines: Engines | None = None
         self._own = OwnRoutes(gateway_id, self.fleet, metrics, secret, lambda: self.draining)
         self.sources = self._own.sources  # name -> exposition of what has no listener of its own
-        self._reloader: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         self._engines = Engines(self._secret)
         await self._own.start()
-        self._reloader = asyncio.create_task(self._reload_keys())
+        self._tasks = [asyncio.create_task(self._reload_keys()), asyncio.create_task(self._mind_silence())]
 
     async def stop(self) -> None:
         """After the last request. Closes connections to engines and writes out the log."""
-        if self._reloader is not None:
-            self._reloader.cancel()
+        for task in self._tasks:
+            task.cancel()
         if self._engines is not None:
             self._engines.close()
         await self._own.stop()
@@ -166,6 +170,10 @@ class Gateway:
         routes.check(route, fields, model.allow)
         check_input(model.limits.max_input_tokens, route, fields, len(body))
         line = self.fleet.line(name)
+        charge = Charge(self.fleet.fuse, line.version_id, route.path, name.adapter, fields)
+        if charge.blown:
+            self.metrics.of(model.name).rejected(RequestCrashedEngine.code)
+            raise _crashed(charge)
         ticket = _ticket(x, key, model, line.size_of(route, fields, len(body)))
         ticket.adapter = name.adapter
         if len(line.upstreams) > 1:  # else there is nothing to choose
@@ -181,7 +189,7 @@ class Gateway:
             self._enter(key, model, ticket, metrics)
             entered = True
             with _Watch(x, ticket.deadline - x.t0):
-                await self._answer(x, route, line, model, metrics, ticket, body, withhold_usage)
+                await self._answer(x, route, line, model, metrics, ticket, body, withhold_usage, charge)
             media = has_media(route, fields, len(body))
             line.sizes.learn(len(body), x.line.prompt_tokens, x.line.completion_tokens, media=media)
         finally:
@@ -208,45 +216,78 @@ class Gateway:
         ticket: Ticket,
         body: bytes,
         withhold_usage: bool,
+        charge: Charge,
     ) -> None:
         """Binds the request to a replica and relays; failures before the first byte are tried elsewhere."""
         self.fleet.arrived[line.version_id] += 1
         keep_alive = KeepAlive(x, model.limits.keep_alive_after_s if x.line.stream else None)
-        killed, again = 0, False
-        while True:
-            upstream = await self._slot(x, line, model, metrics, ticket, keep_alive, again)
-            x.line.replica = upstream.endpoint.id
-            settle = line.release
-            metrics.running.inc()
-            try:
-                reply = await self._open(upstream, route, body, x.request_id, withhold_usage, ticket.tokens)
-                x.line.attempts += 1
-                line.entered(ticket)
-                await self._deliver(x, route, reply, metrics)
-                self.fleet.finished[line.version_id] += 1
-                metrics.attempted("died" if reply.scan is not None and reply.scan.died else "ok")
-                return
-            except Busy:
-                metrics.attempted("busy")
-                settle, again = line.busy, True
-            except Broken as e:
-                x.line.attempts += 1
-                metrics.attempted(e.outcome)
-                log.warning("attempt %d failed: %s", x.line.attempts, e, extra={"request_id": x.request_id})
-                settle, again = (line.broken if e.gone else line.release), True
-                ticket.avoid |= {upstream.endpoint.id}
-                killed += e.killed
-                if killed >= FUSE or x.line.attempts >= MAX_ATTEMPTS:
-                    raise EngineBroken(f"{line.version_id}: {x.line.attempts} attempts failed") from None
-                if e.answered and not line.ready_ids() - ticket.avoid:
-                    raise EngineBroken(f"{line.version_id}: its engine answered with an internal error") from None
-                metrics.retried(e.outcome)
-            except asyncio.CancelledError:
-                metrics.attempted("client_gone" if x.line.client_gone else "timeout")
-                raise
-            finally:
-                metrics.running.dec()
-                settle(ticket)
+        again, failed = False, ""
+        with contextlib.closing(retry.Retry(self._retries, line.trials)) as chance:
+            while True:
+                if failed:
+                    await self._turn(x, model, ticket, chance)
+                    metrics.retried(failed)
+                    failed = ""
+                upstream = await self._slot(x, line, model, metrics, ticket, keep_alive, again)
+                x.line.replica = upstream.endpoint.id
+                settle = line.release
+                metrics.running.inc()
+                self._at_engines += 1
+                chance.sent(upstream.endpoint.id)
+                try:
+                    reply = await self._open(x, upstream, route, body, withhold_usage, ticket.tokens)
+                    x.line.attempts += 1
+                    chance.close()
+                    line.entered(ticket)
+                    if reply.scan is not None:
+                        line.answered_first(ticket)
+                    await self._deliver(x, route, reply, metrics)
+                    self.fleet.finished[line.version_id] += 1
+                    if reply.crashed:
+                        _count_death(x, charge)
+                    else:
+                        charge.survived()
+                    metrics.attempted("died" if reply.scan is not None and reply.scan.died else "ok")
+                    return
+                except Busy:
+                    metrics.attempted("busy")
+                    settle, again = line.busy, True
+                except Broken as e:
+                    x.line.attempts += 1
+                    metrics.attempted(e.outcome)
+                    log.warning("attempt %d failed: %s", x.line.attempts, e, extra={"request_id": x.request_id})
+                    settle, again, failed = (line.broken if e.gone else line.failed), True, e.outcome
+                    chance.close()
+                    ticket.avoid |= {upstream.endpoint.id}
+                    if e.killed:
+                        ticket.suspect = True
+                        if _count_death(x, charge) >= DEATHS:
+                            raise _crashed(charge) from None
+                    if x.line.attempts >= MAX_ATTEMPTS:
+                        raise EngineBroken(f"{line.version_id}: {x.line.attempts} attempts failed") from None
+                    if e.answered and not line.ready_ids() - ticket.avoid:
+                        raise EngineBroken(f"{line.version_id}: its engine answered with an internal error") from None
+                except asyncio.CancelledError:
+                    metrics.attempted("client_gone" if x.line.client_gone else "timeout")
+                    raise
+                finally:
+                    metrics.running.dec()
+                    self._at_engines -= 1
+                    settle(ticket)
+
+    async def _turn(self, x: Exchange, model: ModelConfig, ticket: Ticket, chance: retry.Retry) -> None:
+        """Waits for a place among the retries, as long as the request may wait at all."""
+        began = time.monotonic()
+        waited_s = (x.line.queue_ms or 0.0) / 1e3
+        try:
+            async with asyncio.timeout(bound_wait(model.limits.max_wait_s - waited_s, ticket.deadline)):
+                await chance.turn(suspect=ticket.suspect)
+        except TimeoutError:
+            raise EngineBroken(
+                "its engine failed, and too many other requests are being tried again", retry_after_s=1
+            ) from None
+        finally:
+            x.line.queue_ms = round(waited_s * 1e3 + (time.monotonic() - began) * 1e3, 3)
 
     async def _slot(
         self,
@@ -285,10 +326,19 @@ class Gateway:
             x.line.queue_ms = round((x.line.queue_ms or 0.0) + (time.monotonic() - began) * 1e3, 3)
 
     async def _open(
-        self, upstream: Upstream, route: Route, body: bytes, request_id: str, withhold_usage: bool, tokens: int
+        self, x: Exchange, upstream: Upstream, route: Route, body: bytes, withhold_usage: bool, tokens: int
     ) -> Reply:
         assert self._engines is not None
-        return await self._engines.open(upstream, route, body, request_id, withhold_usage=withhold_usage, tokens=tokens)
+        return await self._engines.open(
+            upstream,
+            route,
+            body,
+            x.request_id,
+            withhold_usage=withhold_usage,
+            tokens=tokens,
+            stream=x.line.stream,
+            patient=x.line.attempts + 1 >= MAX_ATTEMPTS,
+        )
 
     async def _deliver(self, x: Exchange, route: Route, reply: Reply, metrics: ModelMetrics) -> None:
         meter = metrics.stream(x.t0)
@@ -319,12 +369,12 @@ class Gateway:
         if not x.started:
             await x.start(reply.status, reply.content_type, NO_CACHE)
         await reply.relay(_Client(x, meter))
-        if reply.error is not None:
-            log.warning("stream broken: %s", reply.error, extra={"request_id": x.request_id})
         if reply.finished:
             x.line.reason = "ok"
             return
         scan.died = True
+        how = reply.error or scan.error[:300].decode(errors="replace") or "it ended without its end"
+        log.warning("stream broken after %d events: %s", scan.events, how, extra={"request_id": x.request_id})
         error = EngineBroken("the engine died while it generated; what came before is incomplete")
         x.line.reason = error.code
         await x.end(error_event(route.path, x.dialect, error, x.request_id))
@@ -373,6 +423,9 @@ class Gateway:
     def _observe(self) -> None:
         """Gauges of what is elsewhere, when somebody looks."""
         fleet, m = self.fleet, self.metrics
+        for c in fleet.catalog.models:
+            for version in c.versions:  # series from the start: a rate sees their first increase
+                m.of(c.name, version)
         set_all(m.replicas, fleet.replica_counts())
         set_all(m.replicas_required, fleet.required())
         set_all(m.objective, {(c.name,): c.slo.objective for c in fleet.catalog.models})
@@ -400,6 +453,14 @@ class Gateway:
         if route == "other":
             line.route = x.path[:200]
         self._log.write(line)
+
+    async def _mind_silence(self) -> None:
+        while True:
+            await asyncio.sleep(SILENCE_CHECK_EVERY_S)
+            now = time.monotonic()
+            for line in self.fleet.lines.values():
+                if line.running:
+                    line.give_up_on_the_silent(now, self._retries.free())
 
     async def _reload_keys(self) -> None:
         while True:
@@ -505,6 +566,20 @@ def _ticket(x: Exchange, key: Key, model: ModelConfig, tokens: int) -> Ticket:
             raise BadRequest("`x-steelyard-timeout` is a number of seconds, above 0")
         timeout_s = min(timeout_s, wanted)
     return Ticket(since=x.t0, deadline=x.t0 + timeout_s, key=key.id, rank=rank, weight=float(key.weight), tokens=tokens)
+
+
+def _count_death(x: Exchange, charge: Charge) -> int:
+    """An engine died with this request inside; how many have by now."""
+    deaths = charge.died(x.line.replica or "")
+    log.warning("an engine died with %s inside, %d by now", charge.print, deaths, extra={"request_id": x.request_id})
+    return deaths
+
+
+def _crashed(charge: Charge) -> RequestCrashedEngine:
+    log.error("refused: engines died with %s inside; it stays refused for a while", charge.print)
+    return RequestCrashedEngine(
+        "engines died while they had this request: it is not tried again, and the same one is refused for some minutes"
+    )
 
 
 def _session(x: Exchange, key: Key, fields: dict[str, Any]) -> int | None:

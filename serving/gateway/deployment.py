@@ -168,17 +168,17 @@ class GatewayReplica:
     async def _announce_for_ever(self) -> None:
         """At once when a version must be woken, soon when what is held changed, each second in any case."""
         url = f"http://{self._node}:{self.gateway.private_port}"
-        untold, told, told_at = False, dict[str, int](), float("-inf")
+        untold, told, told_at = False, (dict[str, int](), dict[str, tuple[str, ...]]()), float("-inf")
         news = asyncio.Event()
-        self.gateway.fleet.on_hold = news.set
+        self.gateway.fleet.on_hold = self.gateway.fleet.fuse.on_news = news.set
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(news.wait(), HELD_CHECK_EVERY_S)
             news.clear()
-            held = self.gateway.fleet.held()
-            if held == told and time.monotonic() - told_at < ANNOUNCE_EVERY_S:
+            held, deaths = self.gateway.fleet.held(), self.gateway.fleet.fuse.told()
+            if (held, deaths) == told and time.monotonic() - told_at < ANNOUNCE_EVERY_S:
                 continue
-            told, told_at = held, time.monotonic()
+            told, told_at = (held, deaths), time.monotonic()
             try:
                 fleet = self.gateway.fleet
                 info = GatewayInfo(
@@ -189,6 +189,7 @@ class GatewayReplica:
                     arrived=dict(fleet.arrived),
                     finished=dict(fleet.finished),
                     demand=fleet.demand(),
+                    deaths=deaths,
                 )
                 await self._directory.call("announce_gateway", directory.pack(info))
                 untold = False

@@ -129,9 +129,14 @@ class KeyRing:
         self._keys = _keys_of(content, "the head's keys file")
 
     def expiries(self, count: int, now: float) -> dict[str, float]:
-        """Key id -> epoch seconds, of the `count` keys that expire the soonest; revoked and expired ones are no news."""
-        good = [(k.expires_at, k.id) for k in self._keys.values() if k.expires_at is not None and k.good(now)]
-        return {key_id: at for at, key_id in heapq.nsmallest(count, good)}
+        """Key id -> epoch seconds, of the `count` keys that expire the soonest; those that did within a day among them, as
+        their users may only notice now. Revoked ones are no news."""
+        ending = [
+            (k.expires_at, k.id)
+            for k in self._keys.values()
+            if k.expires_at is not None and k.revoked_at is None and k.expires_at > now - 86400
+        ]
+        return {key_id: at for at, key_id in heapq.nsmallest(count, ending)}
 
     def __len__(self) -> int:
         return len(self._keys)

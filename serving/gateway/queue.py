@@ -19,6 +19,7 @@ from serving.fleet.endpoint import Endpoint, KeyDemand, State
 from serving.gateway import shares
 from serving.gateway.order import CLASSES, Order
 from serving.gateway.pace import Holds, Pace
+from serving.gateway.retry import Patience, Trials
 from serving.gateway.routes import Route
 from serving.gateway.routing import NOBODY, Upstream, pick
 from serving.gateway.sizes import Sizes
@@ -42,7 +43,21 @@ class Ticket:
     """One request's claim to a slot, from its arrival to its end, over all its attempts. Times are monotonic seconds."""
 
     __slots__ = (
-        *("adapter", "at", "avoid", "blocks", "cost", "deadline", "key", "place", "rank", "session", "since", "tokens"),
+        *(
+            "adapter",
+            "at",
+            "avoid",
+            "blocks",
+            "cost",
+            "deadline",
+            "key",
+            "place",
+            "rank",
+            "session",
+            "since",
+            "suspect",
+            "tokens",
+        ),
         *("upstream", "weight", "_again_as", "_bound_at", "_future", "_over"),
     )
 
@@ -67,6 +82,7 @@ class Ticket:
         self.blocks, self.session = blocks, session  # what of it an endpoint's cache may hold
         self.deadline, self.since = deadline, since
         self.avoid: frozenset[str] = NOBODY  # endpoints that failed it
+        self.suspect = False  # an engine died with it inside: not beside another such one, as far as there is room
         self.upstream: Upstream | None = None  # where it is bound
         self._future: asyncio.Future[Upstream] | None = None  # while it waits
         self.place = -1  # among those that wait, for `Order`
@@ -83,6 +99,9 @@ class VersionLine:
         self.upstreams: dict[str, Upstream] = {}
         self.sizes = Sizes()
         self.running = 0  # bound now
+        self.trials = Trials(lambda: len(self.ready_ids()))
+        self._patience = Patience()
+        self._gone: list[Upstream] = []  # out of the table, while attempts there have no answer
         self._gateway_id = gateway_id
         self._order: Order[Ticket] = Order()
         self._returned: list[tuple[float, int, Ticket]] = []  # had their turn already: before all others, by arrival
@@ -155,7 +174,10 @@ class VersionLine:
                 known.heard(e)
         if not only_add:
             for gone in self.upstreams.keys() - seen:
-                del self.upstreams[gone]
+                self._gone.append(self.upstreams.pop(gone))
+        if not self._closed():
+            for u in self.upstreams.values():
+                u.close_breaker()
         for adapter in [a for a in self._parked if self._somewhere(a)]:
             self._unpark(adapter)
         self.pump()
@@ -223,9 +245,12 @@ class VersionLine:
             pace.mark(now, False)
 
     def entered(self, ticket: Ticket) -> None:
-        """Its door let it in."""
-        if ticket.upstream is not None:
-            ticket.upstream.refusals = 0
+        """It has an answer."""
+        upstream = ticket.upstream
+        if upstream is not None:
+            upstream.refusals = 0
+            if upstream.failures:
+                upstream.close_breaker()
         if ticket._over:
             ticket._over = False
             self._overdraft_s = max(OVERDRAFT_LEAST_S, self._overdraft_s / 2)
@@ -252,10 +277,45 @@ class VersionLine:
 
     def broken(self, ticket: Ticket) -> None:
         """Nothing answers there."""
+        assert ticket.upstream is not None
+        ticket.upstream.broken(time.monotonic())
+        self.failed(ticket)
+
+    def failed(self, ticket: Ticket) -> None:
+        """What came from there was no answer."""
         now = time.monotonic()
-        self._unbind(ticket).broken(now)
+        upstream = self._unbind(ticket)
+        upstream.failed(now, not self._closed() - {upstream.endpoint.id})
         if self:
             self.pump(now)
+
+    def answered_first(self, ticket: Ticket) -> None:
+        """The first event of a stream is here."""
+        now = time.monotonic()
+        self._patience.took(now - ticket._bound_at, now)
+
+    def give_up_on_the_silent(self, now: float, most: int) -> int:
+        """Attempts without an answer at engines that are suspect or gone, or for longer than any of late, are tried elsewhere
+        where there is a place: `most` of them, and how many that were."""
+        count, bound_s = 0, self._patience.bound_s()
+        self._gone = [u for u in self._gone if u.awaiting]
+        for u in (*self.upstreams.values(), *self._gone):
+            if not u.awaiting or count >= most:
+                continue
+            e = u.endpoint
+            lost = e.state in (State.SUSPECT, State.FAILED) or self.upstreams.get(e.id) is not u
+            due = [a for a in u.awaiting if not a.patient and (lost or (a.stream and now - a.since > bound_s))]
+            if not due:
+                continue
+            others = (
+                o for o in self.upstreams.values() if o is not u and o.endpoint.state is State.READY and o.room(now)
+            )
+            places = min(sum(o.endpoint.slots - o.sent for o in others), most - count)
+            for attempt in sorted(due, key=lambda a: a.since)[:places]:
+                why = f"it is {e.state}" if lost else f"nothing came for {now - attempt.since:.0f} s"
+                attempt.give_up(f"{e.id}: {why}", suspect=lost)
+                count += 1
+        return count
 
     def pump(self, now: float | None = None) -> None:
         """Binds as many of those who wait as there are free slots, in order.
@@ -313,7 +373,11 @@ class VersionLine:
         upstreams, size, blocks, session = self.upstreams.values(), ticket.tokens, ticket.blocks, ticket.session
         if not ticket.avoid:
             return pick(upstreams, now, frozenset(kept) if kept else NOBODY, size, blocks, session)
-        found = pick(upstreams, now, ticket.avoid.union(kept), size, blocks, session)
+        avoid, found = ticket.avoid.union(kept), None
+        if ticket.suspect and self.trials.on:
+            found = pick(upstreams, now, avoid | self.trials.on, size, blocks, session)
+        if found is None:
+            found = pick(upstreams, now, avoid, size, blocks, session)
         if found is None and not self.ready_ids() - ticket.avoid - self._lacking(ticket.adapter):
             found = pick(upstreams, now, frozenset(kept), size, blocks, session)
         return found
@@ -329,6 +393,10 @@ class VersionLine:
         """Whether a ready endpoint has it."""
         ready = (u.endpoint for u in self.upstreams.values() if u.endpoint.state is State.READY)
         return any(e.adapters is None or adapter in e.adapters for e in ready)
+
+    def _closed(self) -> set[str]:
+        """Ready endpoints whose breaker is closed."""
+        return {i for i, u in self.upstreams.items() if u.endpoint.state is State.READY and not u.tripped}
 
     def _any_room(self, now: float) -> bool:
         return any(u.room(now) and u.endpoint.state is State.READY for u in self.upstreams.values())
@@ -527,6 +595,8 @@ class VersionLine:
                 at = u.full_until
             if now < u.broken_until < at:
                 at = u.broken_until
+            if u.tripped and now < u.try_at < at:
+                at = u.try_at
         # Where one more is let in already, it is room that is missing, and whatever frees some looks again.
         over = self._share is not None and self.running >= self._share.slots and now < self._overdraft_at
         if over and self._any_room(now):

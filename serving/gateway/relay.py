@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Awaitable
 from functools import lru_cache
 from typing import Protocol
@@ -183,7 +184,7 @@ class Reply:
     """
 
     __slots__ = (
-        *("body", "content_type", "error", "finished", "scan", "status"),
+        *("body", "content_type", "error", "finished", "patient", "scan", "since", "status", "stream"),
         *(
             "_busy",
             "_connection",
@@ -199,7 +200,11 @@ class Reply:
         ),
     )
 
-    def __init__(self, connection: Connection, route: Route, *, withhold_usage: bool) -> None:
+    def __init__(
+        self, connection: Connection, route: Route, *, withhold_usage: bool, stream: bool = False, patient: bool = True
+    ) -> None:
+        self.stream, self.patient = stream, patient  # asked for a stream; never tried elsewhere for silence
+        self.since = time.monotonic()
         self.status = 0  # 0 until the answer began
         self.content_type = b"application/json"
         self.body: bytes | None = None
@@ -220,6 +225,23 @@ class Reply:
     def busy(self) -> bool:
         """The door had no free slot."""
         return self._busy
+
+    @property
+    def crashed(self) -> bool:
+        """The engine died under a stream that had begun. One that was stopped drops its streams politely, and what it says is
+        the client's fault did it no harm."""
+        if self.finished or self.scan is None:
+            return False
+        if self.error is not None or not self.scan.error:
+            return True
+        code = _code_of(self.scan.error)
+        return _ABORTED not in self.scan.error and not (code is not None and 400 <= code < 500)
+
+    def give_up(self, why: str, *, suspect: bool) -> None:
+        """Whoever awaits `begun` gets Broken. `suspect`: the engine is not well, and this request may be the reason."""
+        if self._fault is None and not self._ended:
+            self._fault = Broken("silent", why, killed=suspect)
+            self._wake()
 
     async def begun(self) -> None:
         """Until a stream's first events are here, or the whole of anything else, or nothing more will come."""
@@ -334,12 +356,22 @@ class Engines:
         self._common = f"x-steelyard-secret: {secret}\r\ncontent-type: application/json\r\nx-request-id: ".encode()
 
     async def open(
-        self, upstream: Upstream, route: Route, body: bytes, request_id: str, *, withhold_usage: bool, tokens: int = 0
+        self,
+        upstream: Upstream,
+        route: Route,
+        body: bytes,
+        request_id: str,
+        *,
+        withhold_usage: bool,
+        tokens: int = 0,
+        stream: bool = False,
+        patient: bool = True,
     ) -> Reply:
         """Sends the request and returns when the first bytes of a good answer are here.
 
         Raises Busy, or Broken for whatever another replica might do better. The engine's own refusals (4xx) are
-        answers: they come back as a Reply. `tokens`: what the request may take of the KV cache, for the door.
+        answers: they come back as a Reply. `tokens`: what the request may take of the KV cache, for the door. Unless `patient`,
+        an engine that says nothing is given up where another one is better (`VersionLine.give_up_on_the_silent`).
         """
         who = upstream.endpoint.id
         address, host = _address(upstream.endpoint.url)
@@ -349,7 +381,8 @@ class Engines:
         )
         kept = self._pool.take(address)
         if kept is not None:
-            reply = await _asked(kept, Reply(kept, route, withhold_usage=withhold_usage), head, body)
+            reply = Reply(kept, route, withhold_usage=withhold_usage, stream=stream, patient=patient)
+            await _asked(upstream, kept, reply, head, body)
             if reply.status != 0:
                 return _good(who, reply)
         # A kept connection that ends without a byte says only that the engine closed it: an engine that still takes
@@ -360,21 +393,25 @@ class Engines:
             if kept is not None:
                 raise Broken("died", f"{who}: {reply.error}, and it takes no other", killed=True, gone=True) from None
             raise Broken("connect_error", f"{who}: {e or 'timeout'}", killed=False, gone=True) from None
-        return _good(who, await _asked(new, Reply(new, route, withhold_usage=withhold_usage), head, body))
+        reply = Reply(new, route, withhold_usage=withhold_usage, stream=stream, patient=patient)
+        await _asked(upstream, new, reply, head, body)
+        return _good(who, reply)
 
     def close(self) -> None:
         self._pool.close()
 
 
-async def _asked(connection: Connection, reply: Reply, head: bytes, body: bytes) -> Reply:
-    """Sends the request on `connection`; the reply when it has begun, or ended before it did."""
+async def _asked(upstream: Upstream, connection: Connection, reply: Reply, head: bytes, body: bytes) -> None:
+    """Sends the request on `connection`; returns when the reply has begun, or ended before it did."""
     connection.send(head, body, reply)
+    upstream.awaiting.add(reply)
     try:
         await reply.begun()
     except BaseException:
         reply.close()
         raise
-    return reply
+    finally:
+        upstream.awaiting.discard(reply)
 
 
 @lru_cache(maxsize=4096)
@@ -428,14 +465,18 @@ class _ErrorFrame(msgspec.Struct):
 _decode_error = msgspec.json.Decoder(_ErrorFrame).decode
 
 
+def _code_of(event: bytes) -> int | None:
+    """The status in an error event."""
+    try:
+        return _decode_error(event.partition(b"data: ")[2]).error.code
+    except msgspec.MsgspecError:
+        return None
+
+
 def _failed_at_once(who: str, reply: Reply, scan: StreamScan) -> Reply:
     """A stream whose first bytes hold its error, so that nothing has left yet: the client's fault is the answer, with
     the status that vLLM had no way to send any more; anything else may go better elsewhere."""
-    data = scan.error.partition(b"data: ")[2]
-    try:
-        code = _decode_error(data).error.code
-    except msgspec.MsgspecError:
-        code = None
+    data, code = scan.error.partition(b"data: ")[2], _code_of(scan.error)
     if code is not None and 400 <= code < 500 and not scan.events:
         reply.close()
         reply.status, reply.content_type, reply.body, reply.scan = code, b"application/json", data, None

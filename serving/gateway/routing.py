@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
+from typing import Protocol
 
 from serving.fleet.endpoint import Endpoint, State
 from serving.gateway.prefix import BLOCK_TOKENS, KEPT_BLOCKS, Remembered
 
 BROKEN_PAUSE_S = 1.0  # after a refused connection; the directory usually says why within half a second
+# The breaker: after so many failed attempts in a row one more is tried at each end of a pause, which doubles, until one succeeds.
+TRIPS = 5
+TRY_FIRST_S, TRY_LONGEST_S = 1.0, 16.0
 BUSY_PAUSE_S = 0.004  # after a `busy`, how long until one more request is tried there
 BUSY_PAUSE_MOST_S = 0.032  # after several in a row: each costs the engine's server a moment too
 BUSY_FORGOTTEN_S = 1.0  # without another one: then the door's word is too old to hold back a burst
@@ -19,19 +23,34 @@ SESSION_TOKENS = 1024  # what it is worth to stay where the session was, beside 
 NOBODY: frozenset[str] = frozenset()
 
 
+class Awaiting(Protocol):
+    """An attempt that has no answer yet."""
+
+    patient: bool  # nobody else would be tried
+    stream: bool
+    since: float  # monotonic seconds
+
+    def give_up(self, why: str, *, suspect: bool) -> None:
+        """It is tried elsewhere."""
+
+
 class Upstream:
     """An endpoint as one gateway sees it: the directory's last word plus its own count of what it sent there."""
 
     __slots__ = (
+        "awaiting",
         "broken_until",
         "careful_until",
         "endpoint",
+        "failures",
         "fits",
         "full_until",
         "refusals",
         "remembered",
         "sent",
         "tokens",
+        "tripped",
+        "try_at",
     )
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -43,12 +62,17 @@ class Upstream:
         self.full_until = -BUSY_FORGOTTEN_S  # monotonic seconds; from then on one more than `fits` is tried
         self.broken_until = 0.0  # monotonic seconds; it refused a connection and the directory has not spoken yet
         self.remembered = Remembered(_blocks(endpoint))  # what of prompts its cache may hold
-        self.careful_until = 0.0  # later than both: from then on only `sent` and `tokens` count
+        self.failures = 0  # attempts in a row that failed there, and not by their own fault
+        self.tripped = False  # the breaker is open
+        self.try_at = 0.0  # monotonic seconds; then it is half open
+        self.awaiting: set[Awaiting] = set()  # attempts that have no answer yet
+        self.careful_until = 0.0  # later than all three: from then on only `sent` and `tokens` count
 
     def heard(self, endpoint: Endpoint) -> None:
         """The directory's next word of it."""
         if endpoint.url != self.endpoint.url:  # another engine
             self.broken_until = 0.0
+            self.close_breaker()
             self.remembered = Remembered(_blocks(endpoint))
         elif endpoint.kv_tokens != self.endpoint.kv_tokens:
             self.remembered.room = _blocks(endpoint)
@@ -69,7 +93,7 @@ class Upstream:
         if sent >= e.slots:
             return False
         if now < self.careful_until:
-            if now < self.broken_until:
+            if now < self.broken_until or (self.tripped and now < self.try_at):
                 return False
             fits = self.fits if now < self.full_until else self.fits + 1
             if now < self.full_until + BUSY_FORGOTTEN_S and sent >= fits:
@@ -86,6 +110,8 @@ class Upstream:
         refuse a whole queue, again and again, on the time of the engine behind it."""
         self.sent += 1
         self.tokens += tokens
+        if self.tripped:
+            self.try_at = now + self._try_pause_s()
         if self.sent > self.fits:
             self.fits = self.sent
             if now < self.full_until + BUSY_FORGOTTEN_S:
@@ -106,6 +132,24 @@ class Upstream:
         """Nothing answers there."""
         self.broken_until = now + BROKEN_PAUSE_S
         self.careful_until = max(self.careful_until, self.broken_until)
+
+    def failed(self, now: float, alone: bool) -> None:
+        """An attempt there failed. `alone`: no other engine of the line has its breaker closed; then this one stays closed."""
+        self.failures += 1
+        if self.failures >= TRIPS and (self.tripped or not alone):
+            self.tripped = True
+            self.try_at = now + self._try_pause_s()
+            self.careful_until = math.inf
+
+    def close_breaker(self) -> None:
+        """It answered, or there is no better one."""
+        self.failures = 0
+        if self.tripped:
+            self.tripped = False
+            self.careful_until = max(self.full_until + BUSY_FORGOTTEN_S, self.broken_until)
+
+    def _try_pause_s(self) -> float:
+        return min(TRY_FIRST_S * 2.0 ** min(self.failures - TRIPS, 16), TRY_LONGEST_S)
 
     def _pause(self, now: float) -> None:
         self.full_until = now + min(BUSY_PAUSE_S * 2.0 ** min(self.refusals, 8), BUSY_PAUSE_MOST_S)

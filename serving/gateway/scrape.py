@@ -75,7 +75,7 @@ class Scraper:
             if g.id != self._id:
                 yield Target(id=g.id, component="gateway", url=g.url + "/metrics", node=g.node)
         for e in self._fleet.endpoints():
-            if e.state in (State.READY, State.DRAINING):
+            if e.state in (State.READY, State.SUSPECT, State.DRAINING):
                 labels = {"replica": e.id, "model": e.model, "version": e.version}
                 yield Target(id=e.id, component="engine", url=e.url + "/metrics", node=e.node, labels=labels)
         yield from self._fleet.announced

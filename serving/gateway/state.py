@@ -24,13 +24,14 @@ from serving.fleet.endpoint import (
     VersionFacts,
     retry_delay_s,
 )
+from serving.gateway.fuse import Fuse
 from serving.gateway.queue import VersionLine
 from serving.gateway.shares import told
 from serving.gateway.waking import ready_in_s
 
 log = logging.getLogger(__name__)
 
-SHOWN_STATES = (State.STARTING, State.READY, State.DRAINING, State.FAILED)
+SHOWN_STATES = (State.STARTING, State.READY, State.SUSPECT, State.DRAINING, State.FAILED)
 UNKNOWN_START_S = 10.0  # a guess, for Retry-After and for how long a wake is remembered, where nothing is known
 
 
@@ -92,6 +93,7 @@ class Fleet:
         self.lines: dict[str, VersionLine] = {}
         self.gateways: tuple[GatewayInfo, ...] = ()
         self.announced: tuple[Target, ...] = ()  # processes with metrics that are neither gateway nor replica
+        self.fuse = Fuse()
         self.asleep: frozenset[str] = frozenset()  # versions without a ready replica
         self.on_hold: Callable[[], None] = lambda: None  # a version must be woken: whoever announces does it now
         self.arrived: Counter[str] = Counter()  # version id -> requests that asked for a slot, ever
@@ -125,6 +127,7 @@ class Fleet:
             self.announced = snapshot.targets
         self._distribute(only_add=not snapshot.complete)
         self._count_elsewhere()
+        self.fuse.hear(g.deaths for g in self.gateways if g.id != self.gateway_id and g.deaths)
         for version, line in self.lines.items():
             others = {g.id: g.demand[version] for g in self.gateways if version in g.demand and g.id != self.gateway_id}
             line.others(others, snapshot.number)

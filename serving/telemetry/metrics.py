@@ -180,6 +180,9 @@ class ModelMetrics:
 
         self._request, self._rejection, self._attempt = request, rejection, attempt
         self._retry, self._token, self._slo = retry, token, slo
+        if model != UNKNOWN_MODEL:
+            for verdict in VERDICTS:  # an error rate is 0, not unknown, before the first error
+                slo(verdict)
 
     def request_done(self, route: str, status: int, reason: str, e2e_s: float) -> None:
         """The one terminal event of a request. `route` is the route's pattern, `reason` one of a few fixed words."""
@@ -220,6 +223,9 @@ class ModelMetrics:
 
 # Reasons that are the client's own doing, or a limit somebody set for it: they say nothing of the service.
 _NOT_OURS = frozenset({"client_gone", "limit_reached", "engine_refused"})
+
+
+VERDICTS = ("good", "slow", "failed")
 
 
 def slo_verdict(status: int, reason: str, ttft_s: float | None, slo_ttft_s: float) -> str | None:
@@ -376,6 +382,9 @@ def _version_of(distribution: str) -> str:
 START_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 90.0, 120.0, 180.0, 300.0, 600.0, 1200.0)
 
 
+CAUSES = ("start", "process", "silent", "health", "stuck", "refuses")  # of a replica's fault, in a word
+
+
 class DirectoryMetrics:
     """What only the directory sees: every change of a replica count, every start, what replicas say of their health."""
 
@@ -399,38 +408,35 @@ class DirectoryMetrics:
             buckets=START_S,
             registry=registry,
         )
-        self.failures = Counter(
-            "steelyard_replica_failures_total",
-            "Replicas that failed: before they were ready (start) or after (serving).",
-            [*version, "phase"],
-            registry=registry,
-        )
         self.health = Gauge(
             "steelyard_replica_health",
             "1 for a ready replica whose health checks pass, 0 for one that failed one.",
             [*version, "replica", "node"],
             registry=registry,
         )
-        self.health_failures = Counter(
-            "steelyard_health_failures_total",
-            "Verdicts against a replica, by the check that failed: process, http, generation, progress, gpu, ...",
-            [*version, "check"],
+        self.faults = Counter(
+            "steelyard_replica_faults_total",
+            "Replicas that became SUSPECT (no new work until it is well again) or FAILED (replaced), by cause.",
+            [*version, "state", "cause"],
             registry=registry,
         )
-        self.restarts = Counter(
-            "steelyard_replica_restarts_total",
-            "Engines ended and started again because of a verdict or their death, by reason.",
-            [*version, "reason"],
-            registry=registry,
-        )
-        self.quarantines = Counter(
-            "steelyard_quarantines_total",
-            "Times that a node or GPU was set aside for a version because failures repeated.",
-            [*version, "reason"],
+        self.quarantined = Gauge(
+            "steelyard_quarantined_seconds",
+            "What is left of a version's quarantine on a node where it failed again and again.",
+            [*version, "node"],
             registry=registry,
         )
         _process(registry)
         self.before_text: Callable[[], None] = lambda: None
+
+    def troubled(self, model: str, version: str, state: str, cause: str) -> None:
+        self.faults.labels(model, version, state, cause or "unknown").inc()
+
+    def seen(self, model: str, version: str) -> None:
+        """A version has a replica: its series begin at zero, so that a rate sees their first increase."""
+        self.cold_starts.labels(model, version)
+        for cause in CAUSES:
+            self.faults.labels(model, version, "FAILED", cause)
 
     def started(self, model: str, version: str, phases: Mapping[str, float]) -> None:
         self.cold_starts.labels(model, version).inc()

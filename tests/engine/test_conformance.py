@@ -393,6 +393,19 @@ def test_metrics_have_the_names_and_types_we_read(engine: Engine) -> None:
     assert buckets[-2:] == ["2560.0", "+Inf"]
 
 
+def test_vitals_are_had_alone_and_move_with_every_step(engine: Engine) -> None:
+    before = stats.vitals(engine.get(f"/metrics?{stats.VITALS_QUERY}").body.decode())
+    engine.post(CHAT, chat())
+    page = engine.get(f"/metrics?{stats.VITALS_QUERY}").body.decode()
+    assert len([line for line in page.splitlines() if not line.startswith("#")]) <= 12
+    after = stats.vitals(page)
+    assert before is not None and after is not None
+    assert after.mark[0] > before.mark[0] and after.mark[1] > before.mark[1]
+    assert (after.running, after.waiting, after.asleep) == (0, 0, False)
+    whole = stats.vitals(engine.get("/metrics").body.decode())
+    assert whole == after
+
+
 def test_iterations_count_up_while_tokens_flow(engine: Engine) -> None:
     before = engine.metric("vllm:iteration_tokens_total_count")
     engine.post(CHAT, chat())

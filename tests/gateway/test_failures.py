@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import uuid
 from typing import Any
 
 import openai
@@ -36,14 +37,15 @@ def said(text: str) -> bytes:
 
 async def broken_off(front: Front, code: str = "engine_error", **fields: Any) -> list[Any]:
     """The events that came before the error of a stream that must not look finished."""
-    answer = await front.ask(body=chat(stream=True, **fields), headers={"x-request-id": "broken"})
+    text = uuid.uuid4().hex  # else the fuse would remember it
+    answer = await front.ask(body=chat(text, stream=True, **fields), headers={"x-request-id": "broken"})
     assert (answer.status, DONE in answer.body) == (200, False)
     *before, last = events(answer.body)
     assert (last["error"]["code"], last["error"]["request_id"]) == (code, "broken")
     assert not any("error" in event for event in before)
     assert (await front.line("broken"))["reason"] == code
     with pytest.raises(openai.APIError):
-        async for _ in await front.openai().chat.completions.create(**chat(stream=True, **fields)):
+        async for _ in await front.openai().chat.completions.create(**chat(text, stream=True, **fields)):
             pass
     return before
 
@@ -122,9 +124,15 @@ async def test_what_was_read_with_the_error_has_not_left_yet_either(front: Front
 async def test_a_prompt_that_kills_engines_is_refused_and_spares_the_third(front: Front, room: EngineRoom) -> None:
     one, two, three = (room.start(sins="dies_on_prompt") for _ in range(3))
     front.serve(one, two, three)
-    with pytest.raises(openai.InternalServerError) as caught:
+    with pytest.raises(openai.UnprocessableEntityError) as caught:
         await front.openai().chat.completions.create(**chat("SIM_DIE"))
-    assert (caught.value.status_code, caught.value.code) == (502, "engine_error")
+    assert (caught.value.status_code, caught.value.code) == (422, "request_crashed_engine")
+    for again in (
+        {},
+        {"seed": 7, "user": "me"},
+        {"stream": True},
+    ):  # it is remembered, whatever differs that says nothing
+        assert (await front.ask(body=chat("SIM_DIE", **again))).error["code"] == "request_crashed_engine"
     assert front.metric("steelyard_upstream_attempts_total", outcome="died") == 2
     assert three.process is not None and three.process.alive
     assert (await front.ask(body=chat())).status == 200
@@ -147,7 +155,7 @@ async def test_one_replica_that_cuts_a_stream_is_asked_again_without_a_pause(fro
     async with recorded(cut=True) as engine:
         front.serve(engine, limits={"max_wait_s": 0.2})
         assert (await front.ask(body=chat(stream=True))).status == 502
-        assert len(engine.seen) == 2
+        assert len(engine.seen) == 3
         front.engines.remove(engine)
 
 

@@ -6,8 +6,18 @@ from typing import Any
 
 import pytest
 
-from serving.fleet.directory import FAILED_KEPT_S, LEASE_S, SETTLE_S, Table
-from serving.fleet.endpoint import Endpoint, GatewayInfo, GpuReport, State, Target, advance
+from serving.fleet.directory import FAILED_KEPT_S, LEASE_S, SETTLE_S, Table, pack, unpack
+from serving.fleet.endpoint import (
+    ALONE_LONGEST_S,
+    CRASH_WINDOW_S,
+    CRASHES_KEPT,
+    Endpoint,
+    GatewayInfo,
+    GpuReport,
+    State,
+    Target,
+    advance,
+)
 from serving.fleet.history import KEPT, Change, History
 
 READY, FAILED = State.READY, State.FAILED
@@ -126,7 +136,8 @@ def test_a_life_only_goes_forward(now: State) -> None:
             assert advance(now, to) is to
         except RuntimeError:
             continue
-        assert order.index(to) > order.index(now) or (now, to) == (FAILED, State.STOPPED)
+        back = [(FAILED, State.STOPPED), (State.SUSPECT, READY)]
+        assert order.index(to) > order.index(now) or (now, to) in back
 
 
 def test_ready_again_after_draining_or_failure_is_refused() -> None:
@@ -226,3 +237,67 @@ def test_an_exporter_is_told_who_holds_its_nodes_gpus_and_what_it_saw_is_told_to
     assert (snapshot.gpu_busy, [t.id for t in snapshot.targets]) == ({"a": 0.5}, ["gpu#n1"])
     assert table.expire(LEASE_S + 1.1)
     assert (table.snapshot(7).gpu_busy, table.snapshot(7).targets) == ({}, ())
+
+
+# -- failures of those that served
+
+
+def crashed(table: Table, name: str, node: str = "n1", spec: str = "s") -> None:
+    like = {"node": node, "spec": spec, "ready_after_s": 1.0}
+    table.announce(endpoint(name, **like), 0)
+    table.announce(endpoint(name, FAILED, reason="stuck: no step", fault="stuck", **like), 0)
+
+
+def test_who_fails_again_and_again_on_a_node_stays_away_from_it_while_others_serve() -> None:
+    wall = [1000.0]
+    table = Table(0, lambda: wall[0])
+    table.announce(endpoint("well", node="n2", spec="s"), 0)
+    for i in range(3):
+        assert table.start_delay_s("m@v", "s", "n1") == 0
+        crashed(table, f"r{i}")
+    assert table.start_delay_s("m@v", "s", "n1") == 10
+    assert (table.start_delay_s("m@v", "s", "n2"), table.start_delay_s("m@v", "mended", "n1")) == (0, 0)
+    assert table.quarantined() == {("m@v", "n1"): 10.0}
+    crashed(table, "r3")
+    assert table.start_delay_s("m@v", "s", "n1") == 20
+    wall[0] += 20
+    assert table.start_delay_s("m@v", "s", "n1") == 0 and not table.quarantined()
+
+
+def test_where_nobody_else_serves_the_pause_is_short() -> None:
+    table = Table(0, lambda: 1000.0)
+    for i in range(8):
+        crashed(table, f"r{i}")
+    assert table.start_delay_s("m@v", "s", "n1") == ALONE_LONGEST_S
+
+
+def test_a_quarantine_is_over_when_an_operator_changes_something() -> None:
+    table = Table(0, lambda: 1000.0)
+    for i in range(3):
+        crashed(table, f"r{i}")
+    table.forget_failures()
+    assert table.start_delay_s("m@v", "s", "n1") == 0
+
+
+def test_failures_long_ago_count_no_more_and_are_not_kept() -> None:
+    wall = [1000.0]
+    table = Table(0, lambda: wall[0])
+    for i in range(CRASHES_KEPT + 5):
+        crashed(table, f"r{i}")
+    assert len(table.facts("m@v").crashes) == CRASHES_KEPT
+    wall[0] += CRASH_WINDOW_S
+    crashed(table, "late")
+    assert len(table.facts("m@v").crashes) == 1 and table.start_delay_s("m@v", "s", "n1") == 0
+
+
+def test_a_suspect_that_is_well_again_did_not_start_anew() -> None:
+    table = Table(0, lambda: 1000.0)
+    crashed(table, "gone")
+    table.announce(endpoint("a", ready_after_s=9.0), 0)
+    table.announce(endpoint("a", State.SUSPECT, ready_after_s=9.0), 0)
+    assert table.announce(endpoint("a", ready_after_s=9.0), 0)
+    assert len(table.facts("m@v").crashes) == 1
+
+
+def test_a_state_of_a_newer_release_is_not_ready() -> None:
+    assert unpack(pack("NAPPING"), State) is State.SUSPECT

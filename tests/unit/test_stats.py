@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from serving.engine.stats import kv_tokens
+from serving.engine.stats import VITALS_QUERY, kv_tokens, vitals
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,25 @@ def test_tokens_of_the_kv_cache(labels: list[str], tokens: int | None) -> None:
     lines = [f"vllm:cache_config_info{{{found}}} 1.0" for found in labels]
     text = "\n".join(["# TYPE vllm:cache_config_info gauge", *lines, "vllm:num_requests_running 3.0", ""])
     assert kv_tokens(text) == tokens
+
+
+def test_vitals_are_summed_over_ranks_and_a_prefill_moves_them() -> None:
+    text = """# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="m"} 3.0
+vllm:num_requests_running{engine="1",model_name="m"} 2.0
+vllm:num_requests_waiting{engine="0",model_name="m"} 1.0
+vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
+vllm:iteration_tokens_total_bucket{engine="0",le="1.0",model_name="m"} 7.0
+vllm:iteration_tokens_total_count{engine="0",model_name="m"} 9.0
+vllm:engine_sleep_state{engine="0",model_name="m",sleep_state="awake"} 1.0
+vllm:engine_sleep_state{engine="0",model_name="m",sleep_state="discard_all"} 0.0
+"""
+    found = vitals(text)
+    assert found is not None
+    assert (found.running, found.waiting, found.kv_usage, found.asleep, found.mark[0]) == (5, 1, 0.25, False, 9.0)
+    later = vitals(text.replace("0.25", "0.26"))
+    assert later is not None and later.mark != found.mark
+    slept = vitals(text.replace('"awake"} 1.0', '"awake"} 0.0'))
+    assert slept is not None and slept.asleep
+    assert vitals("process_cpu_seconds_total 1.0\n") is None
+    assert "num_requests_running" in VITALS_QUERY

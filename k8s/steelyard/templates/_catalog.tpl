@@ -75,7 +75,8 @@ business; what concerns more than one key is refused here.
 {{- end -}}
 {{- $versions = append $versions (dict
     "version" $given.version "weights" (default $model.name $weights) "engine" $engine "adapters" $adapters "builds" $builds
-    "resources" $resources "scaling" $scaling "drain_s" $version.drain_s "start_timeout_s" $version.start_timeout_s) -}}
+    "resources" $resources "scaling" $scaling "drain_s" $version.drain_s "start_timeout_s" $version.start_timeout_s
+    "stuck_timeout_s" $version.stuck_timeout_s) -}}
 {{- end -}}
 {{- if not $ids -}}{{- fail (printf "models: %s has no versions" $model.name) -}}{{- end -}}
 {{- $stable := (default dict $model.release).stable -}}
@@ -85,6 +86,7 @@ business; what concerns more than one key is refused here.
 {{- $models = append $models (dict
     "name" $model.name "versions" $versions "stable" $stable "allow" (default list $model.allow)
     "limits" (include "steelyard.with" (list $known.limits (default dict $model.limits)) | fromJson)
+    "slo" (include "steelyard.with" (list $known.slo (default dict $model.slo)) | fromJson)
     "labels" (default dict (default dict $model.placement).labels)) -}}
 {{- end -}}
 {{- toJson (dict "models" $models) -}}

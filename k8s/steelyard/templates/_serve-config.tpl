@@ -43,7 +43,7 @@ files/catalog.json; a test compares the whole with `steelyard render`.
 {{- if ne $version.scaling.idle_to_zero_s nil -}}
 {{- $_ := set $scaling "downscale_to_zero_delay_s" $version.scaling.idle_to_zero_s -}}
 {{- end -}}
-{{- $config := dict "start_timeout_s" $version.start_timeout_s "drain_s" $version.drain_s -}}
+{{- $config := dict "start_timeout_s" $version.start_timeout_s "drain_s" $version.drain_s "stuck_timeout_s" $version.stuck_timeout_s -}}
 {{- if hasKey $deployment.user_config "builds" -}}
 {{- $builds := list -}}
 {{- range $version.builds -}}{{- $builds = append $builds (dict "source" . "base" $known.recipesDir) -}}{{- end -}}
@@ -67,7 +67,7 @@ files/catalog.json; a test compares the whole with `steelyard render`.
 {{- end -}}
 {{- $models = append $models (dict
     "name" $model.name "versions" $ids "required" $required "allow" $model.allow
-    "limits" $model.limits) -}}
+    "limits" $model.limits "slo" $model.slo) -}}
 {{- end -}}
 {{- $gateway := deepCopy $known.gatewayApp -}}
 {{- $deployment := index $gateway.deployments 0 -}}

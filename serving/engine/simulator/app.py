@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from urllib.parse import parse_qs
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -154,7 +155,9 @@ class App:
         await exchange.answer(200 if self._sins.healthy(self._core.dead) else 503, b"", b"")
 
     async def _metrics(self, exchange: Exchange) -> None:
-        await exchange.answer(200, generate_latest(self._registry), CONTENT_TYPE_LATEST.encode())
+        names = parse_qs(exchange.query).get("name[]")
+        registry = self._registry.restricted_registry(names) if names else self._registry
+        await exchange.answer(200, generate_latest(registry), CONTENT_TYPE_LATEST.encode())
 
     async def _version(self, exchange: Exchange) -> None:
         await exchange.json(200, {"version": f"{serving.__version__}+sim"})

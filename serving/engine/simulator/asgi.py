@@ -27,6 +27,7 @@ class Exchange:
     def __init__(self, scope: Scope, receive: Receive, send: Send, name_requests: bool) -> None:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
+        self.query: str = scope.get("query_string", b"").decode("latin-1")
         self._scope = scope
         self._receive = receive
         self._send = send

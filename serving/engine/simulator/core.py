@@ -50,15 +50,20 @@ class Core:
         self.kv_used = 0
         self.frozen = False
         self.dead = False
+        self._told = (0, 0, 0.0)
         metrics.watch(
-            running=lambda: len(self.running),
-            waiting=lambda: len(self.waiting),
-            kv_usage=lambda: self.kv_used / self.kv_tokens,
+            running=lambda: self._load()[0], waiting=lambda: self._load()[1], kv_usage=lambda: self._load()[2]
         )
 
     def sequence(self, prompt_tokens: int, max_tokens: int) -> Sequence:
         """A generation to be used as a context manager: inside it counts as waiting or running."""
         return Sequence(self, prompt_tokens, max_tokens)
+
+    def _load(self) -> tuple[int, int, float]:
+        """Running, waiting, share of the KV room: as the core said last, so a core that stands still says no more."""
+        if not self.frozen:
+            self._told = len(self.running), len(self.waiting), self.kv_used / self.kv_tokens
+        return self._told
 
     def die(self) -> None:
         """The core is dead for good: everyone inside fails now, everyone later is refused."""

@@ -1,0 +1,122 @@
+"""Looks at one running engine through its door: load, health, and whether it generates. `health.judge` has the say."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+
+import aiohttp
+
+from serving.engine import stats
+from serving.engine.door import PROBE_HEADER, STATUS_PATH
+from serving.engine.health import Judgement, Limits, Look, Memory, Probe, judge
+
+LOOK_S = 1.0  # longest wait for one answer
+DEEPER_EVERY_S = 1.0  # /health, and the counters of one that is busy
+IDLE_EVERY_S = 5.0  # the counters of one that is not
+_NO_SUCH_ROUTE = (404, 405, 501)  # a pooling model
+_TROUBLE = (aiohttp.ClientError, TimeoutError, OSError, KeyError, ValueError)
+
+
+class Watch:
+    """Of one engine that has generated its first token a moment ago. Load as of the last look."""
+
+    def __init__(self, http: aiohttp.ClientSession, url: str, model: str, alive: Callable[[], bool]) -> None:
+        self.in_flight = 0  # generations behind the door
+        self.tokens = 0  # that they may take
+        self.waiting = 0  # of them, in the engine's own queue
+        self.kv_usage = 0.0
+        self._http, self._url, self._model, self._alive = http, url, model, alive
+        self._memory = Memory(proved_at=time.monotonic())
+        self._probe: asyncio.Task[Probe] | None = None
+        self._healthy = True
+        self._vitals: stats.Vitals | None = None
+        self._deeper_at = self._counted_at = 0.0
+
+    async def look(self, limits: Limits) -> Judgement:
+        """One look, and the verdict. Takes a few seconds at most, whatever the engine does."""
+        began = time.monotonic()
+        answers = await self._ask_door()
+        mark = await self._look_deeper(began) if answers else None
+        now = time.monotonic()
+        look = Look(
+            alive=self._alive(),
+            answers=answers,
+            waited_s=min(now - began, LOOK_S),
+            healthy=self._healthy,
+            in_flight=self.in_flight,
+            inside=self._vitals.running + self._vitals.waiting if self._vitals else 0,
+            mark=mark,
+            probe=self._probed(),
+            asleep=self._vitals is not None and self._vitals.asleep,
+        )
+        judged = judge(look, limits, self._memory, now)
+        self._memory = judged.memory
+        if judged.probe:
+            self._probe = asyncio.create_task(generates(self._http, self._url, self._model))
+        elif self._probe is not None and judged.memory.proved_at == now:  # proved otherwise
+            self.close()
+        return judged
+
+    def close(self) -> None:
+        if self._probe is not None:
+            self._probe.cancel()
+            self._probe = None
+
+    async def _ask_door(self) -> bool:
+        try:
+            async with asyncio.timeout(LOOK_S), self._http.get(self._url + STATUS_PATH) as r:
+                door = await r.json()
+                self.in_flight, self.tokens = int(door["in_flight"]), int(door["tokens"])
+        except _TROUBLE:
+            return False
+        if not self.in_flight:
+            self.waiting = 0
+        return True
+
+    async def _look_deeper(self, now: float) -> tuple[float, ...] | None:
+        """/health and the counters, in their time; the counters, when they were read."""
+        if now - self._deeper_at < DEEPER_EVERY_S:
+            return None
+        self._deeper_at = now
+        with contextlib.suppress(*_TROUBLE):
+            async with asyncio.timeout(LOOK_S), self._http.get(self._url + "/health") as r:
+                self._healthy = r.status < 500
+        if not self.in_flight and now - self._counted_at < IDLE_EVERY_S:
+            return None
+        with contextlib.suppress(*_TROUBLE):
+            async with asyncio.timeout(LOOK_S), self._http.get(f"{self._url}/metrics?{stats.VITALS_QUERY}") as r:
+                found = stats.vitals(await r.text()) if r.status == 200 else None
+            self._counted_at, self._vitals = now, found
+            if found is not None:
+                self.waiting, self.kv_usage = found.waiting, found.kv_usage
+                return found.mark
+        return None
+
+    def _probed(self) -> Probe:
+        if self._probe is None:
+            return "none"
+        if not self._probe.done():
+            return "pending"
+        done, self._probe = self._probe, None
+        return done.result()
+
+
+async def generates(http: aiohttp.ClientSession, url: str, model: str) -> Probe:
+    """Asks the engine for one token, past its slots: nobody waits for it, and it counts as nobody's."""
+    body = {"model": model, "prompt": "a", "max_tokens": 1, "temperature": 0}
+    try:
+        async with http.post(
+            url + "/v1/completions", json=body, headers={PROBE_HEADER.decode(): "1"}, timeout=_PATIENT
+        ) as r:
+            await r.read()
+            if r.status in (200, *_NO_SUCH_ROUTE):
+                return "ok"
+            return "refused" if r.status >= 500 and r.status != 503 else "none"  # 503: it has too much to do
+    except _TROUBLE:
+        return "none"  # nobody answers, which is told otherwise
+
+
+_PATIENT = aiohttp.ClientTimeout(total=None)  # whoever waits judges, and cancels

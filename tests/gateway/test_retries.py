@@ -1,0 +1,130 @@
+"""Sick engines beside well ones: what has not been answered goes elsewhere, the innocent are spared, the guilty remembered."""
+
+from __future__ import annotations
+
+import asyncio
+
+import anthropic
+import msgspec
+import pytest
+
+from serving.fleet.endpoint import State
+from serving.gateway import retry
+from serving.gateway.routing import TRIPS
+from tests.gateway.harness import MESSAGES, Answer, Engine, EngineRoom, Front, chat, events, eventually, recorded
+
+ATTEMPTS = "steelyard_upstream_attempts_total"
+
+
+def suspect(engine: Engine) -> Engine:
+    return Engine(msgspec.structs.replace(engine.endpoint, state=State.SUSPECT), engine.process)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_a_suspect_has_not_answered_is_answered_elsewhere(
+    front: Front, room: EngineRoom, stream: bool
+) -> None:
+    hanging, well = room.shared(sins="hangs", after=0), room.shared()
+    front.serve(hanging)
+    asked = [asyncio.create_task(front.ask(body=chat(f"hello {i}", stream=stream))) for i in range(8)]
+    await hanging.inside(8)
+    front.table(suspect(hanging), well)
+    answers = await asyncio.gather(*asked)
+    assert {a.status for a in answers} == {200}
+    assert front.metric(ATTEMPTS, outcome="silent") == 8
+    await hanging.inside(0)
+
+
+async def test_a_suspect_without_a_better_one_keeps_what_it_has_and_gets_nothing_new(
+    front: Front, room: EngineRoom
+) -> None:
+    engine = room.start(sim_ttft_ms=700)
+    front.serve(engine)
+    asked = asyncio.create_task(front.ask(body=chat()))
+    await engine.inside(1)
+    front.table(suspect(engine))
+    later = asyncio.create_task(front.ask(body=chat("later")))
+    assert (await asked).status == 200
+    assert (front.waiting(), front.metric(ATTEMPTS)) == (1, 1)
+    front.table(engine)
+    assert (await later).status == 200
+
+
+async def test_a_stream_that_says_nothing_for_longer_than_any_of_late_is_begun_elsewhere(
+    front: Front, room: EngineRoom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "SILENT_LEAST_S", 0.2)
+    hanging = room.shared(sins="hangs", after=0)
+    front.serve(hanging)
+    asked = asyncio.create_task(front.ask(body=chat(stream=True)))
+    await hanging.inside(1)
+    front.table(hanging, room.shared())
+    answer = await asked
+    assert answer.status == 200 and events(answer.body)[-1] == b"[DONE]"
+    assert not front.gateway.fleet.fuse.armed  # slow is no crime
+
+
+async def test_an_engine_that_fails_in_a_row_is_asked_no_more_until_it_is_its_time(
+    front: Front, room: EngineRoom
+) -> None:
+    front.serve(room.shared(sins="returns_500"), room.shared())
+    for i in range(3 * TRIPS):
+        assert (await front.ask(body=chat(f"hello {i}"))).status == 200
+    assert front.metric(ATTEMPTS, outcome="http_5xx") == TRIPS
+
+
+async def test_a_prompt_that_kills_engines_takes_no_innocent_with_it(front: Front, room: EngineRoom) -> None:
+    """All were inside when the first engine died, and none had an answer yet. They are not beside each other again."""
+    dying = [room.start(sins="dies_on_prompt", sim_ttft_ms=ms, slots=32) for ms in (5000, 5, 5, 5)]
+    front.serve(dying[0])
+    innocent = [asyncio.create_task(front.ask(body=chat(f"hello {i}", stream=i % 2 == 0))) for i in range(12)]
+    await dying[0].inside(12)
+    guilty = asyncio.create_task(front.ask(body=chat("SIM_DIE")))
+    await eventually("the first engine died", lambda: not dying[0].process.alive)  # type: ignore[union-attr]
+    front.table(*dying[1:])
+    answers: list[Answer] = await asyncio.gather(*innocent)
+    assert [a.status for a in answers] == [200] * 12
+    assert (await guilty).error["code"] == "request_crashed_engine"
+    assert sum(e.process is not None and e.process.alive for e in dying) == 2
+    assert not front.gateway.fleet.fuse.blown("anything") and len(front.gateway.fleet.fuse.told()) == 1
+
+
+async def test_streams_cut_by_the_death_of_their_engine_count_and_then_the_request_is_refused(front: Front) -> None:
+    said = b'data: {"choices":[{"index":0,"delta":{"content":"so far"}}]}\n\n'
+    async with recorded(said, 0.01, cut=True) as one, recorded(said, 0.01, cut=True) as two:
+        for engine in (one, one, two):  # to be cut twice by the same one says nothing of the request
+            front.serve(engine)
+            answer = await front.ask(body=chat(stream=True))
+            assert events(answer.body)[-1]["error"]["code"] == "engine_error"
+        refused = await front.ask(body=chat(stream=True), headers={"x-request-id": "third"})
+        assert (refused.status, refused.error["code"]) == (422, "request_crashed_engine")
+        assert (len(one.seen), len(two.seen)) == (2, 1)
+        assert front.metric("steelyard_rejections_total", reason="request_crashed_engine") == 1
+        assert (await front.line("third"))["reason"] == "request_crashed_engine"
+        assert (await front.ask(body=chat("another", stream=True))).status == 200
+        front.engines.clear()
+
+
+async def test_it_is_told_in_the_dialect_of_the_route(front: Front) -> None:
+    async with recorded(cut=True) as one, recorded(cut=True) as two:
+        front.serve(one, two)
+        with pytest.raises(anthropic.UnprocessableEntityError, match="engines died") as caught:
+            await front.anthropic().messages.create(
+                model="tiny", max_tokens=5, messages=[{"role": "user", "content": "boom"}]
+            )
+        assert caught.value.body["error"]["type"] == "invalid_request_error"  # type: ignore[index]
+        assert one.seen == two.seen == [MESSAGES]
+        front.engines.clear()
+
+
+async def test_an_engine_stopped_on_purpose_accuses_nobody(front: Front, room: EngineRoom) -> None:
+    engine = room.start(sim_itl_ms=20)
+    front.serve(engine)
+    asked = [asyncio.create_task(front.ask(body=chat(max_tokens=500, stream=s))) for s in (False, True)]
+    await engine.inside(2)
+    assert engine.process is not None
+    stopping = asyncio.create_task(asyncio.to_thread(engine.process.stop))
+    await eventually("the whole one is tried again", lambda: front.metric(ATTEMPTS) >= 2)
+    front.table(room.shared())
+    await asyncio.gather(stopping, *asked)
+    assert not front.gateway.fleet.fuse.armed

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import pynvml
-from prometheus_client import CollectorRegistry, ProcessCollector, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from serving.telemetry.metrics import process_metrics
 from serving.telemetry.nvml import Handle, Nvml
 
 log = logging.getLogger(__name__)
@@ -319,7 +320,7 @@ class GpuTelemetry:
         self._page = Page(float("-inf"), False, (), {})
         self.registry = CollectorRegistry()
         self.registry.register(_Families(self))
-        ProcessCollector(namespace="steelyard", registry=self.registry)
+        process_metrics(self.registry)
 
     # -- a round ---------------------------------------------------------------------------------------------------
 

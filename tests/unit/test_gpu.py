@@ -166,6 +166,12 @@ def test_what_a_product_lacks_has_no_series_and_is_not_asked_for_again() -> None
     assert [node.nvml.calls[f] for f in lacking] == [2, 4, 2]  # once per GPU, of its links too
 
 
+def test_every_figure_stands_in_the_page_of_metrics() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    names = {*FIGURES, "steelyard_gpu_driver_up", "steelyard_gpu_seconds_total"}
+    assert not [n for n in names if n not in page and f"`{n.removeprefix('steelyard_gpu')}" not in page]
+
+
 # -- joins ---------------------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving.cli import cluster
+from serving.engine import command
+from serving.engine.command import EngineSpec
 from serving.errors import OperatorError
 from serving.fleet import gpu_exporter
 from serving.fleet.endpoint import Endpoint, State
@@ -181,6 +183,14 @@ def test_each_series_names_who_holds_its_gpu() -> None:
     assert held == {"0": "a@v#1", "1": "a@v#1", "2": "b@v#1", "7": "c@v#1", "3": "", "4": "", "5": "", "6": ""}
     unjoined = [n for n, own, _ in node.series() if own.get("index") == "0" and own["model"] != "a"]
     assert not unjoined
+
+
+def test_an_engine_counts_gpus_as_ray_and_nvml_do() -> None:
+    spec = EngineSpec(model="m", version="v", kind="vllm", weights="/w", served_names=["m"])
+    made = command.build(
+        spec, host="h", port=1, secret="s", mark="m", parent_pid=1, environ={"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
+    )
+    assert made.env["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
 
 
 def test_several_holders_of_one_gpu_are_all_named_and_share_its_time() -> None:

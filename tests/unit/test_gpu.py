@@ -10,6 +10,8 @@ from typing import Any
 import aiohttp
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving.cli import cluster
@@ -230,6 +232,27 @@ def test_gpu_seconds_go_to_loading_then_idle_then_busy_and_to_nobody_when_free()
     node.run(10)
     assert node.seconds("a")["reserved"] == 120
     assert node.seconds("") == {"free": 160}
+
+
+HELD = st.builds(
+    lambda model, gpus, starting, running: of(model, *gpus, starting=starting, running=running),
+    *(st.sampled_from("ab"), st.lists(st.sampled_from("0123"), unique=True), st.booleans(), st.integers(0, 2)),
+)
+
+
+@given(st.lists(st.tuples(st.lists(HELD, max_size=3), st.booleans()), max_size=6), st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_no_second_of_a_gpu_is_lost_or_counted_twice(steps: list[tuple[list[Holder], bool]], lost: bool) -> None:
+    faults = (Event(at=4, gpu=2, lost=True), Event(at=9, gpu=0, lost=True)) if lost else ()
+    node = Node(gpus=3, figures=Figures(sm=(0.0, 0.1, 8)), events=faults)
+    for holders, fresh in steps:
+        node.run(EVERY_S, *holders, fresh=fresh)
+    total = node.seconds("").get("free", 0.0)
+    for model in "ab":
+        spent = node.seconds(model)
+        total += spent.get("reserved", 0.0)
+        assert spent.pop("reserved", 0.0) == pytest.approx(sum(spent.values()), abs=1e-5)
+    assert total == pytest.approx(3 * EVERY_S * len(steps), abs=1e-5)
 
 
 def test_an_engine_that_has_requests_while_its_gpu_rests_is_not_busy() -> None:

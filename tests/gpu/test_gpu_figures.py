@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 import pynvml
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from bench.report import gpus
 from serving.telemetry.gpu import GpuTelemetry
@@ -83,8 +84,8 @@ def figures(load: str) -> dict[str, float]:
         telemetry.round()
         time.sleep(MEASURED_S)
         telemetry.round()
-        [shown] = [s for s in telemetry._page.units if s.index == "0"]
-        return {name: value for (name, labels), value in shown.values.items() if not labels}
+        samples = (s for f in text_string_to_metric_families(telemetry.text()) for s in f.samples)
+        return {s.name: s.value for s in samples if s.labels.get("index") == "0" and s.labels["mig"] == ""}
     finally:
         process.kill()
         process.communicate()

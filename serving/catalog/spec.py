@@ -46,6 +46,7 @@ ARGS_REFUSED = frozenset(
 )
 ENV_REFUSED = {
     "CUDA_VISIBLE_DEVICES": "Ray assigns the GPUs",
+    "CUDA_DEVICE_ORDER": "Ray assigns the GPUs by their place on the bus",
     "VLLM_HOST_IP": "the replica sets it",
     "VLLM_API_KEY": "the engine's door has its own secret",
     "VLLM_SERVER_DEV_MODE": "it opens unguarded development routes",

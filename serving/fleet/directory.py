@@ -135,8 +135,9 @@ class Table:
         return self._facts.get(version_id, VersionFacts())
 
     def holders(self, node: str, now: float) -> Snapshot:
-        """The part of the table that is replicas with GPUs of `node`."""
-        found = tuple(e for e, _ in self._endpoints.values() if e.node == node and e.gpus)
+        """The part of the table that is replicas with GPUs of `node`. Not those that failed: another may have them already."""
+        failed = State.FAILED
+        found = tuple(e for e, _ in self._endpoints.values() if e.node == node and e.gpus and e.state is not failed)
         return Snapshot(epoch=self.epoch, number=self.number, complete=now - self._born >= SETTLE_S, endpoints=found)
 
     def endpoint(self, endpoint_id: str) -> Endpoint | None:

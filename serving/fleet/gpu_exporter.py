@@ -60,14 +60,15 @@ class GpuExporter:
         target = Target(id=f"gpu#{self._node}", component="gpu", url=url, node=self._node)
         loop, driver = asyncio.get_running_loop(), ThreadPoolExecutor(1, "nvml")
         reading: asyncio.Future[None] | None = None
-        heard_at, untold = float("-inf"), False
+        heard_at, untold, why = float("-inf"), False, ""
         while True:
             began = loop.time()
             if reading is None or reading.done():  # a call of a driver that hangs ends some time, or never
                 reading = loop.run_in_executor(driver, self._telemetry.round)
             await asyncio.wait({reading}, timeout=EVERY_S)
-            if reading.done() and (e := reading.exception()) is not None:
-                raise e
+            if reading.done() and (e := reading.exception()) is not None and str(e) != why:
+                why = str(e)
+                log.error("the GPUs cannot be read: %s", e, exc_info=e)
             try:
                 report = GpuReport(target=target, busy=self._telemetry.busy())
                 self._take(

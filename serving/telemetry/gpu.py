@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import pynvml
-from prometheus_client import CollectorRegistry, ProcessCollector, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from serving.telemetry.metrics import process_metrics
 from serving.telemetry.nvml import Handle, Nvml
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SLOW_EVERY_S = 10.0  # of what changes slowly or costs more: errors, clocks, temperatures, processes
-REOPEN_FIRST_S, REOPEN_LONGEST_S = 30.0, 300.0  # while the driver or a GPU is away, it is looked for; doubles
+REOPEN_FIRST_S, REOPEN_LONGEST_S = 30.0, 120.0  # while the driver or a GPU is away, it is looked for; doubles
 STALE_S = 15.0  # a call that hangs: older values are not shown
 WORKS = 0.01  # mean SM activity beyond which a GPU does something
 PROCESSES_KEPT = 32  # per GPU
@@ -319,7 +320,7 @@ class GpuTelemetry:
         self._page = Page(float("-inf"), False, (), {})
         self.registry = CollectorRegistry()
         self.registry.register(_Families(self))
-        ProcessCollector(namespace="steelyard", registry=self.registry)
+        process_metrics(self.registry)
 
     # -- a round ---------------------------------------------------------------------------------------------------
 
@@ -469,7 +470,7 @@ class GpuTelemetry:
             spare = unit.samples.pop(0)
         elif (spare := self._maybe(gpu, "gpm memory", nvml.nvmlGpmSampleAlloc)) is None:
             return
-        what = f"gpm sample {unit.mig}"
+        what = f"gpm sample {unit.mig}"  # may need a permission that this user lacks
         if instance is None:
             taken = self._maybe(gpu, what, lambda: nvml.nvmlGpmSampleGet(unit.handle, spare))
         else:
@@ -523,7 +524,7 @@ class GpuTelemetry:
         if bits is not None:
             for reason, bit in THROTTLE.items():
                 put["steelyard_gpu_throttled", (reason,)] = float(bool(bits & bit))
-        if not gpu.gpm and not gpu.has_mig:
+        if not (gpu.gpm and "gpm sample " not in gpu.never) and not gpu.has_mig:
             for direction, counter in (("tx", pynvml.NVML_PCIE_UTIL_TX_BYTES), ("rx", pynvml.NVML_PCIE_UTIL_RX_BYTES)):
                 one(
                     f"pcie {direction}", "steelyard_gpu_pcie_bytes_per_second", (direction,), 1024,

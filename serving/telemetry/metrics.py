@@ -347,7 +347,7 @@ class GatewayMetrics:
         )
         self.itl = _ItlHistogram()
         registry.register(self.itl)
-        _process(registry)
+        process_metrics(registry)
         self.before_text: Callable[[], None] = lambda: None  # brings gauges of what is elsewhere up to date
         self._names: dict[tuple[str, str, str], ModelMetrics] = {}
 
@@ -374,7 +374,7 @@ def set_all(gauge: Gauge, values: Mapping[tuple[str, ...], float]) -> None:
         gauge.labels(*labels).set(value)
 
 
-def _process(registry: CollectorRegistry) -> None:
+def process_metrics(registry: CollectorRegistry) -> None:
     """CPU, memory, files of this process, and what it was built from."""
     ProcessCollector(namespace="steelyard", registry=registry)
     info = Gauge(
@@ -437,7 +437,7 @@ class DirectoryMetrics:
             [*version, "node"],
             registry=registry,
         )
-        _process(registry)
+        process_metrics(registry)
         self.before_text: Callable[[], None] = lambda: None
 
     def troubled(self, model: str, version: str, state: str, cause: str) -> None:

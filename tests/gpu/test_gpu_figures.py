@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,7 @@ from importlib.util import find_spec
 
 import pynvml
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from bench.report import gpus
 from serving.telemetry.gpu import GpuTelemetry
@@ -74,7 +76,11 @@ def figures(load: str) -> dict[str, float]:
         """
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program],
+        env={**os.environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "0"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert process.stdout is not None and process.stdout.readline() == "on\n"
@@ -83,8 +89,8 @@ def figures(load: str) -> dict[str, float]:
         telemetry.round()
         time.sleep(MEASURED_S)
         telemetry.round()
-        [shown] = [s for s in telemetry._page.units if s.index == "0"]
-        return {name: value for (name, labels), value in shown.values.items() if not labels}
+        samples = (s for f in text_string_to_metric_families(telemetry.text()) for s in f.samples)
+        return {s.name: s.value for s in samples if s.labels.get("index") == "0" and s.labels["mig"] == ""}
     finally:
         process.kill()
         process.communicate()

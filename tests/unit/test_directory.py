@@ -242,6 +242,7 @@ def test_an_exporter_is_told_who_holds_its_nodes_gpus_and_what_it_saw_is_told_to
     table = Table(0)
     for name, node, gpus in (("a", "n1", ("0",)), ("b", "n2", ("0",)), ("c", "n1", ())):
         table.announce(endpoint(name, node=node, gpus=gpus), 0)
+    table.announce(endpoint("dead", FAILED, node="n1", gpus=("0",)), 0)
     report = GpuReport(target=Target(id="gpu#n1", component="gpu", url="http://n1/metrics", node="n1"), busy={"a": 0.5})
     assert table.report_gpus(report, 0)
     assert [e.id for e in table.holders("n1", 0).endpoints] == ["a"]

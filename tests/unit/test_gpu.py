@@ -10,9 +10,13 @@ from typing import Any
 import aiohttp
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving.cli import cluster
+from serving.engine import command
+from serving.engine.command import EngineSpec
 from serving.errors import OperatorError
 from serving.fleet import gpu_exporter
 from serving.fleet.endpoint import Endpoint, State
@@ -149,6 +153,13 @@ def test_without_gpm_only_that_a_kernel_ran_is_known_and_pcie_is_read_the_old_wa
     ]
 
 
+def test_a_user_who_may_not_read_gpm_gets_the_old_figures() -> None:
+    node = Node(figures=Figures(kernel=0.9, pcie_rx_mib_s=1), unsupported=("nvmlGpmSampleGet",)).run(30)
+    assert node.all("steelyard_gpu_sm_active_ratio") == []
+    assert node.all("steelyard_gpu_kernel_active_ratio") == [0.9, 0.9]
+    assert len(node.all("steelyard_gpu_pcie_bytes_per_second", direction="rx")) == 2
+
+
 def test_what_a_product_lacks_has_no_series_and_is_not_asked_for_again() -> None:
     lacking = ("nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetFieldValues", "nvmlDeviceGetMemoryInfo")
     node = Node(unsupported=lacking).run(60)
@@ -157,6 +168,12 @@ def test_what_a_product_lacks_has_no_series_and_is_not_asked_for_again() -> None
     assert node.all("steelyard_gpu_memory_used_bytes") == []
     assert node.all("steelyard_gpu_up") == [1.0, 1.0]
     assert [node.nvml.calls[f] for f in lacking] == [2, 4, 2]  # once per GPU, of its links too
+
+
+def test_every_figure_stands_in_the_page_of_metrics() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    names = {*FIGURES, "steelyard_gpu_driver_up", "steelyard_gpu_seconds_total"}
+    assert not [n for n in names if n not in page and f"`{n.removeprefix('steelyard_gpu')}" not in page]
 
 
 # -- joins ---------------------------------------------------------------------------------------------------------------
@@ -168,6 +185,14 @@ def test_each_series_names_who_holds_its_gpu() -> None:
     assert held == {"0": "a@v#1", "1": "a@v#1", "2": "b@v#1", "7": "c@v#1", "3": "", "4": "", "5": "", "6": ""}
     unjoined = [n for n, own, _ in node.series() if own.get("index") == "0" and own["model"] != "a"]
     assert not unjoined
+
+
+def test_an_engine_counts_gpus_as_ray_and_nvml_do() -> None:
+    spec = EngineSpec(model="m", version="v", kind="vllm", weights="/w", served_names=["m"])
+    made = command.build(
+        spec, host="h", port=1, secret="s", mark="m", parent_pid=1, environ={"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
+    )
+    assert made.env["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
 
 
 def test_several_holders_of_one_gpu_are_all_named_and_share_its_time() -> None:
@@ -207,6 +232,27 @@ def test_gpu_seconds_go_to_loading_then_idle_then_busy_and_to_nobody_when_free()
     node.run(10)
     assert node.seconds("a")["reserved"] == 120
     assert node.seconds("") == {"free": 160}
+
+
+HELD = st.builds(
+    lambda model, gpus, starting, running: of(model, *gpus, starting=starting, running=running),
+    *(st.sampled_from("ab"), st.lists(st.sampled_from("0123"), unique=True), st.booleans(), st.integers(0, 2)),
+)
+
+
+@given(st.lists(st.tuples(st.lists(HELD, max_size=3), st.booleans()), max_size=6), st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_no_second_of_a_gpu_is_lost_or_counted_twice(steps: list[tuple[list[Holder], bool]], lost: bool) -> None:
+    faults = (Event(at=4, gpu=2, lost=True), Event(at=9, gpu=0, lost=True)) if lost else ()
+    node = Node(gpus=3, figures=Figures(sm=(0.0, 0.1, 8)), events=faults)
+    for holders, fresh in steps:
+        node.run(EVERY_S, *holders, fresh=fresh)
+    total = node.seconds("").get("free", 0.0)
+    for model in "ab":
+        spent = node.seconds(model)
+        total += spent.get("reserved", 0.0)
+        assert spent.pop("reserved", 0.0) == pytest.approx(sum(spent.values()), abs=1e-5)
+    assert total == pytest.approx(3 * EVERY_S * len(steps), abs=1e-5)
 
 
 def test_an_engine_that_has_requests_while_its_gpu_rests_is_not_busy() -> None:

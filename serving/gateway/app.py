@@ -246,7 +246,7 @@ class Gateway:
                 settle, again = (line.broken if e.gone else line.failed), True
                 ticket.again = ticket.again or retry.Retry(self._retries, line.trials)
                 ticket.again.close()
-                ticket.avoid |= {upstream.endpoint.id}
+                ticket.avoid |= line.on_node_of(upstream) if e.unreachable else {upstream.endpoint.id}
                 if e.killed:
                     ticket.suspect = True
                     if _count_death(x, charge) >= DEATHS:

@@ -41,12 +41,14 @@ def watch(http: aiohttp.ClientSession, engine: Engine) -> Watch:
     return Watch(http, engine.url, "tiny", lambda: process.alive)
 
 
-async def until(watching: Watch, verdict: str, limits: Limits = FAST, looks: int = 400) -> Judgement:
+async def until(
+    watching: Watch, verdict: str, limits: Limits = FAST, looks: int = 400, every_s: float = EVERY_S
+) -> Judgement:
     for _ in range(looks):
         judged = await watching.look(limits)
         if judged.verdict == verdict:
             return judged
-        await asyncio.sleep(EVERY_S)
+        await asyncio.sleep(every_s)
     raise AssertionError(f"never {verdict}")
 
 

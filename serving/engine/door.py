@@ -46,6 +46,7 @@ class Door:
         self.app = app
         self.slots = int(os.environ.get("STEELYARD_DOOR_SLOTS", "256"))
         self.in_flight = 0
+        self.entered = 0  # ever
         self.refused = 0
         self.budget = 0  # tokens of KV cache; 0: not known, so not enforced
         self.tokens = 0  # that those inside may take
@@ -75,7 +76,7 @@ class Door:
                 send,
                 200,
                 {"in_flight": self.in_flight, "slots": self.slots, "tokens": self.tokens, "budget": self.budget}
-                | {"refused": self.refused, "pid": os.getpid()},
+                | {"entered": self.entered, "refused": self.refused, "pid": os.getpid()},
             )
         elif scope.get("method") == "POST" and path == CLOSE_PATH:
             self.slots = 0  # `busy` from now on: gateways that have not heard of the drain yet try elsewhere
@@ -91,6 +92,7 @@ class Door:
             await _answer(send, 503, {"error": {"message": "all slots are taken", "code": "busy"}}, busy=True)
             return
         self.in_flight += 1
+        self.entered += 1
         self.tokens += tokens
         try:
             await self.app(scope, receive, send)

@@ -47,6 +47,7 @@ class Look(msgspec.Struct, frozen=True):
     waited_s: float = 0.0  # for that
     healthy: bool = True  # by its own word
     in_flight: int = 0  # behind its door
+    entered: int = 0  # ever
     inside: int = 0  # in its own scheduler, running or waiting, as it said last
     mark: tuple[float, ...] | None = None  # counters and gauges that its core alone moves, the first counts steps
     probe: Probe = "none"
@@ -62,6 +63,8 @@ class Memory(msgspec.Struct, frozen=True):
     sick_since: float | None = None
     probed_at: float = -math.inf  # when the last probe was asked for
     mark: tuple[float, ...] = ()
+    entered: int = 0
+    doubted: bool = False  # requests came and went, and no step was seen
     steps: tuple[float, ...] = ()  # by length, their weight halved every `_HALF_LIFE_S`
     steps_at: float = 0.0
 
@@ -134,7 +137,7 @@ def _due(look: Look, limits: Limits, m: Memory, now: float) -> bool:
     """Whether one token shall be generated: it has nothing to do, or says so, and has proved nothing for a while."""
     if look.probe == "pending" or (look.in_flight and look.inside):
         return False
-    doubt = look.in_flight > 0 or m.sick_since is not None
+    doubt = look.in_flight > 0 or m.doubted or m.sick_since is not None
     return now - max(m.proved_at, m.probed_at) >= (limits.probe_again_s if doubt else limits.probe_every_s)
 
 
@@ -159,6 +162,8 @@ def _remember(look: Look, m: Memory, now: float) -> Memory:
         silent_since=None if look.answers else _since(m.silent_since, now - look.waited_s),
         sick_since=_since(m.sick_since, now) if bad or (m.sick_since is not None and not proved) else None,
         mark=m.mark if look.mark is None else look.mark,
+        entered=look.entered,
+        doubted=not proved and (m.doubted or look.entered != m.entered),
         steps=steps,
         steps_at=steps_at,
     )

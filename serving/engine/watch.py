@@ -34,6 +34,7 @@ class Watch:
         self._healthy = True
         self._vitals: stats.Vitals | None = None
         self._deeper_at = self._counted_at = 0.0
+        self._entered = self._counted_entered = 0
 
     async def look(self, limits: Limits) -> Judgement:
         """One look, and the verdict. Takes a few seconds at most, whatever the engine does."""
@@ -47,6 +48,7 @@ class Watch:
             waited_s=min(now - began, LOOK_S),
             healthy=self._healthy,
             in_flight=self.in_flight,
+            entered=self._entered,
             inside=self._vitals.running + self._vitals.waiting if self._vitals else 0,
             mark=mark,
             probe=self._probed(),
@@ -70,6 +72,7 @@ class Watch:
             async with asyncio.timeout(LOOK_S), self._http.get(self._url + STATUS_PATH) as r:
                 door = await r.json()
                 self.in_flight, self.tokens = int(door["in_flight"]), int(door["tokens"])
+                self._entered = int(door["entered"])
         except _TROUBLE:
             return False
         if not self.in_flight:
@@ -84,12 +87,13 @@ class Watch:
         with contextlib.suppress(*_TROUBLE):
             async with asyncio.timeout(LOOK_S), self._http.get(self._url + "/health") as r:
                 self._healthy = r.status < 500
-        if not self.in_flight and now - self._counted_at < IDLE_EVERY_S:
+        idle = not self.in_flight and self._entered == self._counted_entered
+        if idle and now - self._counted_at < IDLE_EVERY_S:
             return None
         with contextlib.suppress(*_TROUBLE):
             async with asyncio.timeout(LOOK_S), self._http.get(f"{self._url}/metrics?{stats.VITALS_QUERY}") as r:
                 found = stats.vitals(await r.text()) if r.status == 200 else None
-            self._counted_at, self._vitals = now, found
+            self._counted_at, self._counted_entered, self._vitals = now, self._entered, found
             if found is not None:
                 self.waiting, self.kv_usage = found.waiting, found.kv_usage
                 return found.mark

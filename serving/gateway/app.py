@@ -194,6 +194,8 @@ class Gateway:
             line.sizes.learn(len(body), x.line.prompt_tokens, x.line.completion_tokens, media=media)
         finally:
             metrics.held.dec()
+            if ticket.again is not None:
+                ticket.again.close()
             if entered:
                 self._admission.leave(key, model, ticket.tokens, _used(x))
             if x.line.queue_ms is not None:  # of all its attempts together: one that is told `busy` waits on
@@ -222,66 +224,69 @@ class Gateway:
         self.fleet.arrived[line.version_id] += 1
         keep_alive = KeepAlive(x, model.limits.keep_alive_after_s if x.line.stream else None)
         again, failed = False, ""
-        with contextlib.closing(retry.Retry(self._retries, line.trials)) as chance:
-            while True:
-                if failed:
-                    await self._turn(x, model, ticket, chance)
-                    metrics.retried(failed)
-                    failed = ""
-                upstream = await self._slot(x, line, model, metrics, ticket, keep_alive, again)
-                x.line.replica = upstream.endpoint.id
-                settle = line.release
-                metrics.running.inc()
-                self._at_engines += 1
-                chance.sent(upstream.endpoint.id)
-                try:
-                    reply = await self._open(x, upstream, route, body, withhold_usage, ticket.tokens)
-                    x.line.attempts += 1
-                    chance.close()
-                    line.entered(ticket)
-                    if reply.scan is not None:
-                        line.answered_first(ticket)
-                    await self._deliver(x, route, reply, metrics)
-                    self.fleet.finished[line.version_id] += 1
-                    if reply.crashed:
-                        _count_death(x, charge)
-                    else:
-                        charge.survived()
-                    metrics.attempted("died" if reply.scan is not None and reply.scan.died else "ok")
-                    return
-                except Busy:
-                    metrics.attempted("busy")
-                    settle, again = line.busy, True
-                except Broken as e:
-                    x.line.attempts += 1
-                    metrics.attempted(e.outcome)
-                    log.warning("attempt %d failed: %s", x.line.attempts, e, extra={"request_id": x.request_id})
-                    settle, again, failed = (line.broken if e.gone else line.failed), True, e.outcome
-                    chance.close()
-                    ticket.avoid |= {upstream.endpoint.id}
-                    if e.killed:
-                        ticket.suspect = True
-                        if _count_death(x, charge) >= DEATHS:
-                            raise _crashed(charge) from None
-                    if x.line.attempts >= MAX_ATTEMPTS:
-                        raise EngineBroken(f"{line.version_id}: {x.line.attempts} attempts failed") from None
-                    if e.answered and not line.ready_ids() - ticket.avoid:
-                        raise EngineBroken(f"{line.version_id}: its engine answered with an internal error") from None
-                except asyncio.CancelledError:
-                    metrics.attempted("client_gone" if x.line.client_gone else "timeout")
-                    raise
-                finally:
-                    metrics.running.dec()
-                    self._at_engines -= 1
-                    settle(ticket)
+        while True:
+            if ticket.again is not None and not ticket.again.taken:
+                await self._turn(x, model, ticket, ticket.again)
+            if failed:
+                metrics.retried(failed)
+                failed = ""
+            upstream = await self._slot(x, line, model, metrics, ticket, keep_alive, again)
+            x.line.replica = upstream.endpoint.id
+            settle = line.release
+            metrics.running.inc()
+            self._at_engines += 1
+            if ticket.again is not None:
+                ticket.again.sent(upstream.endpoint.id)
+            try:
+                reply = await self._open(x, upstream, route, body, withhold_usage, ticket.tokens)
+                x.line.attempts += 1
+                if ticket.again is not None:
+                    ticket.again.close()
+                line.entered(ticket)
+                if reply.scan is not None:
+                    line.answered_first(ticket)
+                await self._deliver(x, route, reply, metrics)
+                self.fleet.finished[line.version_id] += 1
+                if reply.crashed:
+                    _count_death(x, charge)
+                else:
+                    charge.survived()
+                metrics.attempted("died" if reply.scan is not None and reply.scan.died else "ok")
+                return
+            except Busy:
+                metrics.attempted("busy")
+                settle, again = line.busy, True
+            except Broken as e:
+                x.line.attempts += 1
+                metrics.attempted(e.outcome)
+                log.warning("attempt %d failed: %s", x.line.attempts, e, extra={"request_id": x.request_id})
+                settle, again, failed = (line.broken if e.gone else line.failed), True, e.outcome
+                ticket.again = ticket.again or retry.Retry(self._retries, line.trials)
+                ticket.again.close()
+                ticket.avoid |= line.on_node_of(upstream) if e.unreachable else {upstream.endpoint.id}
+                if e.killed:
+                    ticket.suspect = True
+                    if _count_death(x, charge) >= DEATHS:
+                        raise _crashed(charge) from None
+                if x.line.attempts >= MAX_ATTEMPTS:
+                    raise EngineBroken(f"{line.version_id}: {x.line.attempts} attempts failed") from None
+                if e.answered and not line.ready_ids() - ticket.avoid:
+                    raise EngineBroken(f"{line.version_id}: its engine answered with an internal error") from None
+            except asyncio.CancelledError:
+                metrics.attempted("client_gone" if x.line.client_gone else "timeout")
+                raise
+            finally:
+                metrics.running.dec()
+                self._at_engines -= 1
+                settle(ticket)
 
-    async def _turn(self, x: Exchange, model: ModelConfig, ticket: Ticket, chance: retry.Retry) -> None:
+    async def _turn(self, x: Exchange, model: ModelConfig, ticket: Ticket, again: retry.Retry) -> None:
         """Waits for a place among the retries, as long as the request may wait at all."""
         began = time.monotonic()
         waited_s = (x.line.queue_ms or 0.0) / 1e3
         try:
             async with asyncio.timeout(bound_wait(model.limits.max_wait_s - waited_s, ticket.deadline)):
-                await chance.turn(suspect=ticket.suspect)
+                await again.turn(suspect=ticket.suspect)
         except TimeoutError:
             raise EngineBroken(
                 "its engine failed, and too many other requests are being tried again", retry_after_s=1

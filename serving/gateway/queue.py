@@ -19,7 +19,7 @@ from serving.fleet.endpoint import Endpoint, KeyDemand, State
 from serving.gateway import shares
 from serving.gateway.order import CLASSES, Order
 from serving.gateway.pace import Holds, Pace
-from serving.gateway.retry import Patience, Trials
+from serving.gateway.retry import Patience, Retry, Trials
 from serving.gateway.routes import Route
 from serving.gateway.routing import NOBODY, Upstream, pick
 from serving.gateway.sizes import Sizes
@@ -43,22 +43,8 @@ class Ticket:
     """One request's claim to a slot, from its arrival to its end, over all its attempts. Times are monotonic seconds."""
 
     __slots__ = (
-        *(
-            "adapter",
-            "at",
-            "avoid",
-            "blocks",
-            "cost",
-            "deadline",
-            "key",
-            "place",
-            "rank",
-            "session",
-            "since",
-            "suspect",
-            "tokens",
-        ),
-        *("upstream", "weight", "_again_as", "_bound_at", "_future", "_over"),
+        *("adapter", "again", "at", "avoid", "blocks", "cost", "deadline", "key", "place", "rank", "session", "since"),
+        *("suspect", "tokens", "upstream", "weight", "_again_as", "_bound_at", "_future", "_over"),
     )
 
     def __init__(
@@ -83,6 +69,7 @@ class Ticket:
         self.deadline, self.since = deadline, since
         self.avoid: frozenset[str] = NOBODY  # endpoints that failed it
         self.suspect = False  # an engine died with it inside: not beside another such one, as far as there is room
+        self.again: Retry | None = None  # its further attempts
         self.upstream: Upstream | None = None  # where it is bound
         self._future: asyncio.Future[Upstream] | None = None  # while it waits
         self.place = -1  # among those that wait, for `Order`
@@ -393,6 +380,12 @@ class VersionLine:
         """Whether a ready endpoint has it."""
         ready = (u.endpoint for u in self.upstreams.values() if u.endpoint.state is State.READY)
         return any(e.adapters is None or adapter in e.adapters for e in ready)
+
+    def on_node_of(self, upstream: Upstream) -> set[str]:
+        """Endpoints that are lost with it if its node is; it alone where nobody knows nodes."""
+        node = upstream.endpoint.node
+        beside = {i for i, u in self.upstreams.items() if node and u.endpoint.node == node}
+        return beside | {upstream.endpoint.id}
 
     def _closed(self) -> set[str]:
         """Ready endpoints whose breaker is closed."""

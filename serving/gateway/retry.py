@@ -68,11 +68,11 @@ class Trials:
 class Retry:
     """One request's further attempts."""
 
-    __slots__ = ("_budget", "_holds", "_suspect", "_timer", "_trials", "_where")
+    __slots__ = ("_budget", "_suspect", "_timer", "_trials", "_where", "taken")
 
     def __init__(self, budget: Turns, trials: Trials) -> None:
         self._budget, self._trials = budget, trials
-        self._holds = self._suspect = False  # a place in the budget, and one among the trials
+        self.taken = self._suspect = False  # a place in the budget, and one among the trials
         self._where = ""
         self._timer: asyncio.TimerHandle | None = None
 
@@ -82,7 +82,7 @@ class Retry:
             await self._trials.turns.take()
             self._suspect = True
         await self._budget.take()
-        self._holds = True
+        self.taken = True
 
     def sent(self, endpoint_id: str) -> None:
         if self._suspect:
@@ -93,8 +93,8 @@ class Retry:
 
     def close(self) -> None:
         """It has an answer, or will not get one."""
-        if self._holds:
-            self._holds = False
+        if self.taken:
+            self.taken = False
             self._budget.give()
         self._acquitted()
 

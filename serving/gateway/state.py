@@ -162,6 +162,8 @@ class Fleet:
         starting = [e for e in self._endpoints.values() if e.version_id == version_id]
         left_s = ready_in_s(starting, facts, time.time())
         self.on_hold()
+        if any(e.state is State.SUSPECT for e in starting):
+            return  # it may be well again any moment
         broken = _broken(facts, starting)
         if not broken and (left_s is None or left_s <= patience_s):
             return

@@ -132,6 +132,19 @@ def test_work_that_the_engine_does_not_know_of_is_a_slow_client_or_a_dead_core_a
     assert said.index("suspect stuck") * EVERY_S <= LIMITS.stuck_s + EVERY_S
 
 
+def test_requests_that_come_and_go_without_a_step_are_a_reason_to_ask() -> None:
+    """Every generation answers 500 at once: nobody is ever seen inside."""
+    engine = Engine()
+    engine.looks(3)
+    engine.looks(1.0, entered=5)
+    assert engine.probes == 1
+    assert engine.looks(EVERY_S, entered=9, probe="refused") == "suspect refuses"
+    works = Engine()
+    for i in range(40):
+        works.looks(EVERY_S, entered=3 * i, steps_a_look=2)
+    assert works.probes == 0
+
+
 def test_a_server_that_does_not_answer_is_suspect_then_failed() -> None:
     engine = Engine()
     assert engine.looks(EVERY_S, answers=False, waited_s=1.0, mark=None) == "ok"

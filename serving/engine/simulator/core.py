@@ -60,9 +60,11 @@ class Core:
         return Sequence(self, prompt_tokens, max_tokens)
 
     def _load(self) -> tuple[int, int, float]:
-        """Running, waiting, share of the KV room: as the core said last, so a core that stands still says no more."""
+        """Running, waiting, share of the KV room: as the core said last, so a core that stands still says no more. Prompts take
+        their room little by little, as those do that vLLM computes in chunks."""
         if not self.frozen:
-            self._told = len(self.running), len(self.waiting), self.kv_used / self.kv_tokens
+            still = sum(seq.prompt_left() for seq in self.running)
+            self._told = len(self.running), len(self.waiting), (self.kv_used - still) / self.kv_tokens
         return self._told
 
     def die(self) -> None:
@@ -133,6 +135,13 @@ class Sequence:
         """End the generation: the pending or the next `next()` raises `error`."""
         self._failed = self._failed or error
         self._settle()
+
+    def prompt_left(self) -> float:
+        """Tokens of the prompt that are not computed yet."""
+        if self.sent or self._started is None or not self._core.ttft_s:
+            return 0.0
+        done = (asyncio.get_running_loop().time() - self._started) / self._core.ttft_s
+        return self.prompt_tokens * max(0.0, 1.0 - done)
 
     async def next(self) -> range:
         """Indexes of the tokens due, one at least, all that are due when the caller comes late; empty at the end."""

@@ -228,7 +228,9 @@ class Gateway:
         while True:
             if ticket.again is not None and not ticket.again.taken:
                 await self._turn(x, model, ticket, ticket.again)
+            if failed:
                 metrics.retried(failed)
+                failed = ""
             upstream = await self._slot(x, line, model, metrics, ticket, keep_alive, again)
             x.line.replica = upstream.endpoint.id
             settle = line.release
@@ -262,7 +264,7 @@ class Gateway:
                 settle, again, failed = (line.broken if e.gone else line.failed), True, e.outcome
                 ticket.again = ticket.again or retry.Retry(self._retries, line.trials)
                 ticket.again.close()
-                ticket.avoid |= {upstream.endpoint.id}
+                ticket.avoid |= line.on_node_of(upstream) if e.unreachable else {upstream.endpoint.id}
                 if e.killed:
                     ticket.suspect = True
                     if _count_death(x, charge) >= DEATHS:

@@ -403,6 +403,12 @@ class VersionLine:
         ready = (u.endpoint for u in self.upstreams.values() if u.endpoint.state is State.READY)
         return any(e.adapters is None or adapter in e.adapters for e in ready)
 
+    def on_node_of(self, upstream: Upstream) -> set[str]:
+        """Endpoints that are lost with it if its node is; it alone where nobody knows nodes."""
+        node = upstream.endpoint.node
+        beside = {i for i, u in self.upstreams.items() if node and u.endpoint.node == node}
+        return beside | {upstream.endpoint.id}
+
     def _closed(self) -> set[str]:
         """Ready endpoints whose breaker is closed."""
         return {i for i, u in self.upstreams.items() if u.endpoint.state is State.READY and not u.tripped}

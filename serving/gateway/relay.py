@@ -39,11 +39,14 @@ _COUNTS = re.compile(rb'"(prompt_tokens|input_tokens|completion_tokens|output_to
 class Broken(Exception):
     """An attempt failed before the first byte went to the client, so that another replica may try."""
 
-    def __init__(self, outcome: str, detail: str, *, killed: bool, gone: bool = False) -> None:
+    def __init__(
+        self, outcome: str, detail: str, *, killed: bool, gone: bool = False, unreachable: bool = False
+    ) -> None:
         super().__init__(detail)
         self.outcome = outcome  # word for the metrics
         self.killed = killed  # the engine had the request and died under it: it counts for the fuse
         self.gone = gone  # nobody is there for the next request either; never for what a client can bring about
+        self.unreachable = unreachable  # nor did its node say so
 
     @property
     def answered(self) -> bool:
@@ -392,7 +395,10 @@ class Engines:
         except OSError as e:  # a TimeoutError is one
             if kept is not None:
                 raise Broken("died", f"{who}: {reply.error}, and it takes no other", killed=True, gone=True) from None
-            raise Broken("connect_error", f"{who}: {e or 'timeout'}", killed=False, gone=True) from None
+            silent = not isinstance(e, ConnectionRefusedError)
+            raise Broken(
+                "connect_error", f"{who}: {e or 'timeout'}", killed=False, gone=True, unreachable=silent
+            ) from None
         reply = Reply(new, route, withhold_usage=withhold_usage, stream=stream, patient=patient)
         await _asked(upstream, new, reply, head, body)
         return _good(who, reply)

@@ -17,9 +17,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from serving.fleet.endpoint import Target
-from serving.gateway.keys import create_key
 from serving.gateway.scrape import FRESH_S
-from serving.telemetry.metrics import KEYS_SHOWN, unrested_gauges
+from serving.telemetry.metrics import unrested_gauges
 from tests.gateway.harness import CHAT, HOST, SECRET, Engine, EngineRoom, Front, Keys, chat, eventually, listening
 from tests.gateway.test_own_routes import scrape
 
@@ -161,23 +160,6 @@ async def test_no_client_makes_series(front: Front, room: EngineRoom, keys: Keys
     assert {m["status"] for m in sent if m["type"] == "http.response.start"} <= {401, 404}
     assert unrested_gauges(front.gateway.metrics.text()) == {}
     assert front.metric("steelyard_requests_total", model="unknown") >= 10_000
-
-
-async def test_keys_that_expire_the_soonest_are_shown_and_no_others(front: Front) -> None:
-    now = time.time()
-    made = [
-        create_key(front.keys.path, name="k", scopes=["infer:*"], now=now, expires_at=now + 1000 + i)[0]
-        for i in range(KEYS_SHOWN + 3)
-    ]
-    front.gateway.keys.reload_if_changed()
-    front.gateway.metrics.text()
-    shown = {
-        s.labels["key"]: s.value
-        for family in front.gateway.metrics.registry.collect()
-        for s in family.samples
-        if s.name == "steelyard_key_expiry_timestamp_seconds"
-    }
-    assert shown == {k.id: pytest.approx(k.expires_at, abs=1e-3) for k in made[:KEYS_SHOWN]}
 
 
 async def test_whoever_announces_a_target_is_scraped_and_what_is_stale_is_marked(front: Front) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from serving.cli.main import _troubles
 from serving.fleet.directory import FAILED_KEPT_S, LEASE_S, SETTLE_S, Table, pack, unpack
 from serving.fleet.endpoint import (
     ALONE_LONGEST_S,
@@ -316,6 +317,25 @@ def test_a_suspect_that_is_well_again_did_not_start_anew() -> None:
 
 def test_a_state_of_a_newer_release_is_not_ready() -> None:
     assert unpack(pack("NAPPING"), State) is State.SUSPECT
+
+
+def test_what_a_gateway_saw_of_engines_that_died_is_told_at_once() -> None:
+    table = Table(0)
+    table.announce_gateway(GatewayInfo(id="one", url="http://one"), 0)
+    died = GatewayInfo(id="one", url="http://one", deaths={"print": ("m@v#1",)})
+    assert table.announce_gateway(died, 0)
+    assert not table.announce_gateway(died, 0)
+
+
+def test_status_names_what_is_wrong() -> None:
+    table = Table(0)
+    table.announce(endpoint("odd", State.SUSPECT, reason="stuck: no step for 4.0 s with 2 inside", fault="stuck"), 0)
+    for i in range(3):
+        crashed(table, f"r{i}")
+    table.announce(endpoint("r0", State.STOPPED), 0)
+    lines = list(_troubles(table.snapshot(0)))
+    assert lines[0] == "odd is SUSPECT: stuck: no step for 4.0 s with 2 inside\n"
+    assert lines[-1].startswith("m@v is quarantined on n1 for ") and "3 failures, the last: stuck: no step" in lines[-1]
 
 
 def test_start_times_and_changes_outlive_the_directory(tmp_path: Path) -> None:

@@ -266,3 +266,12 @@ def test_a_file_with_such_an_option_is_damaged(path: Path, field: str, value: ob
     path.write_text(json.dumps(records))
     with pytest.raises(OperatorError, match="damaged"):
         KeyRing(path)
+
+
+def test_expiries_are_told_of_the_soonest_and_of_those_just_over(path: Path) -> None:
+    ends = {at: make(path, expires_at=NOW + at)[0] for at in (30, 10, 20, 40)}
+    make(path)  # never ends
+    revoke_key(path, ends[10], NOW)
+    ring = KeyRing(path)
+    assert ring.expiries(2, NOW) == {ends[20]: NOW + 20, ends[30]: NOW + 30}
+    assert ring.expiries(9, NOW + 86400 + 25) == {ends[30]: NOW + 30, ends[40]: NOW + 40}, "a day long"

@@ -79,9 +79,11 @@ class Core:
         return self._prefilling_until
 
     def _load(self) -> tuple[int, int, float]:
-        """Running, waiting, share of the KV room: as the core said last, so a core that stands still says no more."""
+        """Running, waiting, share of the KV room: as the core said last, so a core that stands still says no more. Prompts take
+        their room little by little, as those do that vLLM computes in chunks."""
         if not self.frozen:
-            self._told = len(self.running), len(self.waiting), self.kv.used / self.kv.tokens
+            still = sum(seq.prompt_left() for seq in self.running)
+            self._told = len(self.running), len(self.waiting), (self.kv.used - still) / self.kv.tokens
         return self._told
 
     def die(self) -> None:
@@ -162,6 +164,13 @@ class Sequence:
         """End the generation: the pending or the next `next()` raises `error`."""
         self._failed = self._failed or error
         self._settle()
+
+    def prompt_left(self) -> float:
+        """Tokens of the prompt that are not computed yet."""
+        if self.sent or self._started is None or self._first_due <= self._started:
+            return 0.0
+        done = (asyncio.get_running_loop().time() - self._started) / (self._first_due - self._started)
+        return (self.prompt_tokens - self.cached) * max(0.0, 1.0 - done)
 
     async def next(self) -> range:
         """Indexes of the tokens due, one at least, all that are due when the caller comes late; empty at the end."""

@@ -11,6 +11,7 @@ export STEELYARD_PROFILE := $(or $(PROFILE),$(STEELYARD_PROFILE))
 PY := .venv/bin/python
 INSTALL := $(PYTHON) tools/install.py $(PROFILE)
 PYTEST := $(PY) -m pytest
+TWO := -n 2 --dist loadgroup --no-loadscope-reorder
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 .PHONY: help install serve up down status test test-fast lint format soak bench-overhead gpu-check chart chart-docs images lock clean deploy deploy-upgrade deploy-remove wheelhouse
@@ -35,10 +36,10 @@ status: install ## what runs
 	@$(PY) -m serving.cli.main status
 
 test: install ## every test that this machine can run, real engines included
-	$(PYTEST)
+	$(PYTEST) $(TWO) --durations=30
 
 test-fast: install ## without engines and Ray, under a minute
-	$(PYTEST) -m "not engine and not ray and not gpu and not slow" tests/unit tests/gateway
+	$(PYTEST) $(TWO) -m "not engine and not ray and not gpu and not slow" tests/unit tests/gateway
 
 soak: install ## what takes too long for every run; then the asynchronous tests again and again: COUNT times (default 20)
 	$(PYTEST) -m soak

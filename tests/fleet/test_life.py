@@ -62,6 +62,15 @@ def test_models_serve_side_by_side(sim: Stack) -> None:
     assert sim.get("/readyz").status_code == 200
 
 
+def test_a_gateway_preempts_no_engine(sim: Stack) -> None:
+    titles = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in sim.processes()}
+    gateways = [pid for pid, title in titles.items() if b"ServeReplica:gateway" in title]
+    assert gateways
+    for pid in gateways:
+        threads = [int(t) for t in os.listdir(f"/proc/{pid}/task")]
+        assert os.SCHED_BATCH in {os.sched_getscheduler(t) for t in threads}
+
+
 def test_up_again_touches_only_what_changed(sim: Stack, catalog: Path) -> None:
     before = engine_pids(sim)
     gateway = json.loads(sim.cli("status", "--json").stdout)["gateways"][0]["id"]

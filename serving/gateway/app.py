@@ -250,7 +250,7 @@ class Gateway:
                 self.fleet.finished[line.version_id] += 1
                 if reply.crashed:
                     _count_death(x, charge)
-                else:
+                elif reply.scan is None or reply.finished:
                     charge.survived()
                 metrics.attempted("died" if reply.scan is not None and reply.scan.died else "ok")
                 return

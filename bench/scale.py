@@ -1,4 +1,4 @@
-"""Queue, admission and scaling under load: `python -m bench.scale` (`make bench-scale`), about eight minutes.
+"""Queue, admission and scaling under load: `python -m bench.scale` (`make bench-scale`), about nine minutes.
 
 The stack as it is deployed, over simulated engines whose pace is the limit, so that two cores suffice. Its parts, each
 runnable alone with `--only` and one of its bars:

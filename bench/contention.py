@@ -119,7 +119,7 @@ def growth_mib(sizes: Sequence[tuple[float, float]]) -> float | None:
 
 def fairness(bench: Bench, one: Fleet, eight: Fleet, asked: Asked, bars: Bars, result: Report) -> None:
     """Two keys, one asking for ten times as much, both for more than half of what there is."""
-    seconds = 8.0 if asked.quick else 20.0
+    seconds = 8.0 if asked.quick else 15.0
     for fleet in (
         one,
         eight,
@@ -160,14 +160,14 @@ def crowded(seed: int) -> Uniform:
 
 def gateways(bench: Bench, one: Fleet, eight: Fleet, asked: Asked, bars: Bars, result: Report) -> None:
     """The same four replicas' worth of engines behind one gateway and behind eight, nine of ten requests at one of them."""
-    seconds = 5.0 if asked.quick else 12.0
+    seconds = 5.0 if asked.quick else 10.0
     settle = 2.0
     crowd = skewed(eight.gateways(), SHARE_AT_ONE, eight.side.headers)
     pace: dict[str, list[float]] = {"one": [], "eight": []}
     waiting: dict[str, list[float]] = {"one": [], "eight": []}
     idle: list[float] = []
     failed = 0
-    for number in range(1 if asked.quick else 4):
+    for number in range(1 if asked.quick else 3):
         sides: list[tuple[str, Fleet, tuple[Party, ...]]] = [("one", one, ()), ("eight", eight, crowd)]
         for name, fleet, parties in sides if number % 2 == 0 else sides[::-1]:
             with idle_cores(idle):

@@ -1,4 +1,4 @@
-"""Queue, admission and scaling under load: `python -m bench.scale` (`make bench-scale`), about eight minutes.
+"""Queue, admission and scaling under load: `python -m bench.scale` (`make bench-scale`), about nine minutes.
 
 The stack as it is deployed, over simulated engines whose pace is the limit, so that two cores suffice. Its parts, each
 runnable alone with `--only` and one of its bars:
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import subprocess
 import sys
 import tempfile
 import time
@@ -127,7 +128,7 @@ def measure(part: Part, fleets: list[Fleet], bench: Bench, asked: Asked, result:
     run = partial(part.run, bench, *fleets, asked, BARS, result)
     try:
         run()
-    except (procs.StartFailed, OSError) as error:
+    except (procs.StartFailed, subprocess.TimeoutExpired, OSError) as error:
         bench.say(f"{', '.join(part.bars)}: {error}")
 
 

@@ -24,7 +24,7 @@ MEAN_S = 60.0  # time constant, at most, of the means that small excesses are ju
 SPREAD_S = 300.0  # likewise, of what the noise of the load is learned over
 WAIT_S = 2.0  # a wait that nobody notices
 ROOM = 3.6  # standard deviations of the load that are to be served with no longer one
-OUTLIER = 3.0  # standard deviations of independent arrivals that one observation counts for at most: a level that rises is no noise
+OUTLIER = 3.0  # standard deviations beyond which an observation is no noise: another level has begun
 CHANCE = 2.0  # standard deviations of independent arrivals (Poisson: the root of their number) that are no breach
 NOISE = 0.10  # nor is so large a share, where numbers are so large that chance explains less
 TOLERANCE = 0.05  # replicas go only if what is left would carry so much more than the load
@@ -145,6 +145,7 @@ def _observed(load: Load, limits: Limits, memory: Memory, now: float) -> tuple[M
     # An operator who lets replicas go sooner than a minute does not want to hear of that minute.
     over_s = max(1.0, min(MEAN_S, limits.scale_down_after_s))
     mean = memory.mean + _share(gap, watched, over_s) * (judged - memory.mean)
+    mean = min(mean, judged + OUTLIER * _noise(memory))  # what has fallen further is waited for by the window alone
     if demand == 0 and mean < 0.5:
         mean = 0.0  # less than a request: an exponential mean never gets there by itself
     learned = _learned(memory, load, demand, _share(gap, watched, SPREAD_S))
@@ -211,11 +212,12 @@ def _need(load: Load, limits: Limits, memory: Memory, demand: float) -> tuple[in
     target = limits.target_ongoing
     held = f"held {load.held} + running {load.running}"
     level = _breach(load, limits)
-    need = math.ceil(memory.mean / target)
+    need = math.ceil(memory.mean / target) if load.replicas else 0  # at zero only who waits counts, not what was
     why = f"{held}, in the mean {memory.mean:.0f}, over target {target:g} per replica needs {need}"
-    if (room := _room(load, memory)) > need:
+    if load.replicas and (room := _room(load, memory)) > need:
         need = room
-        why = f"{held}, usually {memory.level:.0f} give or take {_noise(memory):.0f}, needs {need} to wait for no more than {WAIT_S:g} s"
+        usual = f"usually {memory.level:.0f} give or take {_noise(memory):.0f}"
+        why = f"{held}, {usual}, needs {need} to wait for no more than {WAIT_S:g} s"
     if demand > level or load.replicas == 0:
         need = max(need, math.ceil(demand / target))
         why = f"{held} over target {target:g} per replica needs {need}"
@@ -232,7 +234,7 @@ def _room(load: Load, memory: Memory) -> int:
     with the variance as measured instead of that of independent arrivals. Requests that are held take turns: in
     `WAIT_S` so many finish as run, times that over the seconds of service. Means nothing in a large fleet, whose noise is
     small to what the target leaves free; in one of five replicas the target leaves too little."""
-    if not memory.finished_per_s or not memory.running:
+    if not load.held + load.running or not memory.finished_per_s or not memory.running:
         return 0
     served = load.slots * (1 + WAIT_S * memory.finished_per_s / memory.running)
     usual = min(memory.level, memory.mean + _noise(memory))  # a load that has fallen is not what it was

@@ -120,11 +120,12 @@ def growth_mib(sizes: Sequence[tuple[float, float]]) -> float | None:
 def fairness(bench: Bench, one: Fleet, eight: Fleet, asked: Asked, bars: Bars, result: Report) -> None:
     """Two keys, one asking for ten times as much, both for more than half of what there is."""
     seconds = 8.0 if asked.quick else 15.0
-    for fleet in (
-        one,
-        eight,
-    ):  # until every gateway has seen what answers of this model take, and its line forgot the start
-        fleet.ask(bench, "busy", crowded(0), concurrency=2 * REPLICAS * SLOTS, requests=60 * len(fleet.gateways()))
+    for fleet in (one, eight):
+        # Until every gateway knows what requests like these take: the first ones are guessed to be larger, and charged for it.
+        n = 80 * len(fleet.gateways())
+        fleet.ask(
+            bench, "busy", Steady(0, n, n / CAPACITY, TOKENS), mode="open", concurrency=16 * len(fleet.gateways())
+        )
     greedy, modest = one.keys("greedy", "modest")
     gaps = {"one": _gap(bench, one, (Party(10, greedy), Party(1, modest)), seconds, result)}
     greedy, modest = eight.keys("greedy", "modest")

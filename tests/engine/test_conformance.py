@@ -204,7 +204,11 @@ def test_usage_comes_right_before_done_when_asked_for(engine: Engine, path: str,
     assert done == b"[DONE]"
     assert usage["choices"] == []
     counts = {name: whole[name] for name in ("prompt_tokens", "total_tokens", "completion_tokens")}
-    assert usage["usage"] == counts | {"prompt_tokens_details": {"cached_tokens": 0}}
+    details = {"cached_tokens": 0} | (
+        {"created_cache_tokens": 0} if path == CHAT else {}
+    )  # too short for a whole block
+    assert usage["usage"] == counts | {"prompt_tokens_details": details}
+    assert whole["prompt_tokens_details"] == dict.fromkeys(("created_cache_tokens", "multimodal_tokens")) | details
     assert "system_fingerprint" in usage
     assert not any("usage" in event or "system_fingerprint" in event for event in before)
 
@@ -260,7 +264,7 @@ def test_a_long_beginning_that_was_seen_before_is_told_as_cached(engine: Engine,
     assert cached(start) == 0
     again = cached(start)
     assert 0 < again < 600  # whole blocks, and never all of it
-    assert 0 < cached(start[:400] + words * 9) <= 400
+    assert 0 < cached(start[:400] + words[:1] * 45) <= 400
     assert cached(words[:1] * 3 + start) == 0
     assert engine.metric("vllm:prefix_cache_hits_total") >= hits + again
 

@@ -126,7 +126,7 @@ class App:
                     exchange.header(b"x-request-id"),
                     model,
                     prompt_tokens,
-                    (lambda: sequence.cached) if self._prompt_details else None,
+                    (lambda: (sequence.cached, sequence.kept)) if self._prompt_details else None,
                 )
                 watch = asyncio.create_task(_fail_when_gone(exchange, sequence))
                 try:

@@ -160,6 +160,11 @@ class Sequence:
         """Tokens of its prompt that were in the cache; 0 before it is admitted."""
         return 0 if self.held is None else self.held.cached
 
+    @property
+    def kept(self) -> int:
+        """Tokens of its prompt that are in the cache now and were not before."""
+        return 0 if self.held is None else max(0, len(self.blocks) * self._core.kv.block_tokens - self.held.cached)
+
     def fail(self, error: Exception) -> None:
         """End the generation: the pending or the next `next()` raises `error`."""
         self._failed = self._failed or error

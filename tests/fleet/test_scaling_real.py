@@ -34,7 +34,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         "version": "v1",
         "weights": {"source": str(built)},
         "engine": {"args": {"max-model-len": 2048, "max-num-seqs": 4}},
-        "scaling": {"min": 0, "max": 2, "target_ongoing": 2, "scale_down_after_s": 600, "idle_to_zero_s": 3600},
+        "scaling": {"min": 0, "max": 2, "target_ongoing": 1, "scale_down_after_s": 600, "idle_to_zero_s": 3600},
         "drain_s": 120,
     }
     spec = {"name": "tiny", "versions": [version], "limits": {"max_wait_s": START_S}}

@@ -134,7 +134,7 @@ def configuration(gateway: str, key: Path, interval: str) -> str:
     (discovery,) = job["http_sd_configs"]
     discovery |= {"url": f"{gateway}/metrics/targets", "refresh_interval": interval}
     for part in (job, discovery):
-        part["authorization"] = {"credentials_file": str(key)}
+        part["authorization"]["credentials_file"] = str(key)
     return yaml.safe_dump(config, sort_keys=False)
 
 

@@ -27,7 +27,7 @@ from tests.stack import ROOT, Stack, free_port, until
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.slow,
+    pytest.mark.soak,  # test_walk.py asks the same without Ray in every run
     pytest.mark.timeout(400),
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed"),
 ]
@@ -210,7 +210,6 @@ def test_every_process_is_a_target_that_is_up(sim: Stack, eventful: Prometheus) 
     assert {"model", "version", "replica", "node"} <= labels.keys()
 
 
-@pytest.mark.soak
 def test_no_ready_replica_fires_for_real(tmp_path: Path) -> None:
     """A version that must be up is added, and its engine never gets ready."""
     models = catalog(tmp_path / "models")

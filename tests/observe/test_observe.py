@@ -48,5 +48,12 @@ def test_the_configuration_is_the_shipped_one_for_this_gateway_and_key() -> None
     (job,), (like,) = made["scrape_configs"], shipped["scrape_configs"]
     assert (job["job_name"], made["rule_files"]) == (like["job_name"], shipped["rule_files"])
     assert job["http_sd_configs"][0]["url"] == "http://127.0.0.1:8123/metrics/targets"
-    assert job["authorization"] == job["http_sd_configs"][0]["authorization"] == {"credentials_file": "/s/api-key"}
+    assert (
+        job["authorization"]
+        == job["http_sd_configs"][0]["authorization"]
+        == {
+            "type": "Bearer",
+            "credentials_file": "/s/api-key",
+        }
+    )
     assert made["global"]["scrape_timeout"] == made["global"]["scrape_interval"] == "2s"

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from serving.fleet.endpoint import State
-from serving.gateway import retry
+from serving.gateway import retry, routing
 from serving.gateway.routing import TRIPS
 from tests.gateway.harness import (
     HOST,
@@ -66,7 +66,7 @@ async def test_a_suspect_without_a_better_one_keeps_what_it_has_and_gets_nothing
 async def test_a_stream_that_says_nothing_for_longer_than_any_of_late_is_begun_elsewhere(
     front: Front, room: EngineRoom, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retry, "SILENT_LEAST_S", 0.2)
+    monkeypatch.setattr(retry, "SILENT_LEAST_S", 1.0)
     hanging = room.shared(sins="hangs", after=0)
     front.serve(hanging)
     asked = asyncio.create_task(front.ask(body=chat(stream=True)))
@@ -78,8 +78,10 @@ async def test_a_stream_that_says_nothing_for_longer_than_any_of_late_is_begun_e
 
 
 async def test_an_engine_that_fails_in_a_row_is_asked_no_more_until_it_is_its_time(
-    front: Front, room: EngineRoom
+    front: Front, room: EngineRoom, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(routing, "TRY_FIRST_S", 60.0)
+    monkeypatch.setattr(routing, "TRY_LONGEST_S", 60.0)
     front.serve(room.shared(sins="returns_500"), room.shared())
     for i in range(3 * TRIPS):
         assert (await front.ask(body=chat(f"hello {i}"))).status == 200

@@ -14,6 +14,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
+from serving.engine.simulator.kv import KvCache
 from serving.engine.simulator.metrics import Metrics
 from serving.telemetry.metrics import DirectoryMetrics, GatewayMetrics
 from tools import dashboards
@@ -42,7 +43,7 @@ def series() -> set[str]:
     gateway.of("m", "v")
     directory = DirectoryMetrics(registries[1])
     directory.seen("m", "v")
-    engine = Metrics(registries[2], "m", 2048, 4096)
+    engine = Metrics(registries[2], "m", 2048, KvCache(4096, 16))
     engine.watch(running=lambda: 0, waiting=lambda: 0, kv_usage=lambda: 0)
     for registry in registries:
         for family in registry.collect():

@@ -1,8 +1,7 @@
 """Prefix routing against what one big replica's cache would find, and against routing by load alone.
 
 The gateway's own queue, routing and block hashes in front of the simulator's engines and KV caches, in virtual time: an hour of
-traffic in seconds, and the same result every time. `python -m bench.prefix` prints the table; `bars()` is its part of
-`make bench-scale`.
+traffic in seconds, and the same result every time. A part of `make bench-scale`; `python -m bench.prefix` is it alone.
 """
 
 from __future__ import annotations
@@ -19,7 +18,9 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from bench import virtual
-from bench.report import Bar, Report, table
+from bench.paired import Bench
+from bench.plan import Asked, Bars, add
+from bench.report import Report, table
 from serving.engine.simulator.core import Core
 from serving.engine.simulator.kv import KvCache
 from serving.engine.simulator.metrics import Metrics
@@ -252,9 +253,12 @@ def measure(say: Callable[[str], None] = lambda _: None, most: int | None = None
     return report
 
 
-def bars() -> list[Bar]:
-    """The two that issue and table of bars name."""
-    return measure().bars
+def part(bench: Bench, asked: Asked, bars: Bars, result: Report) -> None:
+    """As a part of `bench.scale`."""
+    found = measure(bench.say, 6_000 if asked.quick else None)
+    for bar in found.bars:
+        add(result, bar.name, bar.value, asked, bars)
+    result.figures += found.figures
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ export STEELYARD_PROFILE := $(or $(PROFILE),$(STEELYARD_PROFILE))
 PY := .venv/bin/python
 INSTALL := $(PYTHON) tools/install.py $(PROFILE)
 PYTEST := $(PY) -m pytest
-TWO := -n 2 --dist loadgroup --no-loadscope-reorder
+TWO := -n 2 --dist loadscope --no-loadscope-reorder
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 .PHONY: help install serve up down status test test-fast lint format soak bench-overhead bench-scale gpu-check observe dashboards chart chart-docs images lock clean deploy deploy-upgrade deploy-remove wheelhouse

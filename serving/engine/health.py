@@ -26,6 +26,7 @@ Probe = Literal["none", "pending", "ok", "refused"]
 _FIRST_STEP_S, _BUCKETS = 0.001, 18
 _HALF_LIFE_S = 600.0
 _TELLING = 0.999
+STOOD_STILL_S = 10.0  # between two looks
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -58,6 +59,7 @@ class Memory(msgspec.Struct, frozen=True):
     """Between two looks. Times are those of `now`, whatever clock that is."""
 
     proved_at: float  # when it was last seen to work
+    looked_at: float | None = None  # the last time
     busy_since: float | None = None
     silent_since: float | None = None
     sick_since: float | None = None
@@ -79,7 +81,7 @@ class Judgement(msgspec.Struct, frozen=True):
 
 def judge(look: Look, limits: Limits, memory: Memory, now: float) -> Judgement:
     """The verdict on one look, and what to remember for the next."""
-    m = _remember(look, memory, now)
+    m = _remember(look, _awake(memory, now), now)
     limit_s = limit_of(limits, m)
     replace_s = max(limits.replace_s, 3 * limit_s)
     if not look.alive:
@@ -107,6 +109,24 @@ def judge(look: Look, limits: Limits, memory: Memory, now: float) -> Judgement:
     if _due(look, limits, m, now):
         return Judgement("ok", _asked(m, now), probe=True)
     return Judgement("ok", m)
+
+
+def _awake(m: Memory, now: float) -> Memory:
+    """Looks come twice a second and take a few at most. One that comes much later says that this machine was paused, the engine
+    with it: what nobody could see then is held against nobody."""
+    late_s = 0.0 if m.looked_at is None else now - m.looked_at
+    if late_s <= STOOD_STILL_S:
+        return msgspec.structs.replace(m, looked_at=now)
+    return msgspec.structs.replace(
+        m,
+        looked_at=now,
+        proved_at=m.proved_at + late_s,
+        probed_at=m.probed_at + late_s,
+        steps_at=m.steps_at + late_s,
+        busy_since=None if m.busy_since is None else m.busy_since + late_s,
+        silent_since=None if m.silent_since is None else m.silent_since + late_s,
+        sick_since=None if m.sick_since is None else m.sick_since + late_s,
+    )
 
 
 def limit_of(limits: Limits, memory: Memory) -> float:

@@ -169,8 +169,8 @@ class Table:
 
     def _remember(self, endpoint: Endpoint, before: Endpoint | None) -> None:
         """What outlives the replica: how long its start took, or that it failed. Told by its change of state, once."""
-        if before is not None and before.state is endpoint.state:
-            return
+        if before is not None and (before.state is endpoint.state or before.state is State.DRAINING):
+            return  # it was to go anyway
         version_id, facts, now = endpoint.version_id, self.facts(endpoint.version_id), self._wall()
         crashes = tuple(c for c in facts.crashes if now - c.at < CRASH_WINDOW_S)[-CRASHES_KEPT + 1 :]
         if endpoint.state is State.READY:
@@ -217,6 +217,8 @@ class Table:
             log.warning("the directory stood still for %.1f s", late_s)
             self._endpoints = {i: (e, until + late_s) for i, (e, until) in self._endpoints.items()}
             self._gateways = {i: (g, until + late_s) for i, (g, until) in self._gateways.items()}
+            self._targets = {i: (t, until + late_s) for i, (t, until) in self._targets.items()}
+            self._gpu_busy = {i: (b, until + late_s) for i, (b, until) in self._gpu_busy.items()}
         return self.expire(now)
 
     def expire(self, now: float) -> bool:

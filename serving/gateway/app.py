@@ -88,8 +88,6 @@ class Gateway:
         self.metrics = metrics
         metrics.before_text = self._observe
         self.requests = 0  # inside now
-        self._at_engines = 0
-        self._retries = retry.budget(lambda: self._at_engines)
         self.draining = False
         self.private_port = 0  # the listener for siblings; set by whoever opens it
         self.keys = keys
@@ -235,7 +233,6 @@ class Gateway:
             x.line.replica = upstream.endpoint.id
             settle = line.release
             metrics.running.inc()
-            self._at_engines += 1
             if ticket.again is not None:
                 ticket.again.sent(upstream.endpoint.id)
             try:
@@ -262,7 +259,7 @@ class Gateway:
                 metrics.attempted(e.outcome)
                 log.warning("attempt %d failed: %s", x.line.attempts, e, extra={"request_id": x.request_id})
                 settle, again, failed = (line.broken if e.gone else line.failed), True, e.outcome
-                ticket.again = ticket.again or retry.Retry(self._retries, line.trials)
+                ticket.again = ticket.again or retry.Retry(line.retries, line.trials)
                 ticket.again.close()
                 ticket.avoid |= line.on_node_of(upstream) if e.unreachable else {upstream.endpoint.id}
                 if e.killed:
@@ -278,7 +275,6 @@ class Gateway:
                 raise
             finally:
                 metrics.running.dec()
-                self._at_engines -= 1
                 settle(ticket)
 
     async def _turn(self, x: Exchange, model: ModelConfig, ticket: Ticket, again: retry.Retry) -> None:
@@ -467,7 +463,7 @@ class Gateway:
             now = time.monotonic()
             for line in self.fleet.lines.values():
                 if line.running:
-                    line.give_up_on_the_silent(now, self._retries.free())
+                    line.give_up_on_the_silent(now)
 
     async def _reload_keys(self) -> None:
         while True:

@@ -61,7 +61,8 @@ class Fuse:
         """That engine died with this request inside; how many have by now."""
         known = self._known(print_)
         self._own.pop(print_, None)
-        self._own[print_] = frozenset([*known, engine][-DEATHS:]), self._clock() + REMEMBERED_S
+        known = known if engine in known or len(known) >= DEATHS else known | {engine}
+        self._own[print_] = known, self._clock() + REMEMBERED_S
         while len(self._own) > MOST:
             del self._own[next(iter(self._own))]
         self.on_news()
@@ -121,5 +122,5 @@ class Charge:
         return self._fuse.died(self.print, engine)
 
     def survived(self) -> None:
-        if self._print:
-            self._fuse.survived(self._print)
+        if self._print or self._fuse.armed:  # it may have come before anybody was remembered
+            self._fuse.survived(self.print)

@@ -20,7 +20,7 @@ from serving.gateway import shares
 from serving.gateway.order import CLASSES, Order
 from serving.gateway.pace import Holds, Pace
 from serving.gateway.prefix import KEPT_BLOCKS
-from serving.gateway.retry import Patience, Retry, Trials
+from serving.gateway.retry import Patience, Retry, Trials, budget
 from serving.gateway.routes import Route
 from serving.gateway.routing import NOBODY, Upstream, pick
 from serving.gateway.sizes import Sizes
@@ -93,6 +93,7 @@ class VersionLine:
         self.sizes = Sizes()
         self.running = 0  # bound now
         self.siblings = False  # other gateways send prompts to the same endpoints
+        self.retries = budget(lambda: self.running)
         self.trials = Trials(lambda: len(self.ready_ids()))
         self._patience = Patience()
         self._gone: list[Upstream] = []  # out of the table, while attempts there have no answer
@@ -168,7 +169,9 @@ class VersionLine:
                 known.heard(e)
         if not only_add:
             for gone in self.upstreams.keys() - seen:
-                self._gone.append(self.upstreams.pop(gone))
+                upstream = self.upstreams.pop(gone)
+                if upstream.awaiting:
+                    self._gone.append(upstream)
         most = KEPT_BLOCKS // max(1, len(self.upstreams))
         for u in self.upstreams.values():
             u.keep(most)
@@ -288,7 +291,7 @@ class VersionLine:
         """What came from there was no answer."""
         now = time.monotonic()
         upstream = self._unbind(ticket)
-        upstream.failed(now, not self._closed() - {upstream.endpoint.id})
+        upstream.failed(now, not self._closed() - {upstream.endpoint.id}, ticket._bound_at)
         if self:
             self.pump(now)
 
@@ -297,13 +300,15 @@ class VersionLine:
         now = time.monotonic()
         self._patience.took(now - ticket._bound_at, now)
 
-    def give_up_on_the_silent(self, now: float, most: int) -> int:
+    def give_up_on_the_silent(self, now: float) -> int:
         """Attempts without an answer at engines that are suspect or gone, or for longer than any of late, are tried elsewhere
-        where there is a place: `most` of them, and how many that were."""
+        where there is a place: as many as may be tried at once, and how many that were. The others lose nothing where they
+        are, and have their answer if the engine is well again."""
         count, bound_s = 0, self._patience.bound_s()
+        turns, trials = self.retries.free(), self.trials.turns.free()
         self._gone = [u for u in self._gone if u.awaiting]
         for u in (*self.upstreams.values(), *self._gone):
-            if not u.awaiting or count >= most:
+            if not u.awaiting or count >= turns:
                 continue
             e = u.endpoint
             lost = e.state in (State.SUSPECT, State.FAILED) or self.upstreams.get(e.id) is not u
@@ -313,6 +318,7 @@ class VersionLine:
             others = (
                 o for o in self.upstreams.values() if o is not u and o.endpoint.state is State.READY and o.room(now)
             )
+            most = min(turns, trials) if lost else turns
             places = min(sum(o.endpoint.slots - o.sent for o in others), most - count)
             for attempt in sorted(due, key=lambda a: a.since)[:places]:
                 why = f"it is {e.state}" if lost else f"nothing came for {now - attempt.since:.0f} s"

@@ -6,9 +6,9 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-SHARE = 0.2  # of the requests at engines, so many at most may be there because an attempt failed
+SHARE = 0.2  # of the requests at a version's engines, so many at most may be there because an attempt has just failed
 LEAST = 3  # whatever runs
-TRIAL_S = 1.0  # alone among its like, unless it has an answer sooner
+TRIAL_S = 0.25  # without a failure, or an answer sooner, and it is a request like any other
 SILENT_LEAST_S = 30.0  # a stream's first event may always take so long
 SILENT_TIMES = 10.0  # and so many times as long as the slowest of late
 WINDOW_S = 300.0
@@ -51,8 +51,9 @@ class Turns:
 
 
 def budget(running: Callable[[], int]) -> Turns:
-    """The retries of one gateway. One that finds no room waits for it, and gives it back as soon as its attempt has an answer:
-    a burst of failures goes through at the pace at which engines answer, and nobody is refused for being one of many."""
+    """The retries of one version at one gateway. One that finds no room waits for it, and gives it back as soon as its attempt
+    has an answer, or has not failed for a moment: answers that take long keep nobody waiting, and nobody is refused for being
+    one of many. What waits for another version's replicas takes none of this one's."""
     return Turns(lambda: max(LEAST, int(SHARE * running())))
 
 
@@ -85,24 +86,22 @@ class Retry:
         self.taken = True
 
     def sent(self, endpoint_id: str) -> None:
+        """It is at that engine. From now on it has the turn for a moment only."""
+        self._leave()
         if self._suspect:
-            self._leave()
             self._where = endpoint_id
             self._trials.on.add(endpoint_id)
-            self._timer = asyncio.get_running_loop().call_later(TRIAL_S, self._acquitted)
+        self._timer = asyncio.get_running_loop().call_later(TRIAL_S, self.close)
 
     def close(self) -> None:
-        """It has an answer, or will not get one."""
+        """It has an answer, or will not get one, or has not failed for a moment, as those that have no answer before they have
+        all of it."""
+        self._leave()
         if self.taken:
             self.taken = False
             self._budget.give()
-        self._acquitted()
-
-    def _acquitted(self) -> None:
-        """Nothing has happened for a moment, as for those that have no answer before they have all of it."""
         if self._suspect:
             self._suspect = False
-            self._leave()
             self._trials.turns.give()
 
     def _leave(self) -> None:

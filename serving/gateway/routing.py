@@ -58,6 +58,7 @@ class Upstream:
         "sent",
         "tokens",
         "tripped",
+        "tripped_at",
         "try_at",
     )
 
@@ -75,6 +76,7 @@ class Upstream:
         self.keep(KEPT_BLOCKS)
         self.failures = 0  # attempts in a row that failed there, and not by their own fault
         self.tripped = False  # the breaker is open
+        self.tripped_at = 0.0  # monotonic seconds
         self.try_at = 0.0  # monotonic seconds; then it is half open
         self.awaiting: set[Awaiting] = set()  # attempts that have no answer yet
         self.careful_until = 0.0  # later than all three: from then on only `sent` and `tokens` count
@@ -85,6 +87,8 @@ class Upstream:
             self.broken_until = 0.0
             self.close_breaker()
             self.remembered = Remembered(self.remembered.room)
+        elif self.endpoint.state is State.SUSPECT and endpoint.state is State.READY:
+            self.close_breaker()  # what failed there did so because of that
         self.endpoint = endpoint
 
     def keep(self, most: int) -> None:
@@ -147,11 +151,15 @@ class Upstream:
         self.broken_until = now + BROKEN_PAUSE_S
         self.careful_until = max(self.careful_until, self.broken_until)
 
-    def failed(self, now: float, alone: bool) -> None:
-        """An attempt there failed. `alone`: no other engine of the line has its breaker closed; then this one stays closed."""
+    def failed(self, now: float, alone: bool, since: float) -> None:
+        """An attempt that was sent there at `since` failed. `alone`: no other engine of the line has its breaker closed; then
+        this one stays closed. It opens once for all that were inside together."""
+        if self.tripped and since < self.tripped_at:
+            return
         self.failures += 1
         if self.failures >= TRIPS and (self.tripped or not alone):
-            self.tripped = True
+            if not self.tripped:
+                self.tripped, self.tripped_at = True, now
             self.try_at = now + self._try_pause_s()
             self.careful_until = math.inf
 

@@ -123,8 +123,9 @@ class Fleet:
         self._endpoints = fresh if snapshot.complete else self._endpoints | fresh
         self._facts = snapshot.versions if snapshot.complete else self._facts | snapshot.versions
         self.gateways = snapshot.gateways
-        if snapshot.complete or snapshot.targets:
-            self.announced = snapshot.targets
+        targets = {t.id: t for t in snapshot.targets}
+        known = {} if snapshot.complete else {t.id: t for t in self.announced}
+        self.announced = tuple((known | targets).values())
         self._distribute(only_add=not snapshot.complete)
         self._count_elsewhere()
         self.fuse.hear(g.deaths for g in self.gateways if g.id != self.gateway_id and g.deaths)

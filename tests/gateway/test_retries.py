@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import socket
+from unittest import mock
 
 import anthropic
 import msgspec
@@ -46,6 +49,20 @@ async def test_what_a_suspect_has_not_answered_is_answered_elsewhere(
     assert {a.status for a in answers} == {200}
     assert front.metric(ATTEMPTS, outcome="silent") == 8
     await hanging.inside(0)
+
+
+async def test_the_death_of_one_engine_loses_none_of_the_many_inside(front: Front, room: EngineRoom) -> None:
+    """Answers that come whole, and late: each keeps its turn for a moment only."""
+    dying, well = room.start(slots=32, sim_ttft_ms=60_000), room.start(slots=32, sim_ttft_ms=1500)
+    front.serve(dying)
+    asked = [asyncio.create_task(front.ask(body=chat(f"hello {i}"))) for i in range(24)]
+    await dying.inside(24)
+    front.table(well)
+    with mock.patch.object(retry, "TRIAL_S", 0.02):
+        assert dying.process is not None and dying.process.pid is not None
+        os.kill(dying.process.pid, signal.SIGKILL)
+        answers = await asyncio.gather(*asked)
+    assert {a.status for a in answers} == {200}
 
 
 async def test_a_suspect_without_a_better_one_keeps_what_it_has_and_gets_nothing_new(

@@ -59,6 +59,14 @@ def test_a_suspect_that_goes_on_is_well_again() -> None:
     assert engine.looks(EVERY_S, steps_a_look=1, **busy()) == "ok"
 
 
+def test_a_pause_of_the_whole_machine_is_held_against_no_engine() -> None:
+    engine = Engine()
+    engine.looks(10, steps_a_look=20, **busy())
+    engine.now += 60
+    assert engine.looks(EVERY_S, mark=None, **busy()) == "ok"
+    assert engine.looks(LIMITS.stuck_s, **busy()) == "suspect stuck", "it is watched as before"
+
+
 def test_anything_that_only_its_core_moves_is_a_step() -> None:
     """A long prefill in chunks yields no token and counts as no iteration, but its KV cache fills."""
     engine = Engine()

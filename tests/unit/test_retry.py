@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -89,6 +90,19 @@ async def test_second_chances_are_given_one_at_a_time_on_each_engine() -> None:
     assert not trials.on and trials.turns.free() == 2
 
 
+async def test_answers_that_take_long_keep_no_other_retry_waiting() -> None:
+    line = VersionLine("m@v")
+    line.update([endpoint("a")], only_add=False)
+    chances = [Retry(line.retries, line.trials) for _ in range(2 * LEAST)]
+    with mock.patch("serving.gateway.retry.TRIAL_S", 0.001):
+        for chance in chances:
+            await chance.turn(suspect=True)
+            chance.sent("a")
+    while line.trials.turns.free() == 0:
+        await asyncio.sleep(0.001)
+    assert line.retries.free() == LEAST and not line.trials.on
+
+
 def test_a_first_event_may_take_ten_times_as_long_as_the_slowest_of_late() -> None:
     patience = Patience()
     assert patience.bound_s() == SILENT_LEAST_S
@@ -114,7 +128,7 @@ def test_after_failures_in_a_row_one_more_is_tried_at_a_time_ever_more_rarely() 
         assert upstream.room(100)
         upstream.bind(100)
         upstream.unbind()
-        upstream.failed(100, alone=False)
+        upstream.failed(100, alone=False, since=100)
     now, pauses = 100.0, []
     for _ in range(8):
         assert not upstream.room(now)
@@ -124,16 +138,34 @@ def test_after_failures_in_a_row_one_more_is_tried_at_a_time_ever_more_rarely() 
         upstream.bind(now)
         assert not upstream.room(now)  # half open: one
         upstream.unbind()
-        upstream.failed(now, alone=False)
+        upstream.failed(now, alone=False, since=now)
     assert pauses[:3] == [TRY_FIRST_S, TRY_FIRST_S * 2, TRY_FIRST_S * 4] and max(pauses) == TRY_LONGEST_S
     upstream.close_breaker()
     assert upstream.room(now) and not upstream.tripped
 
 
+def test_those_that_fail_together_open_the_breaker_once() -> None:
+    upstream = Upstream(endpoint("a"))
+    for _ in range(40):
+        upstream.failed(100, alone=False, since=90)
+    assert upstream.tripped and upstream.try_at == 100 + TRY_FIRST_S
+
+
+def test_an_engine_that_is_well_again_is_asked_again_at_once() -> None:
+    upstream = Upstream(endpoint("a"))
+    fields = {f: getattr(upstream.endpoint, f) for f in upstream.endpoint.__struct_fields__}
+    upstream.heard(Endpoint(**fields | {"state": State.SUSPECT}))
+    for _ in range(TRIPS):
+        upstream.failed(100, alone=False, since=90)
+    assert upstream.tripped
+    upstream.heard(endpoint("a"))
+    assert not upstream.tripped and upstream.room(100)
+
+
 def test_a_success_between_keeps_the_breaker_closed() -> None:
     upstream = Upstream(endpoint("a"))
     for _ in range(5 * TRIPS):
-        upstream.failed(0, alone=False)
+        upstream.failed(0, alone=False, since=0)
         if upstream.failures == TRIPS - 1:
             upstream.close_breaker()
     assert not upstream.tripped
@@ -165,20 +197,23 @@ class Attempt:
         self.gave_up = suspect
 
 
-def test_attempts_at_a_suspect_go_elsewhere_as_far_as_there_is_a_place() -> None:
+def test_attempts_at_a_suspect_go_elsewhere_as_far_as_there_are_a_place_and_a_turn() -> None:
     line = VersionLine("m@v")
     line.update([endpoint("a"), endpoint("b")], only_add=False)
     attempts = [Attempt(99.0 + i, stream=False) for i in range(4)]
     line.upstreams["a"].awaiting |= {*attempts, Attempt(1.0, patient=True)}
-    assert line.give_up_on_the_silent(100, 10) == 0
+    assert line.give_up_on_the_silent(100) == 0
     for _ in range(6):
         line.upstreams["b"].bind(100)
     suspect = Endpoint(
         **{f: getattr(endpoint("a"), f) for f in endpoint("a").__struct_fields__} | {"state": State.SUSPECT}
     )
     line.update([suspect, endpoint("b")], only_add=False)
-    assert line.give_up_on_the_silent(100, 10) == 2
-    assert [a.gave_up for a in attempts] == [True, True, None, None]
+    assert line.give_up_on_the_silent(100) == 1
+    assert [a.gave_up for a in attempts] == [True, None, None, None], "the others wait where they are"
+    line.upstreams["b"].bind(100)
+    line.upstreams["b"].bind(100)
+    assert line.give_up_on_the_silent(100) == 0
 
 
 def test_attempts_at_one_that_left_the_table_go_elsewhere() -> None:
@@ -187,9 +222,9 @@ def test_attempts_at_one_that_left_the_table_go_elsewhere() -> None:
     attempt = Attempt(99.0, stream=False)
     line.upstreams["a"].awaiting.add(attempt)
     line.update([endpoint("b")], only_add=True)
-    assert line.give_up_on_the_silent(100, 10) == 0
+    assert line.give_up_on_the_silent(100) == 0
     line.update([endpoint("b")], only_add=False)
-    assert line.give_up_on_the_silent(100, 10) == 1 and attempt.gave_up
+    assert line.give_up_on_the_silent(100) == 1 and attempt.gave_up
 
 
 def test_streams_that_say_nothing_for_long_go_elsewhere_and_whole_answers_wait() -> None:
@@ -197,9 +232,8 @@ def test_streams_that_say_nothing_for_long_go_elsewhere_and_whole_answers_wait()
     line.update([endpoint("a"), endpoint("b")], only_add=False)
     stream, whole = Attempt(0.0), Attempt(0.0, stream=False)
     line.upstreams["a"].awaiting |= {stream, whole}
-    assert line.give_up_on_the_silent(SILENT_LEAST_S, 10) == 0
-    assert line.give_up_on_the_silent(SILENT_LEAST_S + 1, 0) == 0
-    assert line.give_up_on_the_silent(SILENT_LEAST_S + 1, 10) == 1
+    assert line.give_up_on_the_silent(SILENT_LEAST_S) == 0
+    assert line.give_up_on_the_silent(SILENT_LEAST_S + 1) == 1
     assert (stream.gave_up, whole.gave_up) == (False, None)
 
 
@@ -210,6 +244,23 @@ CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "
 
 def charge(fuse: Fuse, **fields: Any) -> Charge:
     return Charge(fuse, "m@v", "/v1/chat/completions", None, CHAT | fields)
+
+
+def test_a_blown_fuse_stays_so_whichever_engine_is_told_of_again() -> None:
+    fuse = Fuse()
+    for engine in ("a", "b", "a", "b", "c", "a"):
+        deaths = fuse.died("print", engine)
+    assert deaths == DEATHS and fuse.blown("print")
+
+
+def test_who_was_inside_before_anybody_was_remembered_acquits_too() -> None:
+    fuse = Fuse()
+    early, late = charge(fuse), charge(fuse)
+    late.died("a")
+    late.died("b")
+    assert charge(fuse).blown
+    early.survived()
+    assert not charge(fuse).blown
 
 
 def test_what_says_nothing_to_the_engine_makes_no_other_request_of_it() -> None:

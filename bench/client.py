@@ -38,11 +38,12 @@ class Client:
     def run(
         self, spec: Spec, tick: Callable[[], None] = lambda: None, every_s: float = 1.0
     ) -> tuple[Summary, Recording]:
-        """Run one phase; `tick` is called every `every_s` seconds meanwhile. Raises RuntimeError when the load process
+        """Run one phase; `tick` is called every `every_s` seconds once load runs. Raises RuntimeError when the load process
         dies: what a server does never kills it."""
         assert self._child.stdin is not None
         self._child.stdin.write(spec.json() + "\n")
         self._child.stdin.flush()
+        self._answer(lambda: None, 60.0)
         summary = Summary(**json.loads(self._answer(tick, every_s)))
         return summary, Recording.load(Path(summary.out))
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.report import Op, Report
 from bench.stats import Estimate
 
-# name: unit, op, limit, goal
-BARS: dict[str, tuple[str, Op, float, float | str]] = {
+Bars = Mapping[str, tuple[str, Op, float, float | str]]  # name: unit, op, limit, goal
+
+BARS: Bars = {
     "ttft_added_p50_ms_c1": ("ms", "<=", 2.0, 1.0),
     "ttft_p95_ratio_c32": ("x", "<=", 1.75, 1.25),
     "ttft_p99_ratio_c32": ("x", "<=", 1.75, 1.25),
@@ -27,23 +29,28 @@ BARS: dict[str, tuple[str, Op, float, float | str]] = {
 ENGINE_BARS = (*list(BARS)[:8], "production")
 SIMULATED = (*list(BARS)[8:], "paced")
 
-_COUNTS = frozenset({"request_errors", "streams_2000_errors"})  # judged in a quick run too
 _SIM_RESERVE_S = 130.0
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How long and how much; `quick` keeps every step and shortens it, and judges counts only."""
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Which figures, all without `only`; `quick` keeps every step and shortens it, and judges counts only."""
 
     quick: bool
-    rounds: int
-    budget_s: float
     only: frozenset[str]
-    weights: Path | None
-    began: float
 
     def wants(self, *names: str) -> bool:
         return not self.only or bool(self.only & set(names))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Asked):
+    """How long and how much of `bench.overhead`."""
+
+    rounds: int
+    budget_s: float
+    weights: Path | None
+    began: float
 
     @property
     def until(self) -> float:
@@ -51,10 +58,11 @@ class Plan:
         return self.began + self.budget_s - (_SIM_RESERVE_S if self.wants(*SIMULATED) else 0.0)
 
 
-def add(result: Report, name: str, value: Estimate | float | None, plan: Plan) -> None:
-    """As a bar, or in a quick run, whose rounds are too short to judge times by, as a figure (counts stay bars)."""
-    unit, op, limit, goal = BARS[name]
-    if plan.quick and name not in _COUNTS and value is not None:
+def add(result: Report, name: str, value: Estimate | float | None, asked: Asked, bars: Bars = BARS) -> None:
+    """As a bar, or in a quick run, whose rounds are too short to judge times by, as a figure. Counts that must be exact
+    (`==`) stay bars."""
+    unit, op, limit, goal = bars[name]
+    if asked.quick and op != "==" and value is not None:
         result.note(name, value, unit)
     else:
         result.judge(name, value, unit, op, limit, goal)

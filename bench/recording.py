@@ -26,6 +26,9 @@ class Recording:
     first: Floats
     end: Floats
     ok: NDArray[np.bool_]
+    status: Ints  # 0: no answer came
+    retry_after_s: Floats  # NaN: nothing was promised
+    party: Ints
     tokens: Ints
     events: Ints
     times: Floats
@@ -42,6 +45,9 @@ class Recording:
             first=np.array([a.first for a in answers]),
             end=np.array([a.end for a in answers]),
             ok=np.array([not a.error for a in answers], dtype=np.bool_),
+            status=np.array([a.status for a in answers], dtype=np.int64),
+            retry_after_s=np.array([a.retry_after_s for a in answers]),
+            party=np.array([a.party for a in answers], dtype=np.int64),
             tokens=np.array([a.tokens for a in answers], dtype=np.int64),
             events=np.array([a.events for a in answers], dtype=np.int64),
             times=np.array([t for a in answers for t in a.times]),
@@ -89,6 +95,11 @@ class Recording:
         weight = np.repeat(self.tokens / np.maximum(self.events, 1), np.diff(self.offsets)) * self.counts
         inside = (self.times >= self.began + settle_s) & (self.times < self.began + until_s)
         return float(weight[inside].sum() / (until_s - settle_s))
+
+    def answered_per_s(self, since_s: float, until_s: float) -> float:
+        """Whole answers per second that ended between these seconds of the phase."""
+        inside = self.ok & (self.end >= self.began + since_s) & (self.end < self.began + until_s)
+        return float(inside.sum() / (until_s - since_s))
 
     @property
     def events_total(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -90,7 +91,20 @@ def many_streams(bench: Bench, stack: Side, plan: Plan, result: Report) -> None:
     )
 
 
-def simulated(name: str, args: dict[str, Any]) -> dict[str, Any]:
+def simulated(
+    name: str,
+    args: Mapping[str, Any],
+    scaling: Mapping[str, Any] | None = None,
+    limits: Mapping[str, Any] | None = None,
+    drain_s: float = 30.0,
+) -> dict[str, Any]:
     """A model file over the simulator that takes next to nothing of Ray's logical CPUs."""
-    version = {"version": "v1", "engine": {"kind": "simulator", "args": args}, "resources": {"cpus": 0.1}}
-    return {"name": name, "versions": [version], "limits": {"max_queue": 4096}}
+    version: dict[str, Any] = {
+        "version": "v1",
+        "engine": {"kind": "simulator", "args": dict(args)},
+        "resources": {"cpus": 0.1},
+        "drain_s": drain_s,
+    }
+    if scaling is not None:
+        version["scaling"] = dict(scaling)
+    return {"name": name, "versions": [version], "limits": {"max_queue": 4096, **(limits or {})}}

@@ -20,6 +20,7 @@ _TAIL_BYTES = 1024  # holds the last content event, a usage event, an error fram
 _CONTENT = re.compile(rb'"(?:content|text)":\s*"[^"]')
 _FINISH = re.compile(rb'"finish_reason":\s*"(\w+)"')
 _USAGE = re.compile(rb'"completion_tokens":\s*(\d+)')
+_CODE = re.compile(rb'"code":\s*"(\w+)"')
 _ERROR = re.compile(rb'data: \{"error"[^\n]{0,300}')
 
 
@@ -28,7 +29,8 @@ class Answer:
 
     `times[i]` is when a burst (one read of the socket) arrived and `counts[i]` how many events ended in it, `[DONE]`
     and the role event included. `first` is the burst with the first character of content. `error` is empty when the
-    answer is whole: status 200, a finish reason, `[DONE]`, no error frame.
+    answer is whole: status 200, a finish reason, `[DONE]`, no error frame. `retry_after_s` is what a refusal promised.
+    `party` is whose request it was, when a phase has several.
     """
 
     __slots__ = (
@@ -41,15 +43,18 @@ class Answer:
         "error",
         "first",
         "max_tokens",
+        "party",
+        "retry_after_s",
         "start",
         "status",
         "times",
     )
 
-    def __init__(self, max_tokens: int, due: float) -> None:
+    def __init__(self, max_tokens: int, due: float, party: int = 0) -> None:
         self.max_tokens = max_tokens
         self.due = due
-        self.start = self.first = self.end = float("nan")
+        self.party = party
+        self.start = self.first = self.end = self.retry_after_s = float("nan")
         self.status = 0
         self.error = ""
         self.times: list[float] = []
@@ -73,7 +78,10 @@ class Answer:
     def finish(self, now: float) -> None:
         """The body is complete: decide whether it was a whole answer."""
         self.end = now
-        if self.status != 200:
+        if self.status == 429:  # commonly many, each with its own numbers
+            code = _CODE.search(self._tail)
+            self.error = f"status 429: {code[1].decode() if code else ''}"
+        elif self.status != 200:
             self.error = f"status {self.status}: {self._tail[:200].decode(errors='replace')}"
         elif frame := _ERROR.search(self._tail):
             self.error = f"error frame: {frame[0].decode(errors='replace')}"
@@ -145,6 +153,10 @@ class Connection(asyncio.Protocol):
             on_done, self._on_done = self._on_done, None
             on_done(answer)
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._answer is not None and name.lower() == b"retry-after" and value.isdigit():
+            self._answer.retry_after_s = float(value)
+
     def on_body(self, body: bytes) -> None:
         if self._answer is not None:
             self._events += self._answer.feed(body, self._now)
@@ -155,6 +167,12 @@ class Connection(asyncio.Protocol):
             self._answer.status = self._parser.get_status_code()
             self._answer.finish(self._now)
             self._answer = None
+
+    @property
+    def local_port(self) -> int:
+        """The client's side of the connection."""
+        assert self._transport is not None
+        return int(self._transport.get_extra_info("sockname")[1])
 
     def close(self) -> None:
         if self._transport is not None:

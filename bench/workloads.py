@@ -29,16 +29,19 @@ class Call:
 
 @dataclass(frozen=True)
 class Uniform:
-    """`n` short, distinct prompts of about `chars` characters, `max_tokens` tokens out each."""
+    """`n` short, distinct prompts of about `chars` characters, `max_tokens` tokens out each, or evenly drawn from so many
+    by `spread` more or less."""
 
     seed: int
     n: int = 2000
     chars: int = 60
     max_tokens: int = 64
+    spread: int = 0
 
     def calls(self) -> list[Call]:
-        rng = random.Random(self.seed)
-        return [Call(0.0, f"{i} {_text(rng, self.chars)}", self.max_tokens) for i in range(self.n)]
+        rng, lengths = random.Random(self.seed), random.Random(f"lengths {self.seed}")
+        shortest, longest = self.max_tokens - self.spread, self.max_tokens + self.spread
+        return [Call(0.0, f"{i} {_text(rng, self.chars)}", lengths.randint(shortest, longest)) for i in range(self.n)]
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,24 @@ class Steady:
         return [Call(self.ramp_s * i / self.n, f"{i} {_text(rng, 40)}", self.max_tokens) for i in range(self.n)]
 
 
-Workload = Uniform | Production | Steady
-_KINDS: dict[str, type[Workload]] = {kind.__name__.lower(): kind for kind in (Uniform, Production, Steady)}
+@dataclass(frozen=True)
+class Listed:
+    """Calls one by one: `(at_s, prompt, max_tokens)`."""
+
+    entries: tuple[tuple[float, str, int], ...]
+
+    def calls(self) -> list[Call]:
+        return [Call(*entry) for entry in self.entries]
+
+
+Workload = Uniform | Production | Steady | Listed
+_KINDS: dict[str, type[Workload]] = {kind.__name__.lower(): kind for kind in (Uniform, Production, Steady, Listed)}
+
+
+def together(*workloads: Workload) -> Listed:
+    """All of them at once, for an open loop."""
+    calls = sorted((call for w in workloads for call in w.calls()), key=lambda call: call.at_s)
+    return Listed(tuple((call.at_s, call.prompt, call.max_tokens) for call in calls))
 
 
 def dump(workload: Workload) -> dict[str, Any]:

@@ -56,6 +56,7 @@ FAILED_KEPT_S = 60.0  # how long a FAILED entry stays to tell why
 SETTLE_S = 15.0
 CALL_S = 5.0
 JANITOR_EVERY_S = 0.5
+STOOD_STILL_S = 1.0  # this process did not run for longer than that: nobody's silence in it says anything
 FACTS_KEPT = 1024  # versions that are remembered
 LOAD_NEWS_EVERY_S = 0.25  # load alone wakes pollers at most this often; a state change wakes them at once
 
@@ -74,6 +75,7 @@ class Table:
         self.unpublished = False  # something changed since the last `publish`
         self.keys = ""
         self._born = now
+        self._tidied_at: float | None = None
         self._endpoints: dict[str, tuple[Endpoint, float]] = {}
         self._gateways: dict[str, tuple[GatewayInfo, float]] = {}
         self._facts: dict[str, VersionFacts] = {}
@@ -172,6 +174,17 @@ class Table:
         self.keys = digest
         self.unpublished |= new
         return new
+
+    def tidy(self, now: float) -> bool:
+        """`expire`, each `JANITOR_EVERY_S`. One that comes late means a machine that was paused or starved: reports wait in
+        this process's sockets, behind this round, so all leases last so much longer."""
+        late_s = 0.0 if self._tidied_at is None else now - self._tidied_at - JANITOR_EVERY_S
+        self._tidied_at = now
+        if late_s > STOOD_STILL_S:
+            log.warning("the directory stood still for %.1f s", late_s)
+            self._endpoints = {i: (e, until + late_s) for i, (e, until) in self._endpoints.items()}
+            self._gateways = {i: (g, until + late_s) for i, (g, until) in self._gateways.items()}
+        return self.expire(now)
 
     def expire(self, now: float) -> bool:
         """Drops entries whose lease ran out; True when there were any."""
@@ -323,7 +336,7 @@ class Directory:
     async def _tidy_for_ever(self) -> None:
         while True:
             try:
-                news = self._table.expire(time.monotonic())
+                news = self._table.tidy(time.monotonic())
                 if self._keys_file is not None and await asyncio.to_thread(self._keys_file.changed):
                     news |= self._table.set_keys(self._keys_file.digest)
                 if news:

@@ -32,6 +32,7 @@ POLL_S = 2.0  # an answer at least so often: a table without news is as fresh as
 CALL_S = 5.0
 AGAIN_S = 0.25  # a table without news is decided on this often: delays pass all the same
 RATE_WINDOW_S, RATE_STEP_S = 10.0, 1.0
+STEP_S = 2.0  # arrivals of so little time count when they are more: a mean of ten seconds learns of a step too late
 AWAY_S = 1e9  # age of a table that never came
 REPORTS_KEPT = 1000
 _NO_DELAYS = {"upscale_delay_s": 0.0, "downscale_delay_s": 0.0, "downscale_to_zero_delay_s": 0.0}
@@ -56,7 +57,8 @@ def policy(ctx: Any) -> tuple[int, dict[str, Any]]:
 
 
 class Rates(NamedTuple):
-    """Requests per second over the last `RATE_WINDOW_S`, through all gateways."""
+    """Requests per second over the last `RATE_WINDOW_S`, through all gateways; of arrivals, those of the last `STEP_S` when
+    they came faster."""
 
     arrived: float
     finished: float
@@ -77,8 +79,9 @@ class Table:
         counts = {g.id: self._counts.get(g.id) or deque[tuple[float, GatewayInfo]]() for g in snapshot.gateways}
         for gateway in snapshot.gateways:
             known = counts[gateway.id]
-            if not known or now - known[-1][0] >= RATE_STEP_S:
-                known.append((now, gateway))
+            if len(known) > 1 and now - known[-2][0] < RATE_STEP_S:
+                known.pop()
+            known.append((now, gateway))  # the newest always, and those before it in steps
             while len(known) > 1 and now - known[1][0] >= RATE_WINDOW_S:
                 known.popleft()
         self._counts = counts
@@ -89,15 +92,17 @@ class Table:
 
     def rates(self, version_id: str) -> Rates | None:
         """None until a gateway was watched for half a window."""
-        arrived = finished = 0.0
+        arrived = lately = finished = 0.0
         watched = False
         for known in self._counts.values():
             (began, first), (ended, last) = known[0], known[-1]
             if ended - began >= RATE_WINDOW_S / 2:
                 watched = True
+                before, earlier = next((at, g) for at, g in reversed(known) if ended - at >= STEP_S)
                 arrived += (last.arrived.get(version_id, 0) - first.arrived.get(version_id, 0)) / (ended - began)
+                lately += (last.arrived.get(version_id, 0) - earlier.arrived.get(version_id, 0)) / (ended - before)
                 finished += (last.finished.get(version_id, 0) - first.finished.get(version_id, 0)) / (ended - began)
-        return Rates(arrived, finished) if watched else None
+        return Rates(max(arrived, lately), finished) if watched else None
 
 
 class Policy:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import multiprocessing
+import os
+import socket
 import statistics
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,9 +19,9 @@ import numpy as np
 import pytest
 
 from bench import workloads
-from bench.load import Spec, Summary, run_phase
+from bench.load import Party, Spec, Summary, run_phase
 from bench.recording import Recording
-from bench.workloads import Production, Steady, Uniform, Workload
+from bench.workloads import Production, Steady, Uniform, Workload, together
 
 Writer = asyncio.StreamWriter
 CONTENT = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":null}]}\n\n'
@@ -35,6 +39,7 @@ class Server:
     def __init__(self, events: int = 4, gap_s: float = 0.0, close_after: int | None = None) -> None:
         self.events, self.gap_s, self.close_after = events, gap_s, close_after
         self.bodies: list[dict[str, Any]] = []
+        self.keys: Counter[str] = Counter()
         self.connections = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: Writer) -> None:
@@ -44,6 +49,7 @@ class Server:
                 head = await reader.readuntil(b"\r\n\r\n")
             except asyncio.IncompleteReadError:
                 break
+            self.keys[head.partition(b"Authorization: ")[2].partition(b"\r\n")[0].decode()] += 1
             length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
             self.bodies.append(json.loads(await reader.readexactly(length)))
             writer.write(HEAD)
@@ -87,6 +93,54 @@ async def test_a_request_is_what_a_streaming_chat_client_sends(tmp_path: Path) -
     assert body["ignore_eos"] is True
 
 
+async def test_requests_are_of_parties_by_weight_with_the_headers_of_each(tmp_path: Path) -> None:
+    server = Server()
+    parties = (Party(9, {"Authorization": "Bearer a"}), Party(1, {"Authorization": "Bearer b"}))
+    _, recording = await phase(server, tmp_path, Uniform(1), concurrency=2, requests=100, parties=parties)
+    seen = [recording.party.tolist().count(0), recording.party.tolist().count(1)]
+    assert [server.keys["Bearer a"], server.keys["Bearer b"]] == seen
+    assert 0 < seen[1] < 25
+
+
+async def test_a_party_uses_connections_that_its_gateways_took_and_no_others(tmp_path: Path) -> None:
+    """The kernel gives each connection to one of two listeners of one port; the other one is another process's."""
+    ready = multiprocessing.get_context("fork").Event()
+    server = Server()
+    listener = await asyncio.start_server(server.serve, "127.0.0.1", 0, reuse_port=True)
+    port = listener.sockets[0].getsockname()[1]
+    other = multiprocessing.get_context("fork").Process(target=_accept_for_ever, args=(port, ready), daemon=True)
+    other.start()
+    try:
+        assert await asyncio.to_thread(ready.wait, 10)
+        parties = (Party(gateways=(os.getpid(),)),)
+        spec = Spec(
+            f"http://127.0.0.1:{port}",
+            "tiny",
+            workloads.dump(Uniform(1)),
+            str(tmp_path / "r.npz"),
+            concurrency=8,
+            requests=30,
+            parties=parties,
+        )
+        summary = await run_phase(Spec.of(spec.json()))
+    finally:
+        other.kill()
+        other.join()
+        listener.close()
+    assert (summary.requests, summary.errors) == (30, {})
+
+
+def _accept_for_ever(port: int, ready: Any) -> None:
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        s.bind(("127.0.0.1", port))
+        s.listen(4096)
+        ready.set()
+        kept = []
+        while True:
+            kept.append(s.accept())
+
+
 async def test_a_closed_loop_stops_asking_when_its_time_is_up(tmp_path: Path) -> None:
     summary, _ = await phase(Server(gap_s=0.02), tmp_path, Uniform(1), concurrency=2, duration_s=0.3)
     assert 0.3 <= summary.wall_s < 2.0
@@ -124,6 +178,14 @@ async def test_a_server_that_falls_silent_ends_in_a_client_timeout(tmp_path: Pat
 def test_a_seed_fixes_a_workload(make: Callable[[int], Workload]) -> None:
     assert make(1).calls() == make(1).calls() != make(2).calls()
     assert workloads.load(json.loads(json.dumps(workloads.dump(make(1))))) == make(1)
+
+
+def test_workloads_together_keep_each_call_at_its_time() -> None:
+    first, second = Steady(1, 5, 10, 3), Steady(2, 7, 4, 9)
+    both = together(first, second)
+    assert sorted(both.calls(), key=repr) == sorted(first.calls() + second.calls(), key=repr)
+    assert [c.at_s for c in both.calls()] == sorted(c.at_s for c in both.calls())
+    assert workloads.load(json.loads(json.dumps(workloads.dump(both)))).calls() == both.calls()
 
 
 def test_production_keeps_its_rate_its_context_and_its_shared_prefixes() -> None:

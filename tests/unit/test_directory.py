@@ -103,6 +103,17 @@ def test_a_restarted_directory_says_that_it_is_another() -> None:
     assert Table(0).snapshot(0).epoch != Table(0).snapshot(0).epoch
 
 
+def test_a_directory_that_stood_still_forgets_nobody_for_that() -> None:
+    table = Table(0)
+    table.announce(endpoint(), 0)
+    table.announce_gateway(GatewayInfo(id="g", url="x"), 0)
+    assert not table.tidy(0.5)
+    assert not table.tidy(60.5)  # the reports of that minute have not been read yet
+    assert ids(table, 60.5) == ["a"]
+    assert any([table.tidy(60.5 + half / 2) for half in range(1, 12)])  # nobody has reported since: they are gone
+    assert table.snapshot(66).gateways == table.snapshot(66).endpoints == ()
+
+
 def test_gateways_come_renew_withdraw_and_expire() -> None:
     table = Table(0)
     one, two = GatewayInfo(id="one", url="http://one"), GatewayInfo(id="two", url="http://two")

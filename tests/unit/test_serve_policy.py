@@ -36,7 +36,16 @@ class Fleet:
         self._number = 0
         self.tell()
 
-    def tell(self, *, held: int = 0, running: int = 0, complete: bool = True, state: State = State.READY) -> None:
+    def tell(
+        self,
+        *,
+        held: int = 0,
+        running: int = 0,
+        complete: bool = True,
+        state: State = State.READY,
+        arrived: int = 0,
+        finished: int = 0,
+    ) -> None:
         """The directory's table comes in: as many replicas as Serve wants are ready, and share what runs."""
         self._number += 1
         endpoints = tuple(
@@ -46,7 +55,8 @@ class Fleet:
             )
             for i in range(self.target)
         )  # fmt: skip
-        gateways = (GatewayInfo(id="g", url="x", held={ID: held} if held else {}),)
+        counts = {"arrived": {ID: arrived}, "finished": {ID: finished}}
+        gateways = (GatewayInfo(id="g", url="x", held={ID: held} if held else {}, **counts),)
         self.table.put(
             Snapshot(epoch="e", number=self._number, complete=complete, endpoints=endpoints, gateways=gateways)
         )
@@ -81,6 +91,17 @@ def test_a_breach_is_answered_within_two_seconds_and_in_full() -> None:
     fleet = Fleet()
     fleet.ticks(10, running=2)
     assert fleet.ticks(2, held=16, running=8) >= 5
+
+
+def test_a_step_is_no_less_a_breach_where_the_pace_of_arrivals_was_slow() -> None:
+    """Requests of two seconds, one at a time; then sixteen at once and for good."""
+    fleet = Fleet()
+    for half in range(60):
+        fleet.ticks(0.5, running=1, arrived=half // 4, finished=half // 4)
+    assert fleet.target == 1
+    for _ in range(4):
+        fleet.ticks(0.5, held=8, running=8, arrived=15 + 16, finished=15)
+    assert fleet.target == 4
 
 
 def test_serve_adds_no_delay_of_its_own_to_ours() -> None:

@@ -55,9 +55,10 @@ class Core:
             running=lambda: self._load()[0], waiting=lambda: self._load()[1], kv_usage=lambda: self._load()[2]
         )
 
-    def sequence(self, prompt_tokens: int, max_tokens: int) -> Sequence:
-        """A generation to be used as a context manager: inside it counts as waiting or running."""
-        return Sequence(self, prompt_tokens, max_tokens)
+    def sequence(self, prompt_tokens: int, max_tokens: int, choices: int = 1) -> Sequence:
+        """A generation to be used as a context manager: inside it counts as waiting or running. Its choices run in step and
+        count as one request, where vLLM schedules each by itself."""
+        return Sequence(self, prompt_tokens, max_tokens, choices)
 
     def _load(self) -> tuple[int, int, float]:
         """Running, waiting, share of the KV room: as the core said last, so a core that stands still says no more."""
@@ -106,11 +107,12 @@ class Sequence:
     """One generation. `next()` hands out its tokens as they fall due on a schedule fixed at admission, so that a late
     wake-up does not push later tokens back."""
 
-    def __init__(self, core: Core, prompt_tokens: int, max_tokens: int) -> None:
+    def __init__(self, core: Core, prompt_tokens: int, max_tokens: int, choices: int) -> None:
         self._core = core
+        self._choices = choices
         self.prompt_tokens = prompt_tokens
         self.max_tokens = max_tokens
-        self.held = prompt_tokens + max_tokens
+        self.held = prompt_tokens + choices * max_tokens
         self.sent = 0
         self._arrived = self._last = asyncio.get_running_loop().time()
         self._started: float | None = None
@@ -175,7 +177,8 @@ class Sequence:
         else:
             metrics.inter_token.observe(now - self._last)
         self._last = now
-        metrics.tokens(len(tokens) + (self.prompt_tokens if tokens.start == 0 else 0), len(tokens))
+        made = len(tokens) * self._choices
+        metrics.tokens(made + (self.prompt_tokens if tokens.start == 0 else 0), made)
 
     def finish(self, reason: str) -> None:
         """Count the request as answered. One whose client left is not counted, as in vLLM."""
@@ -184,7 +187,7 @@ class Sequence:
         self._core.metrics.finished(
             reason,
             prompt_tokens=self.prompt_tokens,
-            tokens=self.sent,
+            tokens=self.sent * self._choices,
             waited_s=started - self._arrived,
             ran_s=now - started,
         )

@@ -13,7 +13,7 @@ INSTALL := $(PYTHON) tools/install.py $(PROFILE)
 PYTEST := $(PY) -m pytest
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
-.PHONY: help install serve up down status test test-fast lint format soak bench-overhead bench-scale gpu-check chart chart-docs images lock clean deploy deploy-upgrade deploy-remove wheelhouse
+.PHONY: help install serve up down status test test-fast lint format soak bench-overhead bench-scale chaos gpu-check chart chart-docs images lock clean deploy deploy-upgrade deploy-remove wheelhouse
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ bench-overhead: install ## the stack against the raw engine: table, .steelyard/b
 
 bench-scale: install ## queue, admission and scaling over simulated engines: table, .steelyard/bench/scale.json, exit 1 when a bar is missed
 	$(PY) -m bench.scale $(ARGS)
+
+chaos: install ## one fault at a time under open streams: table, .steelyard/bench/chaos.json, exit 1 when a bar is missed
+	$(PY) -m bench.chaos $(ARGS)
 
 gpu-check: ## bench-overhead on a GPU with an 8B-shaped model; runs where there is one
 	$(if $(wildcard .venv/bin/python),$(PY),$(PYTHON)) -m bench.gpu_check $(ARGS)

@@ -25,37 +25,32 @@ STUCK_TIMEOUT_S = 15.0
 
 def engine_killed(scene: Scene) -> Victims:
     replica, pid = scene.busiest()
-    os.kill(pid, signal.SIGKILL)
-    return Victims({replica})
+    return _hit(pid, signal.SIGKILL, Victims({replica}))
 
 
 def engine_stopped(scene: Scene) -> Victims:
     replica, pid = scene.busiest()
-    os.kill(pid, signal.SIGSTOP)
-    return Victims({replica})
+    return _hit(pid, signal.SIGSTOP, Victims({replica}))
 
 
 def replica_killed(scene: Scene) -> Victims:
     replica, pid = scene.busiest()
-    os.kill(scene.actor(pid), signal.SIGKILL)
-    return Victims({replica})
+    return _hit(scene.actor(pid), signal.SIGKILL, Victims({replica}))
 
 
 def gateway_killed(scene: Scene) -> Victims:
-    pid = max(scene.fleet.gateways(), key=lambda pid: len(scene.ports_of(pid)))
-    ports = scene.ports_of(pid)
-    os.kill(pid, signal.SIGKILL)
-    return Victims(ports=ports)
+    """The one with most connections."""
+    held = {pid: scene.ports_of(pid) for pid in scene.fleet.gateways()}
+    pid = max(held, key=lambda pid: len(held[pid]))
+    return _hit(pid, signal.SIGKILL, Victims(ports=held[pid]))
 
 
 def directory_killed(scene: Scene) -> Victims:
-    os.kill(scene.fleet.directory(), signal.SIGKILL)
-    return Victims(leaves=False, settle_s=15.0)
+    return _hit(scene.fleet.directory(), signal.SIGKILL, Victims(leaves=False, settle_s=15.0))
 
 
 def controller_killed(scene: Scene) -> Victims:
-    os.kill(scene.process("ray::ServeController"), signal.SIGKILL)
-    return Victims(leaves=False, settle_s=15.0)
+    return _hit(scene.process("ray::ServeController"), signal.SIGKILL, Victims(leaves=False, settle_s=15.0))
 
 
 def engine_fails(scene: Scene) -> Victims:
@@ -270,10 +265,16 @@ def changed(model: dict[str, Any], part: str, inner: str | None, more: dict[str,
     return model
 
 
+def _hit(pid: int, number: signal.Signals, victims: Victims) -> Victims:
+    victims.at = time.monotonic()
+    os.kill(pid, number)
+    return victims
+
+
 def _sins(scene: Scene, *names: str, after: int = 1) -> Victims:
     replica, _ = scene.busiest()
-    scene.sin(replica, *names, after=after)
-    return Victims({replica})
+    at = scene.sin(replica, *names, after=after)
+    return Victims({replica}, at=at)
 
 
 def _applied(scene: Scene, done: Any) -> None:

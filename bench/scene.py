@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import psutil
 import yaml
@@ -99,9 +100,15 @@ class Scene:
         port = int(self.fleet.side.base_url.rpartition(":")[2])
         return {client for client, inode in taken(port).items() if inode in sockets}
 
-    def sin(self, replica: str, *names: str, after: int = 8) -> None:
-        """Turn one simulated engine bad."""
-        self._engine(self._url(replica) + "/-/sins", {"names": names, "after": after})
+    def sin(self, replica: str, *names: str, after: int = 8) -> float:
+        """Turn one simulated engine bad; when, on the monotonic clock."""
+        url = next(str(r["url"]) for r in self.status()["replicas"] if r["id"] == replica) + "/-/sins"
+        secret = (self.state_dir / "cluster-secret").read_text().strip()
+        headers = {SECRET_HEADER.decode(): secret, "content-type": "application/json"}
+        body = json.dumps({"names": names, "after": after}).encode()
+        at = time.monotonic()
+        urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=10).close()
+        return at
 
     def up(self, model: dict[str, Any] | None = None, **settings: str) -> subprocess.CompletedProcess[str]:
         """`steelyard up` with another model file, or other settings; its own one again without any."""
@@ -119,15 +126,6 @@ class Scene:
         argv = [sys.executable, "-m", "serving.cli.main", *args]
         env = self.fleet.side.service.env | settings
         return subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, timeout=_UP_TIMEOUT_S)
-
-    def _url(self, replica: str) -> str:
-        return next(str(r["url"]) for r in self.status()["replicas"] if r["id"] == replica)
-
-    def _engine(self, url: str, body: dict[str, Any]) -> None:
-        secret = (self.state_dir / "cluster-secret").read_text().strip()
-        headers = {SECRET_HEADER.decode(): secret, "content-type": "application/json"}
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-        urllib.request.urlopen(request, timeout=10).close()
 
 
 class Watch:
@@ -175,7 +173,7 @@ class Watch:
                 gateways = sorted(t["labels"]["gateway"] for t in listed if "gateway" in t["labels"])
             for gateway in gateways:  # the first that answers: one may be the victim
                 with contextlib.suppress(OSError):
-                    metrics = Metrics(self._get(f"/metrics?source={gateway}"))
+                    metrics = Metrics(self._get(f"/metrics?source={quote(gateway)}"))
                     ready = metrics.total("steelyard_replicas", model=self._model, state="READY")
                     self.seen.append((time.monotonic(), int(ready), len(gateways)))
                     break

@@ -99,7 +99,7 @@ class Crowd:
         self._open[witness.request_id] = witness
         connection: Connection | None = None
         for again in (False, True):
-            witness.again, witness.error = again, ""
+            witness.again, witness.error, witness.end = again, "", float("nan")
             connection = idle if idle is not None and idle.reusable and not again else await self._connect(witness)
             if connection is None:
                 continue

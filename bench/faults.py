@@ -111,20 +111,17 @@ def two_faults(scene: Scene) -> Victims:
 
 
 def poison(scene: Scene) -> Victims:
-    """Two prompts that end engines, five times each."""
+    """Two prompts that end engines, five times each, as one client sends them that tries again. Five at the same moment
+    would be inside several engines before anybody can know."""
     expect = mix.simulated(scene.name, "v1")
     victims = Victims({EVERY}, settle_s=5.0)
     for prompt in ("SIM_DIE once", "SIM_DIE again"):
         before = scene.deaths()
         ask = mix.ask(scene.name, expect, "chat", prompt, 4, poison=True)
-        clients = [threading.Thread(target=scene.crowd.send, args=(ask, 120.0)) for _ in range(5)]
-        for client in clients:
-            client.start()
-        for client in clients:
-            client.join()
+        said = [scene.crowd.send(ask, 120.0).told().code for _ in range(5)]
         time.sleep(2.0)  # the directory hears of the last one
         victims.deaths.append(scene.deaths() - before)
-        scene.say(f"{prompt}: {victims.deaths[-1]:.0f} engines ended")
+        scene.say(f"{prompt}: {victims.deaths[-1]:.0f} engines ended, the client was told {', '.join(said)}")
     return victims
 
 

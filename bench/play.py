@@ -14,11 +14,11 @@ from bench.crowd import Crowd
 from bench.faults import Row
 from bench.fleet import Fleet
 from bench.mix import Witness
-from bench.scene import EVERY, Scene, Victims, Watch, logged
+from bench.scene import EVERY, Scene, Victims, Watch, logged, up
 
 REPLICAS, GATEWAYS = 4, 2
 ITL_S = 0.2
-_WHOLE_BEFORE_S = 120.0
+_WHOLE_BY_ITSELF_S, _WHOLE_BEFORE_S = 10.0, 120.0
 _SHORT_TOKENS = (8, 24)
 _LONG_SHARE = 0.3
 _BEGUN = 0.8  # of the crowd have had a byte before the fault strikes
@@ -74,11 +74,13 @@ class Stage:
         return found
 
     def _play(self, row: Row, found: Found) -> None:
+        if not self.watch.until(REPLICAS, GATEWAYS, _WHOLE_BY_ITSELF_S):
+            up(self.fleet, self.model)  # ends every pause of replicas that the rows before have failed again and again
         if not self.watch.until(REPLICAS, GATEWAYS, _WHOLE_BEFORE_S):
             raise procs.StartFailed(f"not whole before it: {self.watch.now()}")
         verdicts = self._verdicts()
         side = self.fleet.side
-        with Crowd(side.base_url, side.headers, self._clients(row), self.long_s + _HANGS_S) as crowd:
+        with Crowd(side.base_url, side.headers, self._clients(found.fault, row), self.long_s + _HANGS_S) as crowd:
             scene = Scene(self.fleet, self.model, crowd, self.watch, self.say)
             under_way(crowd, row.over)
             struck, in_flight = time.monotonic(), {w.request_id for w in crowd.open()}
@@ -124,15 +126,15 @@ class Stage:
                 return gone
             time.sleep(0.2)
 
-    def _clients(self, row: Row) -> list[tuple[int, Iterator[mix.Ask]]]:
-        """Clients with short requests, and with long ones."""
+    def _clients(self, name: str, row: Row) -> list[tuple[int, Iterator[mix.Ask]]]:
+        """Clients with short requests, and with long ones; none is like one of another row, or the fuse would remember it."""
         model = str(self.model["name"])
         expect, n = mix.simulated(model, "v1"), int(self.streams * row.over)
         low, high = _SHORT_TOKENS
         tokens, long = int(self.long_s / ITL_S), int(n * _LONG_SHARE)
         return [
-            (n - long, mix.asks(model, expect, "s", lambda number: low + number * 5 % (high - low + 1))),
-            (long, mix.asks(model, expect, "l", lambda number: tokens - number % 10, streamed=True)),
+            (n - long, mix.asks(model, expect, f"{name} s", lambda number: low + number * 5 % (high - low + 1))),
+            (long, mix.asks(model, expect, f"{name} l", lambda number: tokens - number % 10, streamed=True)),
         ]
 
     def _verdicts(self) -> dict[str, float]:

@@ -112,20 +112,13 @@ class Scene:
 
     def up(self, model: dict[str, Any] | None = None, **settings: str) -> subprocess.CompletedProcess[str]:
         """`steelyard up` with another model file, or other settings; its own one again without any."""
-        file = Path(self.fleet.side.service.env["STEELYARD_MODELS"]) / f"{self.name}.yaml"
-        file.write_text(yaml.safe_dump(model or self.model, sort_keys=False))
-        return self._cli("up", **settings)
+        return up(self.fleet, model or self.model, **settings)
 
     def status(self) -> dict[str, Any]:
-        done = self._cli("status", "--json")
+        done = _cli(self.fleet, "status", "--json")
         if done.returncode:
             raise procs.StartFailed(done.stderr.strip())
         return dict(json.loads(done.stdout))
-
-    def _cli(self, *args: str, **settings: str) -> subprocess.CompletedProcess[str]:
-        argv = [sys.executable, "-m", "serving.cli.main", *args]
-        env = self.fleet.side.service.env | settings
-        return subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, timeout=_UP_TIMEOUT_S)
 
 
 class Watch:
@@ -182,6 +175,19 @@ class Watch:
         request = urllib.request.Request(self._fleet.side.base_url + path, headers=self._fleet.side.headers)
         with urllib.request.urlopen(request, timeout=2) as response:
             return str(response.read().decode())
+
+
+def up(fleet: Fleet, model: dict[str, Any], **settings: str) -> subprocess.CompletedProcess[str]:
+    """`steelyard up` with this model file."""
+    file = Path(fleet.side.service.env["STEELYARD_MODELS"]) / f"{model['name']}.yaml"
+    file.write_text(yaml.safe_dump(model, sort_keys=False))
+    return _cli(fleet, "up", **settings)
+
+
+def _cli(fleet: Fleet, *args: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-m", "serving.cli.main", *args]
+    env = fleet.side.service.env | settings
+    return subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, timeout=_UP_TIMEOUT_S)
 
 
 def engines(state_dir: Path, model: str) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Clients that keep a number of streams open while something is broken under them.
 
 They live on a thread of their own with an event loop, so that what breaks things can block. A request whose connection
-breaks before a byte of its answer came is sent once more on a new one, as every OpenAI client does by itself.
+breaks before a byte of its answer came is sent once more on a new one, as OpenAI's clients do by themselves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bench.mix import Ask, Witness, encode
 from bench.stream import Connection
 
 _ids = itertools.count(1)
-_PAUSE_S = 0.2  # a client on a dead server must not spin
+_PAUSE_S = 0.5  # before the same is sent again, as OpenAI's clients wait: a killed process takes a while to be gone
 
 
 class Crowd:
@@ -109,8 +109,9 @@ class Crowd:
             bound = asyncio.get_running_loop().call_later(self._timeout_s, connection.abort, "client timeout")
             await done
             bound.cancel()
-            if not (connection.untouched and witness.error):
+            if again or not (connection.untouched and witness.error):
                 break
+            await asyncio.sleep(_PAUSE_S)
         del self._open[witness.request_id]
         self.ended.append(witness)
         return witness, connection if connection is not None and connection.reusable else None

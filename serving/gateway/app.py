@@ -214,6 +214,10 @@ class Gateway:
             if ticket.again is not None and not ticket.again.taken:
                 await self._turn(x, model, ticket, ticket.again)
             upstream = await self._slot(x, line, model, metrics, ticket, keep_alive, again)
+            if charge.blown:  # while it waited, engines died with the same request inside
+                line.release(ticket)
+                metrics.rejected(RequestCrashedEngine.code)
+                raise _crashed(charge)
             x.line.replica = upstream.endpoint.id
             settle = line.release
             metrics.running.inc()

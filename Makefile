@@ -11,9 +11,10 @@ export STEELYARD_PROFILE := $(or $(PROFILE),$(STEELYARD_PROFILE))
 PY := .venv/bin/python
 INSTALL := $(PYTHON) tools/install.py $(PROFILE)
 PYTEST := $(PY) -m pytest
+TWO := -n 2 --dist loadgroup --no-loadscope-reorder
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
-.PHONY: help install serve up down status test test-fast lint format soak bench-overhead bench-scale chaos gpu-check chart chart-docs images lock clean deploy deploy-upgrade deploy-remove wheelhouse
+.PHONY: help install serve up down status test test-fast lint format soak bench-overhead bench-scale chaos gpu-check observe dashboards chart chart-docs images lock clean deploy deploy-upgrade deploy-remove wheelhouse
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,10 +36,10 @@ status: install ## what runs
 	@$(PY) -m serving.cli.main status
 
 test: install ## every test that this machine can run, real engines included
-	$(PYTEST)
+	$(PYTEST) $(TWO) --durations=30
 
 test-fast: install ## without engines and Ray, under a minute
-	$(PYTEST) -m "not engine and not ray and not gpu and not slow" tests/unit tests/gateway
+	$(PYTEST) $(TWO) -m "not engine and not ray and not gpu and not slow" tests/unit tests/gateway
 
 soak: install ## what takes too long for every run; then the asynchronous tests again and again: COUNT times (default 20)
 	$(PYTEST) -m soak
@@ -63,8 +64,15 @@ bench-scale: install ## queue, admission and scaling over simulated engines: tab
 chaos: install ## one fault at a time under open streams: table, .steelyard/bench/chaos.json, exit 1 when a bar is missed
 	$(PY) -m bench.chaos $(ARGS)
 
-gpu-check: ## bench-overhead on a GPU with an 8B-shaped model; runs where there is one
+gpu-check: ## where there is a GPU: its figures under known loads, then the stack against the raw engine with an 8B-shaped model
+	$(if $(wildcard .venv/bin/python),$(PY),$(PYTHON)) -m pytest -q tests/gpu/test_gpu_figures.py
 	$(if $(wildcard .venv/bin/python),$(PY),$(PYTHON)) -m bench.gpu_check $(ARGS)
+
+observe: install ## a Prometheus (and Grafana where installed) for what runs, on 127.0.0.1; ARGS="--port 9090 --grafana-port 3000"
+	@exec $(PY) -m tools.observe $(ARGS)
+
+dashboards: install ## Grafana's dashboards in deploy/observability from tools/dashboards.py
+	$(PY) -m tools.dashboards
 
 chart: install ## every ci/ variant of the Helm chart: lint, render, validate, one line each
 	$(PYTEST) -q tests/k8s

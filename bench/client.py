@@ -44,7 +44,12 @@ class Client:
         self._child.stdin.write(spec.json() + "\n")
         self._child.stdin.flush()
         self._answer(lambda: None, 60.0)
-        summary = Summary(**json.loads(self._answer(tick, every_s)))
+        try:
+            told = self._answer(tick, every_s)
+        except Exception:
+            self._answer(lambda: None, every_s)  # the phase goes on: the next one must not take its end for its own
+            raise
+        summary = Summary(**json.loads(told))
         return summary, Recording.load(Path(summary.out))
 
     def _answer(self, tick: Callable[[], None], every_s: float) -> str:

@@ -24,7 +24,7 @@ STARTS_IN_S = 2.0
 STEPPING = simulated(
     "stepping",
     {"max-num-seqs": 32, "sim-ttft-ms": 50, "sim-itl-ms": ITL_MS, "sim-start-s": STARTS_IN_S},
-    {"min": 1, "max": 4, "target_ongoing": TARGET, "scale_down_after_s": 4},
+    {"min": 1, "max": 4, "target_ongoing": TARGET, "scale_down_after_s": 2},
     drain_s=60.0,
 )
 SLEEPING = simulated(
@@ -67,7 +67,7 @@ def step_and_back(bench: Bench, fleet: Fleet, asked: Asked, bars: Bars, result: 
         fleet.until(lambda m: m.replicas("stepping") == 1, "one replica of `stepping`", 90)
         quiet, _ = fleet.ask(bench, "stepping", Uniform(number, max_tokens=24), concurrency=1, duration_s=4.0)
         loud, recording = fleet.ask(
-            bench, "stepping", Uniform(number, max_tokens=40), concurrency=STEP, duration_s=18.0
+            bench, "stepping", Uniform(number, max_tokens=40), concurrency=STEP, duration_s=15.0
         )
         began.append(wall(recording.began))
         failed += _failures(quiet) + _failures(loud)
@@ -155,8 +155,8 @@ def from_zero(bench: Bench, fleet: Fleet, asked: Asked, bars: Bars, result: Repo
 
 
 def _falling(seed: int) -> Workload:
-    """Twelve streams of 24 s, and short requests beside them all the while."""
-    return together(Steady(seed, 12, 3.0, 24_000 // ITL_MS), Steady(seed + 1, 100, 22.0, 8))
+    """Twelve streams of 16 s, and short requests beside them all the while."""
+    return together(Steady(seed, 12, 3.0, 16_000 // ITL_MS), Steady(seed + 1, 60, 14.0, 8))
 
 
 def _cold_start(metrics: Metrics) -> dict[str, float]:

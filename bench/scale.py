@@ -1,4 +1,4 @@
-"""Queue, admission and scaling under load: `python -m bench.scale` (`make bench-scale`), about eight minutes.
+"""Queue, admission and scaling under load: `python -m bench.scale` (`make bench-scale`), about nine minutes.
 
 The stack as it is deployed, over simulated engines whose pace is the limit, so that two cores suffice. Its parts, each
 runnable alone with `--only` and one of its bars:
@@ -9,6 +9,7 @@ runnable alone with `--only` and one of its bars:
     4. two keys that ask for 10 : 1, at one gateway and at eight    fairness_gap
     5. eight gateways, nine of ten requests at one of them          gateways8_throughput_ratio, engine_waiting_p99_share
     6. a minute without the directory                               directory_down_*
+    7. prefixes over four replicas, in virtual time: no stack       prefix_*
 
 docs/benchmarks.md says what each figure is.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import contention, elastic, procs, report, sides
+from bench import contention, elastic, prefix, procs, report, sides
 from bench.client import ROOT, Client
 from bench.fleet import Fleet
 from bench.paired import Bench
@@ -50,6 +52,8 @@ BARS: Bars = {
     "engine_waiting_p99_share": ("", "<=", 0.05, 0.0),
     "directory_down_ratio": ("x", ">=", 0.9, 1.0),
     "directory_down_failed": ("", "==", 0.0, ""),
+    "prefix_cached_share_ratio": ("x", ">=", 0.9, 1.0),
+    "prefix_uniform_ttft_p95_ratio": ("x", "<=", 1.05, ""),
 }
 
 Run = Callable[..., None]
@@ -72,7 +76,8 @@ PARTS = (
     Part(_NAMES[4:8], contention.overload, ("one",), (contention.BUSY,)),
     Part(_NAMES[8:9], contention.fairness, ("one", "eight"), (contention.BUSY,)),
     Part(_NAMES[9:11], contention.gateways, ("one", "eight"), (contention.BUSY,)),
-    Part(_NAMES[11:], contention.directory, ("eight",), (contention.BUSY,)),
+    Part(_NAMES[11:13], contention.directory, ("eight",), (contention.BUSY,)),
+    Part(_NAMES[13:], prefix.part, (), ()),
 )
 _GATEWAYS = {"one": 1, "eight": 8}
 
@@ -127,7 +132,7 @@ def measure(part: Part, fleets: list[Fleet], bench: Bench, asked: Asked, result:
     run = partial(part.run, bench, *fleets, asked, BARS, result)
     try:
         run()
-    except (procs.StartFailed, OSError) as error:
+    except (procs.StartFailed, subprocess.TimeoutExpired, OSError) as error:
         bench.say(f"{', '.join(part.bars)}: {error}")
 
 

@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 START_ATTEMPTS = 2  # a port lost to a race or a moment without memory is transient; a bad model is not
 NEVER_GIVE_UP = 1_000_000_000  # starts; Serve takes the smaller of it and so many per replica (`cli/cluster`)
 RETRY_ASKED_EVERY_S = 2.0  # while it waits: has somebody changed something?
+START_CHECK_EVERY_S = 0.05  # of an engine that starts: somebody may be held until it is ready
 LOOK_EVERY_S = 0.5  # at the engine
 LAST_DRAIN_S = 2.0  # for what a failed engine may still finish
 LAST_GRACE_S = 1.0  # between SIGTERM and SIGKILL of a failed engine
@@ -95,6 +96,7 @@ class EngineReplica:
             slots=self.spec.slots,
             adapters=tuple(a.name for a in self.spec.adapters),
             node=self._host,
+            gpus=_assigned_gpus(),
             started_at=time.time(),
             spec=hashlib.sha256(msgspec.json.encode(self.spec)).hexdigest()[:16],
         )
@@ -259,7 +261,7 @@ class EngineReplica:
                         generated = await generates(self._http, url, self.spec.served_names[0])
                     if generated == "ok":
                         return healthy_at, await self._context_length(url)
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(START_CHECK_EVERY_S)
 
     async def _context_length(self, url: str) -> int | None:
         assert self._http is not None
@@ -388,6 +390,12 @@ def _replica_tag() -> str:
     with contextlib.suppress(Exception):  # outside Serve (tests) there is no replica context
         return str(serve.get_replica_context().replica_tag)[-8:]
     return str(os.getpid())
+
+
+def _assigned_gpus() -> tuple[str, ...]:
+    with contextlib.suppress(Exception):  # likewise
+        return tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", ()))
+    return ()
 
 
 def _free_port(host: str) -> int:

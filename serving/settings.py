@@ -32,6 +32,9 @@ class Settings(BaseSettings):
     profile: Profile | None = Field(None, description="cpu, gpu or sim; by default gpu when NVML sees one, else cpu")
     host: str = Field("127.0.0.1", description="address the gateways listen on")
     port: int = Field(8000, ge=1, le=65535, description="port the gateways listen on")
+    nvml_script: str | None = Field(
+        None, description="profile sim: GPUs that follow a script, one of h200x8, h200x8-mig, a100x8, or a YAML file"
+    )
     gateways: int = Field(1, ge=1, le=64, description="gateway replicas on each node, all on the same port")
     cluster_secret: SecretStr | None = Field(None, description="secret between gateways and engines")
     cluster_secret_file: Path | None = Field(None, description="file holding it; default STATE_DIR/cluster-secret")
@@ -61,12 +64,13 @@ class Settings(BaseSettings):
 
     def resolved(self) -> Settings:
         """The same settings with absolute paths, so that processes with another working directory agree."""
-        return self.model_copy(
-            update={
-                "state_dir": self.state_dir.expanduser().resolve(),
-                "cache_dir": self.cache_dir.expanduser().resolve(),
-            }
-        )
+        update: dict[str, object] = {
+            "state_dir": self.state_dir.expanduser().resolve(),
+            "cache_dir": self.cache_dir.expanduser().resolve(),
+        }
+        if self.nvml_script is not None and self.nvml_script.endswith((".yaml", ".yml")):
+            update["nvml_script"] = str(Path(self.nvml_script).expanduser().resolve())
+        return self.model_copy(update=update)
 
     @property
     def keys_file(self) -> Path:
@@ -155,6 +159,8 @@ def worker_environment(settings: Settings) -> dict[str, str]:
     }
     if settings.cluster_secret_file is not None:
         env["STEELYARD_CLUSTER_SECRET_FILE"] = str(settings.cluster_secret_file)
+    if settings.nvml_script is not None:
+        env["STEELYARD_NVML_SCRIPT"] = settings.nvml_script
     if settings.api_keys_file is not None:
         env["STEELYARD_API_KEYS_FILE"] = str(settings.api_keys_file)
     return env

@@ -3,6 +3,7 @@
     values.schema.json   from the comments of values.yaml, and from serving.catalog.spec for `models`
     README.md            the table of values, from the same comments, into README.md.tpl
     files/catalog.json   defaults and constants of the catalog and of the Serve config, for the templates
+    files/observability/ rules and dashboards of deploy/observability: a chart reads no file outside itself
 
 `python -m tools.chart` writes them; `--check` exits 1 naming the ones that are stale.
 """
@@ -20,28 +21,51 @@ import yaml
 from serving.catalog import spec, store, weights
 from serving.catalog.spec import Catalog, ModelSpec
 from serving.engine import command
-from serving.fleet import manifest
+from serving.fleet import manifest, spare
 
 ROOT = Path(__file__).resolve().parents[1]
 CHART = ROOT / "k8s" / "steelyard"
+OBSERVABILITY = ROOT / "deploy" / "observability"
 CACHE_DIR = "/var/cache/steelyard"  # of the image: what its recipes made
 RECIPES_DIR = "/opt/steelyard/models"  # of the image
 
 _GROUP_NAME = "^[a-z]([-a-z0-9]{0,30}[a-z0-9])?$"
+_CRON = r"^\S+( +\S+){4}$"  # what it says is for the policy to judge
 _QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
 
 
 def main() -> int:
-    made = {"values.schema.json": schema_text(), "README.md": readme(), "files/catalog.json": _json(catalog_facts())}
+    made = texts()
     stale = [name for name, text in made.items() if not (CHART / name).exists() or (CHART / name).read_text() != text]
     if "--check" in sys.argv:
         for name in stale:
             print(f"{CHART / name} is stale: run `make chart-docs`")
         return bool(stale)
     for name in stale:
+        (CHART / name).parent.mkdir(parents=True, exist_ok=True)
         (CHART / name).write_text(made[name])
         print(f"wrote {CHART / name}")
     return 0
+
+
+def texts() -> dict[str, str]:
+    """Everything that is written: path in the chart -> content."""
+    return {
+        "values.schema.json": schema_text(),
+        "README.md": readme(),
+        "files/catalog.json": _json(catalog_facts()),
+        **observability(),
+    }
+
+
+def observability() -> dict[str, str]:
+    """The rules as they are, the dashboards without their spaces."""
+    rules = {name: (OBSERVABILITY / name).read_text() for name in ("recording.yml", "alerts.yml")}
+    dashboards = {
+        f"dashboards/{file.name}": json.dumps(json.loads(file.read_text()), separators=(",", ":")) + "\n"
+        for file in sorted((OBSERVABILITY / "dashboards").glob("*.json"))
+    }
+    return {f"files/observability/{name}": text for name, text in (rules | dashboards).items()}
 
 
 # -- files/catalog.json --------------------------------------------------------------------------------------------
@@ -60,6 +84,7 @@ def catalog_facts() -> dict[str, Any]:
     cpu = store.apply_profile(bare, "cpu").models[0].versions[0].engine
     return {
         "rayVersion": _ray_version(),
+        "preload": spare.PRELOAD,
         "cacheDir": CACHE_DIR,
         "recipesDir": RECIPES_DIR,
         "recipes": {
@@ -74,6 +99,7 @@ def catalog_facts() -> dict[str, Any]:
         "scaling": version.scaling.model_dump(),
         "slots": command.DEFAULT_SLOTS,
         "limits": model.limits.model_dump(),
+        "slo": model.slo.model_dump(),
         "cpu": {"args": cpu.args, "env": cpu.env},
         "sim": {"args": list(store.SIMULATED_ARGS)},
         "stopGraceSeconds": manifest.STOP_GRACE_S,
@@ -146,6 +172,8 @@ def _model_defs() -> dict[str, Any]:
     defs["Adapter"]["properties"]["name"] = name
     defs["Version"]["properties"]["version"] = version
     defs["Release"]["properties"]["stable"] = version
+    for when in ("start", "end"):
+        defs["ScheduledMin"]["properties"][when] = {"type": "string", "pattern": _CRON}
     engine = defs["Engine"]["properties"]
     engine["args"]["propertyNames"] = {
         "pattern": f"^{spec.OPTION_NAME}$",

@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from serving.catalog import clock
+
 NAME = r"[a-z0-9][a-z0-9._-]{0,62}"
 VERSION = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 
@@ -44,6 +46,7 @@ ARGS_REFUSED = frozenset(
 )
 ENV_REFUSED = {
     "CUDA_VISIBLE_DEVICES": "Ray assigns the GPUs",
+    "CUDA_DEVICE_ORDER": "Ray assigns the GPUs by their place on the bus",
     "VLLM_HOST_IP": "the replica sets it",
     "VLLM_API_KEY": "the engine's door has its own secret",
     "VLLM_SERVER_DEV_MODE": "it opens unguarded development routes",
@@ -144,6 +147,31 @@ class Adapter(Spec):
     source: str = Field(min_length=1)
 
 
+class ScheduledMin(Spec):
+    """At least `min` replicas between two cron times (five fields, local to `timezone`)."""
+
+    start: str
+    end: str
+    timezone: str = "UTC"
+    min: int = Field(ge=1, le=MAX_REPLICAS)
+
+    @field_validator("start", "end")
+    @classmethod
+    def _cron(cls, value: str) -> str:
+        try:
+            return clock.check_cron(value)
+        except ValueError as e:
+            raise impossible("", str(e)) from None
+
+    @field_validator("timezone")
+    @classmethod
+    def _zone(cls, value: str) -> str:
+        try:
+            return clock.zone(value).key
+        except ValueError as e:
+            raise impossible("", str(e)) from None
+
+
 class Scaling(Spec):
     """Replica bounds and pace. `target_ongoing` is requests per replica; times are seconds."""
 
@@ -152,6 +180,7 @@ class Scaling(Spec):
     target_ongoing: int | None = Field(default=None, ge=1, le=4096)
     scale_down_after_s: float = Field(default=300, ge=0, le=86400)
     idle_to_zero_s: float | None = Field(default=None, gt=0, le=604800)
+    schedule: Annotated[tuple[ScheduledMin, ...], Listed] = ()
 
     @model_validator(mode="after")
     def _bounds(self) -> Self:
@@ -159,6 +188,9 @@ class Scaling(Spec):
             raise impossible("max", f"max is at least min ({self.min})")
         if self.idle_to_zero_s is not None and self.min > 0:
             raise impossible("idle_to_zero_s", f"needs min: 0 (min is {self.min})")
+        for index, entry in enumerate(self.schedule):
+            if entry.min > self.max:
+                raise impossible(f"schedule.{index}.min", f"at most max ({self.max})")
         return self
 
 
@@ -218,6 +250,14 @@ class Limits(Spec):
     tokens_per_minute: int | None = Field(default=None, ge=1, le=10**12)
 
 
+class Slo(Spec):
+    """What the model's users are promised: this share of requests gets a right answer, and streams begin within `ttft_s`.
+    Alerts burn against it (docs/observability.md)."""
+
+    ttft_s: float = Field(default=2.5, gt=0, le=600)
+    objective: float = Field(default=0.99, ge=0.5, lt=1)
+
+
 class Placement(Spec):
     """Node labels that replicas of the model require."""
 
@@ -231,6 +271,7 @@ class ModelSpec(Spec):
     versions: Annotated[tuple[Version, ...], Listed]
     release: Release
     limits: Limits = Limits()
+    slo: Slo = Slo()
     allow: Annotated[tuple[AllowedField, ...], Listed] = ()
     placement: Placement = Placement()
 

@@ -26,7 +26,7 @@ _ABSENT = object()
 MAX_FILE_BYTES = 1024 * 1024
 
 
-def load(path: Path | str, profile: Profile) -> Catalog:
+def load(path: Path | str, profile: Profile, *, simulated_gpus: bool = False) -> Catalog:
     """The catalog of a folder of *.yaml, of one file, or of a comma-separated list of these.
 
     Raises CatalogError for the first bad file: its first error, and how many others it has.
@@ -41,7 +41,7 @@ def load(path: Path | str, profile: Profile) -> Catalog:
         where = documents[clash.model]
         owner = documents[clash.owner].file
         raise where.error(clash.path, f"the name is taken by {owner}: model and adapter names are unique") from None
-    return apply_profile(catalog, profile)
+    return apply_profile(catalog, profile, simulated_gpus=simulated_gpus)
 
 
 def files(path: Path | str) -> list[Path]:
@@ -54,9 +54,10 @@ def document(file: Path) -> Any:
     return _Document(file).data
 
 
-def apply_profile(catalog: Catalog, profile: Profile) -> Catalog:
-    """The same catalog for a machine without GPUs (cpu), with GPUs (gpu), or with simulated engines (sim)."""
-    change = {"cpu": _on_cpu, "gpu": _on_gpu, "sim": _simulated}[profile]
+def apply_profile(catalog: Catalog, profile: Profile, *, simulated_gpus: bool = False) -> Catalog:
+    """The same catalog for a machine without GPUs (cpu), with GPUs (gpu), or with simulated engines (sim), which hold the
+    GPUs that the real ones would where these are simulated too."""
+    change = {"cpu": _on_cpu, "gpu": _on_gpu, "sim": _on_simulated_gpu if simulated_gpus else _simulated}[profile]
     models = tuple(
         spec.model_copy(update={"versions": tuple(change(version) for version in spec.versions)})
         for spec in catalog.models
@@ -89,6 +90,12 @@ def _simulated(version: Version) -> Version:
         # Of vLLM's options, the simulator knows those that bound a request; its own are in a simulator's file.
         engine = Engine(kind="simulator", args={k: v for k, v in engine.args.items() if k in SIMULATED_ARGS})
     return version.model_copy(update={"engine": engine, "weights": None, "resources": _no_gpu(version)})
+
+
+def _on_simulated_gpu(version: Version) -> Version:
+    gpus = _on_gpu(version).resources.gpus
+    version = _simulated(version)
+    return version.model_copy(update={"resources": version.resources.model_copy(update={"gpus": gpus})})
 
 
 def _no_gpu(version: Version) -> Resources:
@@ -241,7 +248,7 @@ def _explain(error: dict[str, Any]) -> tuple[Key, str]:
     if kind == "impossible":
         at = str(context["at"])
         # Version and option names may hold dots, so only our own paths are taken apart.
-        inner = at.split(".") if at.startswith(("versions.", "release.")) else [at]
+        inner = at.split(".") if at.startswith(("versions.", "release.", "schedule.")) else [at]
         deeper = tuple(int(part) if part.isdigit() else part for part in inner if part)
         return (*path, *deeper), str(context["why"])
     if kind == "extra_forbidden":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from serving.catalog.spec import MAX_REPLICAS, Catalog, Scaling, version_id
+from serving.catalog.spec import MAX_REPLICAS, Catalog, version_id
 from serving.cli.cluster import write_private
 from serving.errors import OperatorError
 from serving.settings import Settings
@@ -73,7 +73,8 @@ def laid_over(catalog: Catalog, settings: Settings) -> tuple[Catalog, list[str]]
             own = version.scaling
             if name in bounds and (bounds[name].min, bounds[name].max) != (own.min, own.max):
                 set_to = bounds[name]
-                version = version.model_copy(update={"scaling": _with(own, set_to)})
+                scaling = own.model_copy(update={"min": set_to.min, "max": set_to.max})
+                version = version.model_copy(update={"scaling": scaling})
                 said.append(
                     f"{name}: {set_to.min} to {set_to.max} replicas, set by `steelyard scale set`, "
                     f"not {own.min} to {own.max} as its model file says"
@@ -81,9 +82,3 @@ def laid_over(catalog: Catalog, settings: Settings) -> tuple[Catalog, list[str]]
             versions.append(version)
         models.append(model.model_copy(update={"versions": tuple(versions)}))
     return Catalog(tuple(models), catalog.folders), said
-
-
-def _with(scaling: Scaling, bounds: Bounds) -> Scaling:
-    # A version that keeps one replica does not go to zero when idle.
-    idle = scaling.idle_to_zero_s if bounds.min == 0 else None
-    return scaling.model_copy(update={"min": bounds.min, "max": bounds.max, "idle_to_zero_s": idle})

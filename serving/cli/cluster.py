@@ -10,22 +10,26 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from filelock import FileLock, Timeout
 
 from serving.engine.command import GUARD
 from serving.engine.process import STACK_MARK, sweep
-from serving.errors import ClusterError
+from serving.errors import ClusterError, OperatorError
+from serving.fleet import spare
 from serving.fleet.endpoint import Snapshot
+from serving.fleet.keeper import staying_nodes
 from serving.settings import Profile, Role, Settings, worker_environment
 
 # Ray's CPUs are bookkeeping here: engines on one box share the cores, GPUs are what is scarce.
 LOGICAL_CPUS = 1024
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's smallest; nothing of ours goes through it
+_TURN_S = 60.0  # longest wait for another command that changes what is served
 
 
 class ClusterFile(msgspec.Struct):
@@ -72,14 +76,29 @@ def environment(settings: Settings, *, one_node: bool) -> None:
         "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1000000",  # starts; a replica itself waits longer after each failure
         "RAY_enable_metrics_collection": "0",  # Ray's exporters would answer without a key
         "RAY_event_stats": "0",  # statistics of Ray's own loops
+        "RAY_worker_niceness": "0",  # not Ray's 15: gateways and engines are what the machine is for
         "RAY_task_events_report_interval_ms": "0",  # for a dashboard that does not run
         "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "60000",  # Serve's own metrics are not collected either
         "AUTOSCALER_METRIC_PORT": "0",  # a fixed port would clash with a second stack on the host
         "DASHBOARD_METRIC_PORT": "0",
         "RAY_raylet_start_wait_time_s": "180",  # 30 s are not enough on a busy box
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_preload_python_modules": spare.PRELOAD,  # by every process of Ray's as it starts; most need them anyway
         **worker_environment(settings),
     }
+
+
+def gpus(settings: Settings, profile: Profile) -> int | None:
+    """What Ray is told of this node's GPUs; None lets it look."""
+    if settings.nvml_script is None:
+        return None if profile == "gpu" else 0
+    if profile != "sim":
+        raise OperatorError(
+            f"STEELYARD_NVML_SCRIPT is set and the profile is {profile}", "unset it: scripted GPUs are for profile sim"
+        )
+    from serving.telemetry import nvml_scripted
+
+    return nvml_scripted.read(settings.nvml_script).units
 
 
 def runtime_folder(settings: Settings) -> str:
@@ -106,7 +125,7 @@ def start(settings: Settings, profile: Profile) -> ClusterFile:
         ray.init(
             address="local",
             num_cpus=LOGICAL_CPUS,
-            num_gpus=None if profile == "gpu" else 0,
+            num_gpus=gpus(settings, profile),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -151,6 +170,21 @@ def joined(settings: Settings) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def only_writer(settings: Settings) -> Iterator[None]:
+    """Held by a command that changes what is served, from what it reads until it has applied it: what another one changes
+    in between would be undone."""
+    lock = FileLock(settings.state_dir / "apply.lock", timeout=_TURN_S, mode=0o600)
+    try:
+        held = lock.acquire()
+    except Timeout:
+        raise OperatorError("another command is changing what is served", "try again when it is done") from None
+    except OSError as e:
+        raise OperatorError(f"cannot write {lock.lock_file}: {e.strerror}") from None
+    with held:
+        yield
 
 
 def apply(config: dict[str, Any]) -> None:
@@ -245,6 +279,31 @@ def nodes() -> list[dict[str, Any]]:
         if n["Alive"]
     ]
     return sorted(found, key=lambda n: (n["role"], n["node"]))
+
+
+class Room(msgspec.Struct, frozen=True):
+    """What a node has left, in Ray's words."""
+
+    free: dict[str, float]
+    labels: dict[str, str]
+
+    def fits(self, options: Mapping[str, Any]) -> bool:
+        """Whether an actor with these `ray_actor_options` could start there now."""
+        wanted = {"CPU": options.get("num_cpus", 1), "GPU": options.get("num_gpus", 0)}
+        if options.get("accelerator_type"):
+            wanted[f"accelerator_type:{options['accelerator_type']}"] = 0.001
+        return all(self.free.get(name, 0) >= amount for name, amount in wanted.items()) and all(
+            self.labels.get(key) == value for key, value in options.get("label_selector", {}).items()
+        )
+
+
+def free_nodes() -> list[Room]:
+    """What each node that stays has left. Ray's own count, which may be a second old."""
+    import ray
+    from ray._private.state import available_resources_per_node
+
+    free, staying = available_resources_per_node(), staying_nodes()
+    return [Room(free.get(n["NodeID"], {}), n["Labels"]) for n in ray.nodes() if n["NodeID"] in staying]
 
 
 def stop(settings: Settings, found: ClusterFile, drain_s: float) -> None:

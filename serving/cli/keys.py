@@ -50,6 +50,13 @@ def create(
     max_concurrent: Annotated[int | None, typer.Option(help="Requests at once, waiting ones included.")] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(help="Tokens a minute, of prompts and answers.")] = None,
     max_body_bytes: Annotated[int | None, typer.Option(help="Size of one request.")] = None,
+    keep_alive: Annotated[
+        bool,
+        typer.Option(
+            "--keep-alive/--no-keep-alive",
+            help="In streams that are held long. Without them a request that fails after a long wait has its own status.",
+        ),
+    ] = True,
     file: File = None,
     as_json: Json = False,
 ) -> None:
@@ -64,6 +71,7 @@ def create(
             now=now,
             expires_at=expires_at,
             class_=class_,
+            keep_alive=keep_alive,
             weight=weight,
             max_concurrent=max_concurrent,
             tokens_per_minute=tokens_per_minute,
@@ -141,7 +149,8 @@ def _state(key: Key, now: float) -> str:
 def _options(key: Key) -> str:
     """What is not as every key has it."""
     record, plain = as_record(key), {"class": "default", "weight": 1}
-    return "".join(f", {name} {record[name]}" for name in ("class", *OPTIONS) if record[name] != plain.get(name))
+    said = [f"{name} {record[name]}" for name in ("class", *OPTIONS) if record[name] != plain.get(name)]
+    return "".join(f", {option}" for option in [*said, *([] if key.keep_alive else ["no keep-alive"])])
 
 
 def _day(at: float) -> str:

@@ -239,7 +239,7 @@ def _start_head(settings: Settings, temp: str, profile: Profile, say: Say) -> An
             "redis_username": settings.redis_username,
             "redis_password": settings.redis_password(),
         }
-    gpus = None if runs_engines and profile == "gpu" else 0
+    gpus = cluster.gpus(settings, profile) if runs_engines else 0
     return _ray_node(
         settings,
         temp,
@@ -295,7 +295,7 @@ def _start_worker(settings: Settings, temp: str, profile: Profile, say: Say, hea
         temp,
         head=False,
         num_cpus=cluster.LOGICAL_CPUS,
-        num_gpus=None if profile == "gpu" else 0,
+        num_gpus=cluster.gpus(settings, profile),
         gcs_address=address,
     )
 

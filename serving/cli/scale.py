@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import datetime
@@ -22,6 +23,7 @@ from serving.fleet import manifest, serve_policy
 from serving.fleet.directory import unpack
 from serving.fleet.endpoint import GATEWAY_APP
 from serving.fleet.history import Change
+from serving.fleet.scaling import holds
 from serving.settings import Settings, load_settings
 
 scale_app = typer.Typer(help="Replica counts: why they are what they are, and their bounds.", no_args_is_help=True)
@@ -52,6 +54,9 @@ def explain(
             f"  now: held {load.held}, running {load.running} of {load.ready * load.slots if load.ready else 0} slots, "
             f"waiting in engines {load.waiting}, KV {load.kv_usage:.0%}; target {scaling['target_ongoing']:g} per replica"
         )
+        for floor in scaling["schedule"]:
+            when = f'from "{floor["start"]}" to "{floor["end"]}" {floor["timezone"]}'
+            print(f"  scheduled: at least {floor['replicas']} {when}{' (now)' if floor['holds_now'] else ''}")
         if version["failures"]:
             print(f"  {version['failures']} starts failed: {version['failure']}")
         for change in reversed(version["changes"]):
@@ -103,9 +108,8 @@ def reset(
     with one_line_errors(), redirect_stdout(sys.stderr):
         settings = load_settings(models=models, state_dir=state_dir)
         _refuse_if_managed(settings, model)
-        kept = bounds.read(settings)
         with _on_head(settings):
-            apps = cluster.deployed_apps()
+            apps, kept = cluster.deployed_apps(), bounds.read(settings)
             name = _version(apps, model)
             if name not in kept:
                 raise OperatorError(f"{name} has no bounds of its own", "`steelyard scale set` gives some")
@@ -114,9 +118,8 @@ def reset(
             if found is None:
                 raise OperatorError(f"{settings.models} has no {name}", "name its catalog with --models")
             bounds.write(settings, {n: b for n, b in kept.items() if n != name})
-            new = Bounds(min=found.min, max=found.max)
-            _apply(apps, name, new, idle_to_zero_s=found.idle_to_zero_s)
-    print(f"{name}: {new.min} to {new.max} replicas, as its model file says")
+            _apply(apps, name, Bounds(min=found.min, max=found.max))
+    print(f"{name}: {found.min} to {found.max} replicas, as its model file says")
 
 
 # -- what is asked and told ----------------------------------------------------------------------------------------
@@ -143,6 +146,10 @@ def _explained(settings: Settings, model: str, last: int) -> list[dict[str, Any]
                         "target_ongoing": config["target_ongoing_requests"],
                         "scale_down_after_s": config["downscale_delay_s"],
                         "idle_to_zero_s": config.get("downscale_to_zero_delay_s"),
+                        "schedule": [
+                            {**msgspec.to_builtins(floor), "holds_now": holds(floor, int(time.time() // 60))}
+                            for floor in serve_policy.floors_of(_engine(apps[name]).get("user_config"))
+                        ],
                     },
                     "failures": facts.failures if facts else 0,
                     "failure": facts.reason if facts else "",
@@ -152,29 +159,30 @@ def _explained(settings: Settings, model: str, last: int) -> list[dict[str, Any]
     return told
 
 
-def _apply(apps: dict[str, AppConfig], name: str, new: Bounds, idle_to_zero_s: float | None = None) -> None:
+def _apply(apps: dict[str, AppConfig], name: str, new: Bounds) -> None:
     """The config that is served now with these bounds in it: what was edited in the catalog since waits for `up`."""
-    config = _engine(apps[name])["autoscaling_config"]
-    config |= {"min_replicas": new.min, "max_replicas": new.max}
-    if new.min > 0:
-        config.pop("downscale_to_zero_delay_s", None)
-    elif idle_to_zero_s is not None:
-        config["downscale_to_zero_delay_s"] = idle_to_zero_s
-    gateway = next(d for d in apps[GATEWAY_APP]["deployments"] if d["name"] == GATEWAY_APP)
+    set_bounds(apps, name, new)
+    # Nodes may have come or gone since it was applied: `fleet/keeper` follows them.
+    gateway = _gateway(apps)
+    gateway["num_replicas"] = cluster.target_counts().get(GATEWAY_APP) or gateway["num_replicas"]
+    cluster.apply({"proxy_location": manifest.PROXY_LOCATION, "applications": list(apps.values())})
+
+
+def set_bounds(apps: dict[str, AppConfig], name: str, new: Bounds) -> None:
+    """What the manifest writes for such bounds. The time until zero stays where `min` is above it: the policy knows, and
+    `--min 0` finds it again."""
+    _engine(apps[name])["autoscaling_config"] |= {"min_replicas": new.min, "max_replicas": new.max}
+    gateway = _gateway(apps)
     model, _, version = name.partition("@")
     for entry in gateway["user_config"]["models"]:
         if entry["name"] == model:
             others = [v for v in entry["required"] if v != version]
             entry["required"] = [v for v in entry["versions"] if v in others or (v == version and new.min > 0)]
-    # Nodes may have come or gone since it was applied: `fleet/keeper` follows them.
-    gateway["num_replicas"] = cluster.target_counts().get(GATEWAY_APP) or gateway["num_replicas"]
-    cluster.apply({"proxy_location": manifest.PROXY_LOCATION, "applications": list(apps.values())})
 
 
 def _version(apps: dict[str, AppConfig], model: str) -> str:
     """The version id that is meant: MODEL alone is its stable version."""
-    gateway = next(d for d in apps[GATEWAY_APP]["deployments"] if d["name"] == GATEWAY_APP)
-    to = gateway["user_config"]["names"].get(model)
+    to = _gateway(apps)["user_config"]["names"].get(model)
     if to is None or to.get("adapter") is not None:
         raise OperatorError(_unknown(apps, model))
     return f"{to['model']}@{to['version']}"
@@ -182,6 +190,11 @@ def _version(apps: dict[str, AppConfig], model: str) -> str:
 
 def _unknown(apps: dict[str, AppConfig], model: str) -> str:
     return f"{model} is not served here; there is: {', '.join(sorted(apps.keys() - {GATEWAY_APP})) or 'nothing'}"
+
+
+def _gateway(apps: dict[str, AppConfig]) -> dict[str, Any]:
+    found: dict[str, Any] = apps[GATEWAY_APP]["deployments"][0]
+    return found
 
 
 def _engine(app: AppConfig) -> dict[str, Any]:
@@ -202,7 +215,8 @@ def _on_head(settings: Settings) -> Iterator[None]:
     with cluster.joined(settings):
         if GATEWAY_APP not in cluster.app_statuses():
             raise OperatorError("nothing is served yet", "run `steelyard up` first")
-        yield
+        with cluster.only_writer(settings):
+            yield
 
 
 def _refuse_if_managed(settings: Settings, model: str) -> None:

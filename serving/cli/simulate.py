@@ -58,6 +58,10 @@ def simulate(
         float | None, typer.Option(min=0, help="Or: had its first token within so many seconds.")
     ] = None,
     step: Annotated[float, typer.Option(min=0.05, max=5, help="Seconds of one step of the simulation.")] = 1.0,
+    frontier: Annotated[
+        bool,
+        typer.Option("--frontier", help="Also: hours against requests in time, for each wait before a replica goes."),
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Write the course of it as PNG.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -107,7 +111,7 @@ def simulate(
             length = hours or (24.0 if synthetic == "diurnal" else 6.0)
             requests = traffic.synthetic(synthetic, rate=rate, hours=length, seed=seed)
         with _progress() as tick:
-            found = compare.compare(requests, service, limits, goal, step_s=step, tick=tick)
+            found = compare.compare(requests, service, limits, goal, step_s=step, frontier=frontier, tick=tick)
         if plot is not None:
             compare.plot(found, plot)
         if as_json:
@@ -137,6 +141,16 @@ def _print(found: Comparison) -> None:
     )
     console.print(view)
     console.print("over: against the clairvoyant bound; most: replicas that held GPUs at once", markup=False)
+    if found.frontier:
+        curve = Table(box=None, pad_edge=False)
+        curve.add_column("down after", no_wrap=True)
+        for r in found.frontier[0][1]:
+            curve.add_column(r.name, justify="right", no_wrap=True)
+        for down_s, results in found.frontier:
+            told = (f"{r.gpu_hours / found.bound_gpu_hours:.2f}x {r.attainment:.2%}" for r in results)
+            curve.add_row(f"{down_s:g} s", *told)
+        console.print()
+        console.print(curve)
     for note in found.notes:
         console.print(note, markup=False)
 

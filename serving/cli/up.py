@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from serving.cli.cluster import write_private
 from serving.engine.probe import check_arguments
 from serving.errors import EngineError, OperatorError, PortTaken
 from serving.fleet import manifest
-from serving.fleet.endpoint import Snapshot, State
+from serving.fleet.endpoint import GATEWAY_APP, Snapshot, State
 from serving.gateway.keys import create_key
 from serving.settings import Profile, Settings
 
@@ -58,7 +58,7 @@ def profile_of(settings: Settings) -> Profile:
 
 
 def load_catalog(settings: Settings) -> Catalog:
-    return store.load(settings.models, profile_of(settings))
+    return store.load(settings.models, profile_of(settings), simulated_gpus=settings.nvml_script is not None)
 
 
 def locator(settings: Settings, *, here: bool = True) -> manifest.Locate:
@@ -70,16 +70,14 @@ def run(settings: Settings, say: Say) -> None:
     """Starts a cluster for the catalog and stays until told to stop; or, when one runs for this state folder already,
     applies the catalog to it and returns."""
     began = time.monotonic()
-    catalog, set_at_run_time = bounds.laid_over(load_catalog(settings), settings)
-    for line in set_at_run_time:
-        say(line)
+    catalog = load_catalog(settings)
     running = cluster.read_cluster_file(settings)
     check_engine_arguments(catalog, settings)
     if settings.ray_address or running:
         _apply(catalog, running, settings, say)
         _print_ready(catalog, _as_running(settings, running), say, time.monotonic() - began, stays=False)
         return
-    config = manifest.serve_config(catalog, gateways=settings.gateways, locate=locator(settings))
+    config = _config(catalog, settings, say)
     with only_one(settings):
         preflight(settings)
         prepare_weights(catalog, settings, say)
@@ -92,15 +90,51 @@ def _apply(catalog: Catalog, running: cluster.ClusterFile | None, settings: Sett
     alone = running is not None and running.role == "one"
     if alone:
         prepare_weights(catalog, settings, say)
-    # Of several nodes, this one may run no engine: each replica checks the weights on its own.
-    locate = locator(settings, here=alone)
     with cluster.joined(settings):
-        nodes = len(cluster.nodes())
-        config = manifest.serve_config(catalog, gateways=settings.gateways, nodes=nodes, locate=locate)
-        before = {name: message for name, (_, message) in cluster.app_statuses().items()}
-        cluster.forget_failures()
-        cluster.apply(config)
+        with cluster.only_writer(settings):
+            # Of several nodes, this one may run no engine: each replica checks the weights on its own.
+            config = _config(catalog, settings, say, nodes=len(cluster.nodes()), here=alone)
+            served = cluster.deployed_apps()
+            for name in surge(config, served, cluster.free_nodes()):
+                say(f"{name}: no node has room for a second replica, so the old one stops before the new one starts")
+            keep_gateways(config, served, cluster.target_counts().get(GATEWAY_APP, 0))
+            before = {name: message for name, (_, message) in cluster.app_statuses().items()}
+            cluster.forget_failures()
+            cluster.apply(config)
         _wait(config, _as_running(settings, running), say, before=before)
+
+
+def _config(catalog: Catalog, settings: Settings, say: Say, *, nodes: int = 1, here: bool = True) -> dict[str, Any]:
+    """What is to be served: the catalog, with the bounds that were set at run time over it."""
+    catalog, set_at_run_time = bounds.laid_over(catalog, settings)
+    for line in set_at_run_time:
+        say(line)
+    locate = locator(settings, here=here)
+    return manifest.serve_config(catalog, gateways=settings.gateways, nodes=nodes, locate=locate)
+
+
+def surge(config: dict[str, Any], served: Mapping[str, dict[str, Any]], nodes: Sequence[cluster.Room]) -> list[str]:
+    """Has new replicas start before those that they replace stop, wherever a node has room for one: where none has, they
+    would wait for ever. Returns the applications that are replaced without."""
+    without = []
+    for app in config["applications"]:
+        if app["name"] == GATEWAY_APP:
+            continue
+        engine = app["deployments"][0]
+        fits = any(room.fits(engine["ray_actor_options"]) for room in nodes)
+        engine["max_surge_percent"] = 100 if fits else 0
+        if not fits and served.get(app["name"], app)["args"] != app["args"]:
+            without.append(app["name"])
+    return without
+
+
+def keep_gateways(config: dict[str, Any], served: Mapping[str, dict[str, Any]], steered_to: int) -> None:
+    """Leaves it to `fleet/keeper` to take gateways away when nodes are gone: before Serve has noticed whose node that is, a
+    smaller number stops the gateway of a live one."""
+    wanted = next(a for a in config["applications"] if a["name"] == GATEWAY_APP)["deployments"][0]
+    before = served.get(GATEWAY_APP, {}).get("deployments", [{}])[0].get("max_replicas_per_node")
+    if before == wanted["max_replicas_per_node"]:
+        wanted["num_replicas"] = max(wanted["num_replicas"], steered_to)
 
 
 def _as_running(settings: Settings, running: cluster.ClusterFile | None) -> Settings:

@@ -93,6 +93,8 @@ def build(
             env |= {"VLLM_RPC_BASE_PATH": str(sockets)}
         # An engine is on one node: what its processes say to each other stays on loopback, wherever its server listens.
         env |= {"VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+        # CUDA counts the fastest GPU first unless told otherwise; Ray, which assigns them by number, and NVML count by bus.
+        env |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         # FlashInfer's sampler is compiled when the engine starts, with a CUDA toolkit that a serving machine rarely has.
         env |= {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
         env |= {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "5"}  # gateways keep idle connections a second less

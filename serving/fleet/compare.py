@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from serving.errors import OperatorError
@@ -14,6 +15,7 @@ from serving.fleet.scaling import Limits
 from serving.fleet.simulate import Goal, Policy, Result, Service
 from serving.fleet.trace import Ints, Trace
 
+DOWN_S = (60.0, 120.0, 200.0, 300.0, 450.0, 600.0)  # of the frontier: seconds before a replica goes
 BOUND_RATIO = 1.35  # GPU-hours over the clairvoyant bound that our policy is to stay within
 
 
@@ -26,6 +28,7 @@ class Comparison(NamedTuple):
     bound_gpu_hours: float
     results: tuple[Result, ...]  # ours first
     notes: tuple[str, ...]  # what was left out, and why
+    frontier: tuple[tuple[float, tuple[Result, ...]], ...] = ()  # the same for each of `DOWN_S`, without the static one
 
 
 def compare(
@@ -35,16 +38,15 @@ def compare(
     goal: Goal,
     *,
     step_s: float,
+    frontier: bool = False,
     tick: Callable[[str, float], None] | None = None,
 ) -> Comparison:
     """Every policy on the same traffic, each beginning with what the first minutes want. `limits.max` of 0 stands for
-    twice the peak. `tick(name, share)` is told how far it is."""
+    twice the peak. `frontier` asks for what hours buy, too. `tick(name, share)` is told how far it is."""
     work = simulate.prepare(trace, service, goal, step_s)
     most = simulate.peak(work, service)
     if not limits.max:
-        limits = Limits(
-            **{**{f: getattr(limits, f) for f in limits.__struct_fields__}, "max": max(2 * most, limits.min)}
-        )
+        limits = msgspec.structs.replace(limits, max=max(2 * most, limits.min))
     notes: list[str] = []
     policies: list[Policy] = [simulate.Steelyard(limits)]
     try:
@@ -53,13 +55,22 @@ def compare(
         notes.append("ray is not installed: its policy is left out")
     policies += [rivals.Hpa(limits), rivals.Static(min(most, limits.max))]
     begin = min(max(simulate.first(work, limits.target_ongoing), limits.min, 1), limits.max)
-    results = []
-    for policy in policies:
+
+    def tried(policy: Policy) -> Result:
         replicas = policy.replicas if isinstance(policy, rivals.Static) else begin
-        told = (lambda share, name=policy.name: tick(name, share)) if tick else None
-        results.append(simulate.run(work, service, policy, replicas=replicas, tick=told))
+        told = (lambda share: tick(policy.name, share)) if tick else None
+        return simulate.run(work, service, policy, replicas=replicas, tick=told)
+
+    results = tuple(tried(policy) for policy in policies)
+    curve = []
+    for down_s in DOWN_S if frontier else ():
+        # Each waits as long as the others before it lets a replica go; whatever else it does stays its own.
+        at: list[Policy] = [simulate.Steelyard(msgspec.structs.replace(limits, scale_down_after_s=down_s))]
+        at += [rivals.RayServe(limits, down_s)] if not notes else []
+        at += [rivals.Hpa(limits, down_s)]
+        curve.append((down_s, tuple(tried(policy) for policy in at)))
     bound = simulate.clairvoyant(work, service, limits.min)
-    return Comparison(trace, service, limits, goal, step_s, bound, tuple(results), tuple(notes))
+    return Comparison(trace, service, limits, goal, step_s, bound, results, tuple(notes), tuple(curve))
 
 
 def as_json(found: Comparison) -> dict[str, Any]:
@@ -100,6 +111,11 @@ def as_json(found: Comparison) -> dict[str, Any]:
              "limit": BOUND_RATIO, "ok": ratio <= BOUND_RATIO},
             {"name": "attainment", "value": round(ours.attainment, 6), "unit": "share", "op": ">=",
              "limit": round(best, 6), "ok": ours.attainment >= best},
+        ],
+        "frontier": [
+            {"policy": r.name, "down_after_s": down_s, "gpu_hours_ratio": round(r.gpu_hours / found.bound_gpu_hours, 4),
+             "attainment": round(r.attainment, 6)}
+            for down_s, results in found.frontier for r in results
         ],
         "notes": list(found.notes),
     }  # fmt: skip

@@ -15,14 +15,14 @@ import hashlib
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 from prometheus_client import CollectorRegistry
 
-from serving.fleet import keeper
+from serving.fleet import history, keeper
 from serving.fleet.endpoint import (
     ALONE_LONGEST_S,
     CRASH_WINDOW_S,
@@ -30,17 +30,19 @@ from serving.fleet.endpoint import (
     Endpoint,
     Failure,
     GatewayInfo,
+    GpuReport,
     Snapshot,
     State,
+    Target,
     VersionFacts,
     quarantined_until,
     quarantines,
     retry_delay_s,
 )
-from serving.fleet.history import Change, History
+from serving.fleet.history import Change, History, Kept
 from serving.settings import load_settings
 from serving.telemetry import logs
-from serving.telemetry.metrics import DirectoryMetrics
+from serving.telemetry.metrics import DirectoryMetrics, set_all
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,8 @@ CALL_S = 5.0
 JANITOR_EVERY_S = 0.5
 STOOD_STILL_S = 1.0  # this process did not run for longer than that: nobody's silence in it says anything
 FACTS_KEPT = 1024  # versions that are remembered
+KEPT_FILE = "directory.json"
+KEEP_EVERY_S = 2.0  # what changed of what outlives the directory is written
 LOAD_NEWS_EVERY_S = 0.25  # load alone wakes pollers at most this often; a state change wakes them at once
 
 
@@ -68,7 +72,9 @@ class Table:
     many replicas there are.
     """
 
-    def __init__(self, now: float, wall: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, now: float, wall: Callable[[], float] = time.time, ready_after_s: Mapping[str, float] | None = None
+    ) -> None:
         self._wall = wall
         self.epoch = uuid.uuid4().hex
         self.number = 0
@@ -78,7 +84,13 @@ class Table:
         self._tidied_at: float | None = None
         self._endpoints: dict[str, tuple[Endpoint, float]] = {}
         self._gateways: dict[str, tuple[GatewayInfo, float]] = {}
-        self._facts: dict[str, VersionFacts] = {}
+        self._targets: dict[str, tuple[Target, float]] = {}
+        self._gpu_busy: dict[str, tuple[dict[str, float], float]] = {}  # by the exporter's target
+        self._facts = {v: VersionFacts(ready_after_s=s) for v, s in (ready_after_s or {}).items()}
+
+    def ready_after_s(self) -> dict[str, float]:
+        """How long the last start of each version took."""
+        return {v: f.ready_after_s for v, f in self._facts.items() if f.ready_after_s is not None}
 
     def announce(self, endpoint: Endpoint, now: float) -> bool:
         """Upserts; True when anything but load changed, so that pollers must hear of it at once."""
@@ -104,8 +116,29 @@ class Table:
             begun - {e.version_id for e, _ in self._endpoints.values() if e.state is State.READY}
         )
 
+    def announce_target(self, target: Target, now: float) -> bool:
+        """Upserts; True when it is new or another."""
+        known = self._targets.get(target.id)
+        self._targets[target.id] = (target, now + LEASE_S)
+        new = known is None or known[0] != target
+        self.unpublished |= new
+        return new
+
+    def report_gpus(self, report: GpuReport, now: float) -> bool:
+        """Upserts the exporter's target and what it saw; True when the target is new or another."""
+        known = self._gpu_busy.get(report.target.id)
+        self._gpu_busy[report.target.id] = (report.busy, now + LEASE_S)
+        self.unpublished |= known is None or known[0] != report.busy
+        return self.announce_target(report.target, now)
+
     def facts(self, version_id: str) -> VersionFacts:
         return self._facts.get(version_id, VersionFacts())
+
+    def holders(self, node: str, now: float) -> Snapshot:
+        """The part of the table that is replicas with GPUs of `node`. Not those that failed: another may have them already."""
+        failed = State.FAILED
+        found = tuple(e for e, _ in self._endpoints.values() if e.node == node and e.gpus and e.state is not failed)
+        return Snapshot(epoch=self.epoch, number=self.number, complete=now - self._born >= SETTLE_S, endpoints=found)
 
     def endpoint(self, endpoint_id: str) -> Endpoint | None:
         known = self._endpoints.get(endpoint_id)
@@ -188,14 +221,17 @@ class Table:
 
     def expire(self, now: float) -> bool:
         """Drops entries whose lease ran out; True when there were any."""
-        dead = [i for i, (_, until) in self._endpoints.items() if until < now]
-        gone = [i for i, (_, until) in self._gateways.items() if until < now]
-        for i in dead:
-            del self._endpoints[i]
-        for i in gone:
-            del self._gateways[i]
-        self.unpublished |= bool(dead or gone)
-        return bool(dead or gone)
+        tables: tuple[dict[str, tuple[Any, float]], ...] = (
+            self._endpoints,
+            self._gateways,
+            self._targets,
+            self._gpu_busy,
+        )
+        gone = [(table, i) for table in tables for i, (_, until) in table.items() if until < now]
+        for table, i in gone:
+            del table[i]
+        self.unpublished |= bool(gone)
+        return bool(gone)
 
     def publish(self) -> None:
         """Makes what changed a new number."""
@@ -209,6 +245,8 @@ class Table:
             complete=now - self._born >= SETTLE_S,
             endpoints=tuple(e for e, _ in self._endpoints.values()),
             gateways=tuple(g for g, _ in self._gateways.values()),
+            targets=tuple(t for t, _ in self._targets.values()),
+            gpu_busy={replica: share for busy, _ in self._gpu_busy.values() for replica, share in busy.items()},
             versions=dict(self._facts),
             keys=self.keys,
         )
@@ -228,15 +266,18 @@ class Directory:
     """The actor around `Table`. Async: thousands of pollers wait on one condition. Nouns come and go as `pack` makes them."""
 
     def __init__(self) -> None:
-        self._table = Table(time.monotonic())
         self._news = asyncio.Event()
         self._load_news: asyncio.TimerHandle | None = None
         self._janitor: asyncio.Task[None] | None = None
-        self._keeper: asyncio.Task[None] | None = None
+        self._keepers: list[asyncio.Task[None]] = []
         settings = load_settings()
         self._log = logs.setup("directory", settings.log_dir)
-        self._history = History()
+        self._kept_file = settings.state_dir / KEPT_FILE
+        self._kept = history.read(self._kept_file)  # as it is on disk
+        self._table = Table(time.monotonic(), ready_after_s=self._kept.ready_after_s)
+        self._history = History(self._kept.changes)
         self._metrics = DirectoryMetrics(CollectorRegistry())
+        self._metrics.before_text = self._observe
         self._on_head = settings.node_role == "head"
         self._keys_file = KeysFile(settings.keys_file) if self._on_head else None
 
@@ -244,6 +285,8 @@ class Directory:
         endpoint = unpack(entry, Endpoint)
         self._ensure_janitor()
         before = self._table.endpoint(endpoint.id)
+        if before is None:
+            self._metrics.seen(endpoint.model, endpoint.version)
         if endpoint.state is State.READY and before is not None and before.state is State.STARTING:
             self._metrics.started(endpoint.model, endpoint.version, endpoint.phases)
         if self._table.announce(endpoint, time.monotonic()):
@@ -266,6 +309,22 @@ class Directory:
             self._wake()
         else:
             self._load_changed()
+
+    async def announce_target(self, entry: bytes) -> None:
+        """A process with metrics that is neither gateway nor replica; renewed within `LEASE_S`."""
+        self._ensure_janitor()
+        if self._table.announce_target(unpack(entry, Target), time.monotonic()):
+            self._wake()
+
+    async def report_gpus(self, entry: bytes) -> bytes:
+        """A node's GPU exporter; renewed within `LEASE_S`. Returns the replicas of that node, which it joins to their GPUs."""
+        self._ensure_janitor()
+        report = unpack(entry, GpuReport)
+        if self._table.report_gpus(report, time.monotonic()):
+            self._wake()
+        else:
+            self._load_changed()
+        return pack(self._table.holders(report.target.node, time.monotonic()))
 
     def _load_changed(self) -> None:
         if self._table.unpublished and self._load_news is None:
@@ -316,8 +375,30 @@ class Directory:
 
     async def metrics(self) -> str:
         """Its own exposition; a gateway that is scraped puts it among the others'."""
-        self._metrics.set_quarantined(self._table.quarantined())
         return self._metrics.text()
+
+    async def _keep_for_ever(self) -> None:
+        """Writes what the next directory should know."""
+        while True:
+            await asyncio.sleep(KEEP_EVERY_S)
+            kept = Kept(ready_after_s=self._table.ready_after_s(), changes=self._history.all())
+            if kept == self._kept:
+                continue
+            try:
+                await asyncio.to_thread(history.write, self._kept_file, kept)
+            except OSError as e:
+                log.warning("cannot write %s: %s", self._kept_file, e.strerror)
+            self._kept = kept  # tried again when there is more to tell
+
+    def _observe(self) -> None:
+        health: dict[tuple[str, ...], float] = {
+            (e.model, e.version, e.id, e.node): float(e.state not in (State.SUSPECT, State.FAILED))
+            for e in self._table.snapshot(time.monotonic()).endpoints
+            if e.state is not State.STARTING
+        }
+        set_all(self._metrics.health, health)
+        left_s = self._table.quarantined()
+        set_all(self._metrics.quarantined, {(*v.split("@", 1), node): s for (v, node), s in left_s.items()})
 
     def _wake(self) -> None:
         if self._load_news is not None:
@@ -329,9 +410,11 @@ class Directory:
 
     def _ensure_janitor(self) -> None:
         if self._janitor is None:
-            self._janitor = asyncio.get_running_loop().create_task(self._tidy_for_ever())
+            loop = asyncio.get_running_loop()
+            self._janitor = loop.create_task(self._tidy_for_ever())
+            self._keepers += [loop.create_task(keeper.keep_gpu_exporters()), loop.create_task(self._keep_for_ever())]
             if self._on_head:
-                self._keeper = asyncio.get_running_loop().create_task(keeper.keep_for_ever())
+                self._keepers.append(loop.create_task(keeper.keep_gateways()))
 
     async def _tidy_for_ever(self) -> None:
         while True:

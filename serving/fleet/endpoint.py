@@ -63,6 +63,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""  # why SUSPECT or FAILED, one line
     fault: str = ""  # the same in a word: process, silent, health, stuck, refuses, start
     node: str = ""
+    gpus: tuple[str, ...] = ()  # of that node which Ray gave it: indices, or UUIDs where the node was given such
     started_at: float = 0.0  # epoch seconds
     ready_after_s: float | None = None  # spawn to first token
     phases: dict[str, float] = {}  # seconds of a start: spawn (of the process), health, first_token
@@ -105,6 +106,31 @@ class Failure(msgspec.Struct, frozen=True):
     spec: str  # digest of its engine
     fault: str  # in a word
     reason: str  # one line; for operators, not for clients
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True):
+    """A process whose Prometheus text gateways hand on, at `/metrics` and each alone by `/metrics/targets`. Gateways and
+    engines have one by their own entry; whatever else has metrics (a node's GPU exporter) announces this one, whole and as
+    often as a replica its endpoint. It answers whoever has the cluster secret, and nobody else."""
+
+    id: str  # unique in the cluster, e.g. gpu#10.0.0.7; becomes the label `instance`
+    component: str  # gateway, engine, directory, gpu
+    url: str  # of the exposition itself; empty where the gateway has another way
+    node: str = ""
+    labels: dict[str, str] = {}  # beside `component`, `instance` and `node`: put on every series of it
+
+    @property
+    def joined(self) -> dict[str, str]:
+        """What tells its series from those of others."""
+        node = {"node": self.node} if self.node else {}
+        return {"component": self.component, "instance": self.id, **node, **self.labels}
+
+
+class GpuReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a node's GPU exporter tells the directory."""
+
+    target: Target
+    busy: dict[str, float] = {}  # replica id -> share of time that its GPUs worked, 0..1
 
 
 class VersionFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,5 +190,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     complete: bool
     endpoints: tuple[Endpoint, ...] = ()
     gateways: tuple[GatewayInfo, ...] = ()
+    targets: tuple[Target, ...] = ()
+    gpu_busy: dict[str, float] = {}  # replica id -> share of time that its GPUs worked; only of those that are watched
     versions: dict[str, VersionFacts] = {}
     keys: str = ""  # digest of the head's keys file; empty where every node has its own

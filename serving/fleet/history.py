@@ -1,13 +1,20 @@
-"""What the policy decided: a bounded memory per version, for an operator who asks why."""
+"""What the policy decided: a bounded memory per version, for an operator who asks why. And the file that outlives the
+directory, with that and with how long starts take."""
 
 from __future__ import annotations
 
+import logging
+import os
 from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from serving.fleet.scaling import Load
+
+log = logging.getLogger(__name__)
 
 Cause = Literal["load", "from_zero", "to_zero", "bounds"]
 
@@ -34,8 +41,8 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 class History:
     """The last changes of each version."""
 
-    def __init__(self) -> None:
-        self._changes: dict[str, deque[Change]] = {}
+    def __init__(self, changes: Mapping[str, list[Change]] | None = None) -> None:
+        self._changes = {version_id: deque(kept, maxlen=KEPT) for version_id, kept in (changes or {}).items()}
 
     def add(self, change: Change) -> None:
         kept = self._changes.pop(change.version_id, None) or deque(maxlen=KEPT)
@@ -46,3 +53,32 @@ class History:
 
     def of(self, version_id: str) -> list[Change]:
         return list(self._changes.get(version_id, ()))
+
+    def all(self) -> dict[str, list[Change]]:
+        return {version_id: list(kept) for version_id, kept in self._changes.items()}
+
+
+class Kept(msgspec.Struct, frozen=True, kw_only=True):
+    """What a directory that starts knows of those before it. Not which starts failed: it finds that out soon enough."""
+
+    ready_after_s: dict[str, float] = {}  # version id -> of its last start
+    changes: dict[str, list[Change]] = {}
+
+
+def read(path: Path) -> Kept:
+    """Nothing without a file, or with one that cannot be read: all of it is found out again in time."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Kept)
+    except FileNotFoundError:
+        return Kept()
+    except (OSError, msgspec.MsgspecError) as e:
+        log.warning("%s cannot be read, start times and changes of counts are forgotten: %s", path, e)
+        return Kept()
+
+
+def write(path: Path, kept: Kept) -> None:
+    """Atomically, mode 0600. Raises OSError."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(partial, "wb", opener=lambda p, flags: os.open(p, flags, 0o600)) as out:
+        out.write(msgspec.json.encode(kept))
+    partial.replace(path)

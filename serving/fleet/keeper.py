@@ -1,8 +1,10 @@
-"""Gateways on every node: their number follows the nodes that come and go, without a person.
+"""What every node has follows the nodes that come and go, without a person. Runs beside the directory.
 
-Runs beside the directory on the head of a bare-metal cluster, never on Kubernetes, where the RayService alone writes. It
-changes one number of one deployment through Serve's external-scaler call, so it cannot race with `steelyard up`: no other
-part of the config passes through here.
+`keep_gateways` on the head of a bare-metal cluster, never on Kubernetes, where the RayService alone writes. It changes one
+number of one deployment through Serve's external-scaler call, so it cannot race with `steelyard up`: no other part of the
+config passes through here.
+
+`keep_gpu_exporters` everywhere: they are actors of their own, and only on nodes with GPUs.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from serving.fleet.endpoint import GATEWAY_APP, GATEWAY_DEPLOYMENT
 log = logging.getLogger(__name__)
 
 CHECK_EVERY_S = 1.0  # of the nodes: a call to the control store
+EXPORTERS_CHECK_EVERY_S = 2.0  # likewise; a leaving node waits for its exporter no longer
 SERVE_CHECK_EVERY_S = 10.0  # of Serve's count when no node came or went: somebody may have applied another config
 
 
@@ -25,7 +28,7 @@ def wanted(nodes: int, per_node: int) -> int:
     return per_node * max(1, nodes)
 
 
-async def keep_for_ever() -> None:
+async def keep_gateways() -> None:
     """Keeps the number of gateways at so many per node that is alive and not leaving."""
     seen, checked, troubled = frozenset[str](), float("-inf"), False
     loop = asyncio.get_running_loop()
@@ -45,14 +48,69 @@ async def keep_for_ever() -> None:
         await asyncio.sleep(CHECK_EVERY_S)
 
 
+async def keep_gpu_exporters() -> None:
+    """Keeps an exporter on every node with GPUs that is alive and not leaving."""
+    exporters: dict[str, Any] = {}  # by Ray's id of the node
+    troubled = False
+    while True:
+        try:
+            await asyncio.to_thread(_set_exporters, exporters)
+            troubled = False
+        except Exception as e:  # the control store is away or slow: asked again in a moment
+            if not troubled:
+                log.warning("GPU exporters cannot be kept now: %s", type(e).__name__)
+            troubled = True
+        await asyncio.sleep(EXPORTERS_CHECK_EVERY_S)
+
+
+def _set_exporters(exporters: dict[str, Any]) -> None:
+    import ray
+
+    if not exporters and not any(map(_has_gpus, ray.nodes())):
+        return
+    nodes = {n["NodeID"] for n in staying() if _has_gpus(n)}
+    for node in exporters.keys() - nodes:  # Ray ends a leaving node when the last actor is gone from it
+        ray.kill(exporters.pop(node))
+    for node in nodes - exporters.keys():
+        exporters[node] = _exporter(node)
+        log.info("a GPU exporter for node %s", node)
+
+
+def _has_gpus(node: Mapping[str, Any]) -> bool:
+    return bool(node["Alive"] and node["Resources"].get("GPU", 0) > 0)
+
+
+def _exporter(node: str) -> Any:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from serving.fleet import directory, gpu_exporter  # one tells the other, and the directory imports this
+
+    options = {
+        "name": f"gpu-exporter-{node}",
+        "namespace": directory.NAMESPACE,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "max_restarts": -1,
+        "num_cpus": 0,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+    }
+    return ray.remote(gpu_exporter.GpuExporter).options(**options).remote()
+
+
 def staying_nodes() -> frozenset[str]:
     """Nodes that are alive and not being drained, as the control store knows them. Blocks."""
+    return frozenset(n["NodeID"] for n in staying())
+
+
+def staying() -> list[dict[str, Any]]:
+    """The same with all that Ray says of them."""
     import ray
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     client = GcsClient(address=ray.get_runtime_context().gcs_address)
     leaving = set(client.get_draining_nodes())
-    return frozenset(n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving)
+    return [n for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving]
 
 
 def strays(replicas: Iterable[Mapping[str, Any]], staying: Collection[str]) -> list[str]:
@@ -65,7 +123,7 @@ async def _set_gateways(nodes: frozenset[str]) -> bool:
     """Whether Serve's number of gateways fits the nodes now; False when it must be asked again in a moment."""
     from ray.serve._private.common import DeploymentID
 
-    controller = await asyncio.to_thread(_controller)
+    controller = await asyncio.to_thread(serve_controller)
     if controller is None:
         return True
     details: dict[str, Any] = await controller.get_serve_instance_details.remote()
@@ -86,7 +144,7 @@ async def _set_gateways(nodes: frozenset[str]) -> bool:
     return True
 
 
-def _controller() -> Any | None:
+def serve_controller() -> Any | None:
     """Serve's controller; None while nothing was ever applied."""
     import ray
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE

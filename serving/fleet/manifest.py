@@ -65,6 +65,7 @@ def gateway_config(catalog: Catalog) -> dict[str, Any]:
             "versions": [v.version for v in m.versions],
             "required": [v.version for v in m.versions if v.scaling.min > 0],
             "allow": list(m.allow),
+            "slo": {"ttft_s": m.slo.ttft_s, "objective": m.slo.objective},
             "limits": {
                 "max_queue": m.limits.max_queue,
                 "max_wait_s": m.limits.max_wait_s,
@@ -131,6 +132,8 @@ def _engine_app(catalog: Catalog, model: ModelSpec, version: Version, locate: Lo
                     "drain_s": version.drain_s,
                     "stuck_timeout_s": version.stuck_timeout_s,
                     "builds": _builds(catalog, model, version),
+                    # For `serve_policy`, which reads it here: Serve's autoscaling config has no place for it.
+                    "schedule": [entry.model_dump() for entry in version.scaling.schedule],
                 },
                 "graceful_shutdown_timeout_s": version.drain_s + STOP_GRACE_S,
                 "graceful_shutdown_wait_loop_s": 0.1,

@@ -30,8 +30,9 @@ class RayServe:
     every 10 s; up after 30 s, down after 600 s. Raises ImportError where Ray is missing."""
 
     name = "ray serve"
+    DOWN_S = 600.0
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, down_s: float = DOWN_S) -> None:
         # The decorator that Serve's controller applies reads the wall clock; its parts take the time as an argument.
         from ray.serve import autoscaling_policy
         from ray.serve.config import AutoscalingConfig, AutoscalingContext
@@ -39,7 +40,10 @@ class RayServe:
         self._ray: Any = autoscaling_policy
         self._context: Any = AutoscalingContext
         self.config: Any = AutoscalingConfig(
-            min_replicas=limits.min, max_replicas=limits.max, target_ongoing_requests=limits.target_ongoing
+            min_replicas=limits.min,
+            max_replicas=limits.max,
+            target_ongoing_requests=limits.target_ongoing,
+            downscale_delay_s=down_s,
         )
         self.limits = limits
         self.state: dict[str, Any] = {}
@@ -85,8 +89,8 @@ class Hpa:
     name = "hpa"
     PERIOD_S, TOLERANCE, DOWN_S, PODS = 15.0, 0.10, 300.0, 4
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+    def __init__(self, limits: Limits, down_s: float = DOWN_S) -> None:
+        self.limits, self.down_s = limits, down_s
         self.next = 0.0
         self.wanted: deque[tuple[float, int]] = deque()
 
@@ -101,7 +105,7 @@ class Hpa:
         desired = load.replicas if abs(ratio - 1) <= self.TOLERANCE else math.ceil(ongoing / self.limits.target_ongoing)
         low, high = max(1, self.limits.min), self.limits.max
         desired = min(max(desired, low), high)
-        while self.wanted and now - self.wanted[0][0] > self.DOWN_S:
+        while self.wanted and now - self.wanted[0][0] > self.down_s:
             self.wanted.popleft()
         self.wanted.append((now, desired))
         if desired < load.replicas:

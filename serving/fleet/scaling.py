@@ -5,6 +5,7 @@
 1. An observation that is old decides nothing. Bounds and scheduled floors hold all the same.
 2. `_demand`: requests that want a slot, from held + running, less what will clear by itself.
 3. `_need`: replicas for it. A load beyond what chance explains counts in full at once, a smaller excess by its mean.
+   `_room`: never fewer than what the usual noise of this load needs to be served without a wait that anybody notices.
 4. Up at once, as many as needed. Down when the whole window agrees (`_fewer`), to zero when idle long enough (`_last`).
 """
 
@@ -16,10 +17,16 @@ from functools import lru_cache
 from zoneinfo import ZoneInfo
 
 import msgspec
-from cronsim import CronSim, CronSimError
+from cronsim import CronSim
+
+from serving.catalog import clock
 
 STALE_S = 5.0  # an older observation decides nothing: the count stays
 MEAN_S = 60.0  # time constant, at most, of the means that small excesses are judged by
+SPREAD_S = 300.0  # likewise, of what the noise of the load is learned over
+WAIT_S = 2.0  # a wait that nobody notices
+ROOM = 3.6  # standard deviations of the load that are to be served with no longer one
+OUTLIER = 3.0  # standard deviations beyond which an observation is no noise: another level has begun
 CHANCE = 2.0  # standard deviations of independent arrivals (Poisson: the root of their number) that are no breach
 NOISE = 0.10  # nor is so large a share, where numbers are so large that chance explains less
 TOLERANCE = 0.05  # replicas go only if what is left would carry so much more than the load
@@ -36,19 +43,12 @@ class Floor(msgspec.Struct, frozen=True, kw_only=True):
     timezone: str = "UTC"
 
     def __post_init__(self) -> None:
-        try:
-            zone = ZoneInfo(self.timezone)
-        except (KeyError, ValueError, OSError):
-            raise ValueError(f"timezone {self.timezone!r} is not known; write one like Europe/Berlin") from None
+        clock.zone(self.timezone)
         for name, expression in (("start", self.start), ("end", self.end)):
             try:
-                if len(expression.split()) != 5:
-                    raise CronSimError("Wrong number of fields")
-                next(CronSim(expression, datetime(2026, 1, 1, tzinfo=zone)))
-            except (CronSimError, StopIteration) as e:
-                raise ValueError(
-                    f"{name} {expression!r} is no cron time ({e or 'it never comes'}); five fields, e.g. 0 8 * * 1-5"
-                ) from None
+                clock.check_cron(expression)
+            except ValueError as e:
+                raise ValueError(f"{name} {expression!r} is {e}") from None
         if self.replicas < 0:
             raise ValueError(f"replicas {self.replicas} is negative")
 
@@ -90,6 +90,10 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     demand: float = 0.0  # of the last observation
     mean: float = 0.0  # of demand, exponentially weighted
     service_s: float | None = None  # seconds of service of one request, likewise; None: nothing finished yet
+    level: float = 0.0  # of demand, in a mean of minutes
+    spread: float = 0.0  # variance of demand around `mean`, in the same mean
+    running: float = 0.0  # likewise
+    finished_per_s: float = 0.0  # likewise
     needs: tuple[tuple[float, int], ...] = ()  # maxima of the down window: newer ones are smaller
     busy_at: float | None = None  # when anything was last held or running
 
@@ -127,7 +131,8 @@ def _observed(load: Load, limits: Limits, memory: Memory, now: float) -> tuple[M
     if gap is None or not 0 <= gap <= 2 * STALE_S:
         service_s = _service_s(load, None, 0.0)
         demand = _demand(load, limits, service_s)
-        return Memory(seen_at=now, since=now, demand=demand, mean=demand, service_s=service_s, busy_at=now), demand
+        memory = Memory(seen_at=now, since=now, demand=demand, mean=demand, service_s=service_s, busy_at=now)
+        return _learned(memory, load, demand, 1.0), demand
     service_s = _service_s(load, memory.service_s, gap)
     demand = _demand(load, limits, service_s)
     judged = min(demand, memory.demand) if load.replicas else demand
@@ -135,18 +140,32 @@ def _observed(load: Load, limits: Limits, memory: Memory, now: float) -> tuple[M
     # An operator who lets replicas go sooner than a minute does not want to hear of that minute.
     over_s = max(1.0, min(MEAN_S, limits.scale_down_after_s))
     mean = memory.mean + _share(gap, watched, over_s) * (judged - memory.mean)
+    mean = min(mean, judged + OUTLIER * _noise(memory))  # what has fallen further is waited for by the window alone
     if demand == 0 and mean < 0.5:
         mean = 0.0  # less than a request: an exponential mean never gets there by itself
-    memory = Memory(
+    learned = _learned(memory, load, demand, _share(gap, watched, SPREAD_S))
+    memory = msgspec.structs.replace(
+        learned,
         seen_at=now,
-        since=memory.since,
         demand=demand,
         mean=mean,
         service_s=service_s,
-        needs=memory.needs,
         busy_at=now if _busy(load) else memory.busy_at,
     )
     return memory, judged
+
+
+def _learned(memory: Memory, load: Load, demand: float, weight: float) -> Memory:
+    """Memory with what `_room` judges by. Every observation counts here, high or low, or the noise would look smaller."""
+    apart = demand - memory.mean
+    most = OUTLIER**2 * max(1.0, memory.level)
+    return msgspec.structs.replace(
+        memory,
+        level=memory.level + weight * (demand - memory.level),
+        spread=(1 - weight) * (memory.spread + weight * min(apart * apart, most)),
+        running=memory.running + weight * (load.running - memory.running),
+        finished_per_s=memory.finished_per_s + weight * ((load.finished_per_s or 0.0) - memory.finished_per_s),
+    )
 
 
 def _share(gap: float, watched: float, over_s: float) -> float:
@@ -188,8 +207,12 @@ def _need(load: Load, limits: Limits, memory: Memory, demand: float) -> tuple[in
     target = limits.target_ongoing
     held = f"held {load.held} + running {load.running}"
     level = _breach(load, limits)
-    need = math.ceil(memory.mean / target)
+    need = math.ceil(memory.mean / target) if load.replicas else 0  # at zero only who waits counts, not what was
     why = f"{held}, in the mean {memory.mean:.0f}, over target {target:g} per replica needs {need}"
+    if load.replicas and (room := _room(load, memory)) > need:
+        need = room
+        usual = f"usually {memory.level:.0f} give or take {_noise(memory):.0f}"
+        why = f"{held}, {usual}, needs {need} to wait for no more than {WAIT_S:g} s"
     if demand > level or load.replicas == 0:
         need = max(need, math.ceil(demand / target))
         why = f"{held} over target {target:g} per replica needs {need}"
@@ -201,11 +224,28 @@ def _need(load: Load, limits: Limits, memory: Memory, demand: float) -> tuple[in
     return need, why
 
 
+def _room(load: Load, memory: Memory) -> int:
+    """Replicas with which hardly any request waits longer than `WAIT_S` for the noise of this load: square-root staffing,
+    with the variance as measured instead of that of independent arrivals. Requests that are held take turns: in
+    `WAIT_S` so many finish as run, times that over the seconds of service. Means nothing in a large fleet, whose noise is
+    small to what the target leaves free; in one of five replicas the target leaves too little."""
+    if not load.held + load.running or not memory.finished_per_s or not memory.running:
+        return 0
+    served = load.slots * (1 + WAIT_S * memory.finished_per_s / memory.running)
+    usual = min(memory.level, memory.mean + _noise(memory))  # a load that has fallen is not what it was
+    return math.ceil((usual + ROOM * _noise(memory)) / served)
+
+
+def _noise(memory: Memory) -> float:
+    """One standard deviation; not less than that of independent arrivals."""
+    return math.sqrt(max(memory.spread, memory.level))
+
+
 def _breach(load: Load, limits: Limits) -> float:
-    """Requests beyond which the load is too much now: more than chance explains, or than what finishes in a second
-    takes from the queue when every slot is taken. A moment without a free slot is no breach."""
+    """Requests beyond which the load is too much now: more than chance explains, or than what finishes in
+    `WAIT_S` takes from the queue when every slot is taken. A moment without a free slot is no breach."""
     fair = load.replicas * limits.target_ongoing
-    full = load.replicas * load.slots + (load.finished_per_s or 0.0)
+    full = load.replicas * load.slots + WAIT_S * (load.finished_per_s or 0.0)
     return max(fair, min(fair + max(CHANCE * math.sqrt(fair), NOISE * fair), full))
 
 
@@ -213,7 +253,7 @@ def _unbreached(load: Load, limits: Limits, demand: float) -> int:
     """The fewest replicas at which this demand would be no breach: `_breach` solved for the count."""
     by_chance = (math.sqrt(demand + (CHANCE / 2) ** 2) - CHANCE / 2) ** 2
     fair = math.ceil(min(by_chance, demand / (1 + NOISE)) / limits.target_ongoing)
-    full = math.ceil(max(0.0, demand - (load.finished_per_s or 0.0)) / load.slots)
+    full = math.ceil(max(0.0, demand - WAIT_S * (load.finished_per_s or 0.0)) / load.slots)
     return max(fair, min(full, math.ceil(demand / limits.target_ongoing)))
 
 
@@ -262,7 +302,7 @@ def _busy(load: Load) -> bool:
 
 
 def _bounded(load: Load, limits: Limits, memory: Memory, now: float, wanted: int, why: str) -> Decision:
-    floor = max((f.replicas for f in limits.floors if _active(f, int(now // 60))), default=0)
+    floor = max((f.replicas for f in limits.floors if holds(f, int(now // 60))), default=0)
     replicas = min(max(wanted, limits.min, floor), limits.max)
     if replicas > wanted:
         why += f"; the schedule keeps {replicas}" if floor >= replicas > limits.min else f"; min is {limits.min}"
@@ -277,8 +317,9 @@ def _bounded(load: Load, limits: Limits, memory: Memory, now: float, wanted: int
 
 
 @lru_cache(maxsize=256)
-def _active(floor: Floor, minute: int) -> bool:
-    """Whether the last start is younger than the last end. Cron's own rules at the change of summer time."""
+def holds(floor: Floor, minute: int) -> bool:
+    """Whether the last start is younger than the last end, at that minute of Unix time. Cron's own rules at the change of
+    summer time."""
     at = (datetime.fromtimestamp(minute * 60, UTC) + timedelta(seconds=1)).astimezone(ZoneInfo(floor.timezone))
     try:
         started = next(CronSim(floor.start, at, reverse=True))

@@ -7,7 +7,8 @@ table with its age; the function joins that with what Serve says of the deployme
 * Serve clips the answer to `min_replicas` and `max_replicas`. A directory that is away holds the count.
 * Serve's own delays would come on top of those of `decide`: the context handed back has none. The fields
   `downscale_delay_s` and `downscale_to_zero_delay_s` are how `scaling:` of a model file gets here: they are no part of
-  the application's code version, so a change of them rolls nothing. Arguments of the policy would be.
+  the application's code version, so a change of them rolls nothing. Arguments of the policy would be. Schedules fit
+  into no such field: the thread reads them from the `user_config` of the config that is served.
 * A controller that restarts, and one that takes another config, has no memory: it goes on from Serve's own count, and
   nothing goes down before a whole window was seen.
 """
@@ -18,18 +19,19 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
-from serving.fleet import directory
-from serving.fleet.endpoint import GatewayInfo, Snapshot, State
+from serving.fleet import directory, keeper
+from serving.fleet.endpoint import GATEWAY_APP, GatewayInfo, Snapshot, State
 from serving.fleet.history import Cause, Change
-from serving.fleet.scaling import Limits, Load, Memory, decide
+from serving.fleet.scaling import Floor, Limits, Load, Memory, decide
 
 log = logging.getLogger(__name__)
 
 POLL_S = 2.0  # an answer at least so often: a table without news is as fresh as one with
 CALL_S = 5.0
+SCHEDULES_EVERY_S = 5.0  # Serve's controller is asked for its own config so often
 AGAIN_S = 0.25  # a table without news is decided on this often: delays pass all the same
 RATE_WINDOW_S, RATE_STEP_S = 10.0, 1.0
 STEP_S = 2.0  # arrivals of so little time count when they are more: a mean of ten seconds learns of a step too late
@@ -69,6 +71,7 @@ class Table:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.snapshot: Snapshot | None = None
+        self.floors: dict[str, tuple[Floor, ...]] = {}  # version id -> its schedule; whoever has none is not there
         self._clock = clock
         self._at = -AWAY_S
         # Per gateway, its counts at times of the window, the oldest first: differences of one gateway alone mean something.
@@ -129,7 +132,7 @@ class Policy:
             return ctx.target_num_replicas, ctx.policy_state
 
     def _decide(self, ctx: Context, version_id: str, now: float) -> tuple[int, dict[str, Any]]:
-        limits, target, state = limits_of(ctx), ctx.target_num_replicas, ctx.policy_state
+        limits, target, state = limits_of(ctx, self._table.floors), ctx.target_num_replicas, ctx.policy_state
         ctx.config = ctx.config.model_copy(update=_NO_DELAYS)
         self._notice_bounds(version_id, target)
         snapshot = self._table.snapshot
@@ -177,15 +180,25 @@ def cause(before: int, after: int) -> Cause:
     return "from_zero" if before == 0 else "load"
 
 
-def limits_of(ctx: Context) -> Limits:
-    """`scaling:` of the model file, out of Serve's own fields."""
+def limits_of(ctx: Context, floors: Mapping[str, tuple[Floor, ...]]) -> Limits:
+    """`scaling:` of the model file, out of Serve's own fields, and of the schedules of all versions this one's."""
     config = ctx.config
     return Limits(
         min=ctx.capacity_adjusted_min_replicas,
         max=ctx.capacity_adjusted_max_replicas,
         target_ongoing=config.target_ongoing_requests,
         scale_down_after_s=config.downscale_delay_s,
-        idle_to_zero_s=config.downscale_to_zero_delay_s,
+        # Beside a min that was set at run time: one that keeps a replica does not go to zero when idle.
+        idle_to_zero_s=None if ctx.capacity_adjusted_min_replicas else config.downscale_to_zero_delay_s,
+        floors=floors.get(ctx.app_name or "", ()),
+    )
+
+
+def floors_of(user_config: Mapping[str, Any] | None) -> tuple[Floor, ...]:
+    """The schedule of a version, out of its deployment's config as it is served. ValueError when it cannot be."""
+    return tuple(
+        Floor(start=e["start"], end=e["end"], timezone=e["timezone"], replicas=e["min"])
+        for e in (user_config or {}).get("schedule", ())
     )
 
 
@@ -194,6 +207,7 @@ def observe(snapshot: Snapshot | None, version_id: str, asked: int, age_s: float
     if snapshot is None:
         return Load(replicas=asked, ready=0, age_s=AWAY_S)
     ready = [e for e in snapshot.endpoints if e.version_id == version_id and e.state is State.READY]
+    busy = [snapshot.gpu_busy[e.id] for e in ready if e.id in snapshot.gpu_busy]
     return Load(
         replicas=asked,
         ready=len(ready),
@@ -205,8 +219,24 @@ def observe(snapshot: Snapshot | None, version_id: str, asked: int, age_s: float
         kv_mean=sum(e.kv_usage for e in ready) / len(ready) if ready else None,
         arrived_per_s=None if rates is None else rates.arrived,
         finished_per_s=None if rates is None else rates.finished,
+        gpu_busy=sum(busy) / len(busy) if busy else None,
         age_s=max(0.0, age_s),
     )
+
+
+def schedules(
+    served: Mapping[str, Any], known: Mapping[str, tuple[Floor, ...]]
+) -> tuple[dict[str, tuple[Floor, ...]], dict[str, str]]:
+    """Version id -> its schedule, from its deployment's `user_config`; and of those that cannot be, what is wrong. `up`
+    has checked them, but nobody a chart's values: such a version keeps the one that is known."""
+    floors, refused = {}, {}
+    for name, user_config in served.items():
+        try:
+            floors[name] = floors_of(user_config)
+        except (ValueError, LookupError, TypeError) as e:
+            floors[name] = known.get(name, ())
+            refused[name] = str(e)
+    return {name: found for name, found in floors.items() if found}, refused
 
 
 class Follower:
@@ -216,12 +246,16 @@ class Follower:
         self._table = table
         self._policy = policy
         self._actor: Any = None
+        self._refused: dict[str, str] = {}  # version id -> what is wrong with its schedule
         threading.Thread(target=self._run, name="directory-follower", daemon=True).start()
 
     def _run(self) -> None:
-        epoch, number, away = "", -1, False
+        epoch, number, away, read_at = "", -1, False, -AWAY_S
         while True:
             try:
+                if time.monotonic() - read_at >= SCHEDULES_EVERY_S:  # first of all: nothing may go for want of it
+                    self._read_schedules()
+                    read_at = time.monotonic()
                 snapshot = directory.unpack(self._call("wait", epoch, number, POLL_S), Snapshot)
                 self._table.put(snapshot)
                 epoch, number = snapshot.epoch, snapshot.number
@@ -234,6 +268,19 @@ class Follower:
                     log.warning("the directory is away, replica counts stay: %s", type(e).__name__)
                 away = True
                 time.sleep(AGAIN_S)
+
+    def _read_schedules(self) -> None:
+        import ray
+
+        controller = keeper.serve_controller()
+        if controller is None:
+            return
+        apps = ray.get(controller.get_app_configs.remote(), timeout=CALL_S)
+        served = {name: app.deployments[0].user_config for name, app in apps.items() if name != GATEWAY_APP}
+        self._table.floors, refused = schedules(served, self._table.floors)
+        for name in refused.keys() - self._refused.keys():
+            log.error("%s: its schedule is not followed: %s", name, refused[name])
+        self._refused = refused
 
     def _tell(self) -> None:
         while changes := [self._policy.changes[i] for i in range(min(100, len(self._policy.changes)))]:

@@ -38,7 +38,7 @@ from serving.gateway.hold import NO_CACHE, KeepAlive
 from serving.gateway.keys import Key, KeyRing
 from serving.gateway.order import RANK
 from serving.gateway.own import OwnRoutes, visible
-from serving.gateway.prefix import BLOCK_BYTES, blocks_of
+from serving.gateway.prefix import BLOCK_BYTES, blocks_of, stable_hash
 from serving.gateway.queue import Ticket, VersionLine, bound_wait
 from serving.gateway.relay import Broken, Busy, Engines, Reply, error_event
 from serving.gateway.routes import Route
@@ -46,7 +46,15 @@ from serving.gateway.routing import Upstream
 from serving.gateway.sizes import check_input, has_media
 from serving.gateway.state import Fleet, ModelConfig, Name
 from serving.telemetry.logs import RequestLog
-from serving.telemetry.metrics import UNKNOWN_MODEL, GatewayMetrics, ModelMetrics, StreamMeter
+from serving.telemetry.metrics import (
+    KEYS_SHOWN,
+    UNKNOWN_MODEL,
+    GatewayMetrics,
+    ModelMetrics,
+    StreamMeter,
+    set_all,
+    slo_verdict,
+)
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +73,20 @@ class Gateway:
     """One gateway process: `await gateway.start()` once, then it is an ASGI app."""
 
     def __init__(
-        self, *, gateway_id: str, keys: KeyRing, secret: str, metrics: GatewayMetrics, log: RequestLog
+        self,
+        *,
+        gateway_id: str,
+        keys: KeyRing,
+        secret: str,
+        metrics: GatewayMetrics,
+        log: RequestLog,
+        node: str = "",
     ) -> None:
         self.id = gateway_id
-        self.fleet = Fleet(gateway_id)
+        self.fleet = Fleet(gateway_id, node)
         self._admission = Admission(self.fleet.elsewhere)
         self.metrics = metrics
+        metrics.before_text = self._observe
         self.requests = 0  # inside now
         self._at_engines = 0
         self._retries = retry.budget(lambda: self._at_engines)
@@ -108,7 +124,6 @@ class Gateway:
 
     async def _http(self, x: Exchange) -> None:
         """Every request ends in exactly one terminal event: an answer, an error, or a client that left."""
-        model = UNKNOWN_MODEL
         self.requests += 1
         try:
             await self._dispatch(x)
@@ -122,8 +137,7 @@ class Gateway:
         finally:
             self.requests -= 1
             if x.path in routes.SERVED or x.line.status >= 400:
-                model = x.line.model or UNKNOWN_MODEL
-                self._write_down(x, model)
+                self._write_down(x)
 
     async def _dispatch(self, x: Exchange) -> None:
         if self.private_port and x.came_by[1] == self.private_port:
@@ -156,11 +170,11 @@ class Gateway:
         routes.check(route, fields, model.allow)
         check_input(model.limits.max_input_tokens, route, fields, len(body))
         line = self.fleet.line(name)
+        ticket = _ticket(x, key, model, line.size_of(route, fields, len(body)))
         charge = Charge(self.fleet.fuse, line.version_id, route.path, name.adapter, fields)
         if charge.blown:
-            self.metrics.of(model.name).rejected(RequestCrashedEngine.code)
+            self.metrics.of(model.name).rejected(RequestCrashedEngine.code, ticket.class_)
             raise _crashed(charge)
-        ticket = _ticket(x, key, model, line.size_of(route, fields, len(body)))
         ticket.adapter = name.adapter
         if len(line.upstreams) > 1:  # else there is nothing to choose
             if len(body) >= BLOCK_BYTES:
@@ -168,14 +182,15 @@ class Gateway:
             ticket.session = _session(x, key, fields)
         x.line.stream = bool(fields.get("stream"))
         body, withhold_usage = _adapted(body, fields, route, name)
-        metrics = self.metrics.of(model.name)
+        metrics = self.metrics.of(name.model, name.version, name.adapter or "")
         metrics.held.inc()
         entered = False
         try:
             self._enter(key, model, ticket, metrics)
             entered = True
             with _Watch(x, ticket.deadline - x.t0):
-                await self._answer(x, route, line, model, metrics, ticket, body, withhold_usage, charge)
+                keep_alive = KeepAlive(x, model.limits.keep_alive_after_s if x.line.stream and key.keep_alive else None)
+                await self._answer(x, route, line, model, metrics, ticket, keep_alive, body, withhold_usage, charge)
             media = has_media(route, fields, len(body))
             line.sizes.learn(len(body), x.line.prompt_tokens, x.line.completion_tokens, media=media)
         finally:
@@ -185,13 +200,13 @@ class Gateway:
             if entered:
                 self._admission.leave(key, model, ticket.tokens, _used(x))
             if x.line.queue_ms is not None:  # of all its attempts together: one that is told `busy` waits on
-                metrics.queue_wait.observe(x.line.queue_ms / 1e3)
+                metrics.queue_wait(ticket.class_).observe(x.line.queue_ms / 1e3)
 
     def _enter(self, key: Key, model: ModelConfig, ticket: Ticket, metrics: ModelMetrics) -> None:
         try:
             self._admission.enter(key, model, ticket.tokens, time.monotonic())
         except LimitReached as e:
-            metrics.rejected(e.code)
+            metrics.rejected(e.code, ticket.class_)
             raise
 
     async def _answer(
@@ -202,21 +217,24 @@ class Gateway:
         model: ModelConfig,
         metrics: ModelMetrics,
         ticket: Ticket,
+        keep_alive: KeepAlive,
         body: bytes,
         withhold_usage: bool,
         charge: Charge,
     ) -> None:
         """Binds the request to a replica and relays; failures before the first byte are tried elsewhere."""
         self.fleet.arrived[line.version_id] += 1
-        keep_alive = KeepAlive(x, model.limits.keep_alive_after_s if x.line.stream else None)
-        again = False
+        again, failed = False, ""
         while True:
             if ticket.again is not None and not ticket.again.taken:
                 await self._turn(x, model, ticket, ticket.again)
+            if failed:
+                metrics.retried(failed)
+                failed = ""
             upstream = await self._slot(x, line, model, metrics, ticket, keep_alive, again)
             if charge.blown:  # while it waited, engines died with the same request inside
                 line.release(ticket)
-                metrics.rejected(RequestCrashedEngine.code)
+                metrics.rejected(RequestCrashedEngine.code, ticket.class_)
                 raise _crashed(charge)
             x.line.replica = upstream.endpoint.id
             settle = line.release
@@ -236,7 +254,7 @@ class Gateway:
                 self.fleet.finished[line.version_id] += 1
                 if reply.crashed:
                     _count_death(x, charge)
-                else:
+                elif reply.scan is None or reply.finished:
                     charge.survived()
                 metrics.attempted("died" if reply.scan is not None and reply.scan.died else "ok")
                 return
@@ -247,10 +265,10 @@ class Gateway:
                 x.line.attempts += 1
                 metrics.attempted(e.outcome)
                 log.warning("attempt %d failed: %s", x.line.attempts, e, extra={"request_id": x.request_id})
-                settle, again = (line.broken if e.gone else line.failed), True
+                settle, again, failed = (line.broken if e.gone else line.failed), True, e.outcome
                 ticket.again = ticket.again or retry.Retry(self._retries, line.trials)
                 ticket.again.close()
-                ticket.avoid |= {upstream.endpoint.id}
+                ticket.avoid |= line.on_node_of(upstream) if e.unreachable else {upstream.endpoint.id}
                 if e.killed:
                     ticket.suspect = True
                     if _count_death(x, charge) >= DEATHS:
@@ -294,7 +312,8 @@ class Gateway:
         began = time.monotonic()
         waited_s = (x.line.queue_ms or 0.0) / 1e3  # in earlier attempts
         patience_s = bound_wait(model.limits.max_wait_s - waited_s, ticket.deadline)
-        metrics.waiting.inc()
+        waiting = metrics.waiting(ticket.class_)
+        waiting.inc()
         try:
             if line.version_id in self.fleet.asleep:
                 self.fleet.wake(line, patience_s)
@@ -307,14 +326,14 @@ class Gateway:
                     again=again,
                 )
         except (QueueFull, WaitTooLong, NoReplica) as e:
-            metrics.rejected(e.code)
+            metrics.rejected(e.code, ticket.class_)
             raise
         except BaseException:
             if ticket.upstream is not None:  # it was bound in the same instant
                 line.release(ticket)
             raise
         finally:
-            metrics.waiting.dec()
+            waiting.dec()
             x.line.queue_ms = round((x.line.queue_ms or 0.0) + (time.monotonic() - began) * 1e3, 3)
 
     async def _open(
@@ -345,13 +364,12 @@ class Gateway:
                 _count_unstreamed(x, reply, metrics)
                 return
             await self._stream(x, route, reply, meter)
-            x.line.prompt_tokens, x.line.completion_tokens = scan.usage.prompt, scan.usage.completion
-            _count(metrics, scan.usage.prompt, scan.usage.completion, scan.usage.cached)
         finally:
             reply.close()
             meter.flush()
             if scan is not None:
                 x.line.events = scan.events
+                _count_streamed(x, reply, metrics)
             if meter.ttft_s is not None:
                 x.line.ttft_ms = round(meter.ttft_s * 1e3, 3)
 
@@ -413,7 +431,19 @@ class Gateway:
                     # Not after a 413: most clients read nothing before they have sent all, and would see a reset.
                     await x.fail(error, close=isinstance(error, DeadlinePassed))
 
-    def _write_down(self, x: Exchange, model: str) -> None:
+    def _observe(self) -> None:
+        """Gauges of what is elsewhere, when somebody looks."""
+        fleet, m = self.fleet, self.metrics
+        for c in fleet.catalog.models:
+            for version in c.versions:  # series from the start: a rate sees their first increase
+                m.of(c.name, version)
+        set_all(m.replicas, fleet.replica_counts())
+        set_all(m.replicas_required, fleet.required())
+        set_all(m.objective, {(c.name,): c.slo.objective for c in fleet.catalog.models})
+        expiries = self.keys.expiries(KEYS_SHOWN, time.time())
+        set_all(m.key_expiry, {(key_id,): at for key_id, at in expiries.items()})
+
+    def _write_down(self, x: Exchange) -> None:
         e2e = time.monotonic() - x.t0
         line = x.line
         line.e2e_ms = round(e2e * 1e3, 3)
@@ -422,7 +452,15 @@ class Gateway:
         if line.status >= 500 or line.reason == EngineBroken.code:
             line.level = "error"
         route = x.path if x.path in routes.SERVED or x.path in routes.OWN else "other"
-        self.metrics.of(model).request_done(route, line.status, line.reason or "ok", e2e)
+        reason = line.reason or "ok"
+        metrics = self.metrics.of(line.model or UNKNOWN_MODEL, line.version or "", line.adapter or "")
+        metrics.request_done(route, line.status, reason, e2e)
+        model = self.fleet.models.get(line.model or "")
+        if model is not None:
+            ttft_s = None if line.ttft_ms is None else line.ttft_ms / 1e3
+            verdict = slo_verdict(line.status, reason, ttft_s, model.slo.ttft_s)
+            if verdict is not None:
+                metrics.judged(verdict)
         if route == "other":
             line.route = x.path[:200]
         self._log.write(line)
@@ -558,7 +596,9 @@ def _crashed(charge: Charge) -> RequestCrashedEngine:
 def _session(x: Exchange, key: Key, fields: dict[str, Any]) -> int | None:
     """What requests of one conversation have in common, by the client's word; other keys' words are others."""
     given = x.headers.get(SESSION_HEADER) or fields.get("prompt_cache_key")
-    return hash((key.id, given)) if isinstance(given, bytes | str) else None
+    if isinstance(given, str):
+        given = given.encode("utf-8", "replace")
+    return stable_hash(given, stable_hash(key.id.encode())) if isinstance(given, bytes) else None
 
 
 def _used(x: Exchange) -> int | None:
@@ -607,11 +647,17 @@ def _refusal(reply: Reply) -> RequestError:
     return EngineBroken(f"the engine answered with status {reply.status}")
 
 
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
 class _UnstreamedUsage(msgspec.Struct):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+    input_tokens_details: _Details | None = None
 
 
 class _Unstreamed(msgspec.Struct):
@@ -630,13 +676,17 @@ def _count_unstreamed(x: Exchange, reply: Reply, metrics: ModelMetrics) -> None:
             prompt = usage.prompt_tokens if usage.prompt_tokens is not None else usage.input_tokens
             completion = usage.completion_tokens if usage.completion_tokens is not None else usage.output_tokens
             x.line.prompt_tokens, x.line.completion_tokens = prompt, completion
-            _count(metrics, prompt, completion, None)
+            details = usage.prompt_tokens_details or usage.input_tokens_details
+            metrics.used(prompt, completion, details.cached_tokens if details is not None else None)
 
 
-def _count(metrics: ModelMetrics, prompt: int | None, completion: int | None, cached: int | None) -> None:
-    if prompt:
-        metrics.prompt_tokens.inc(prompt)
-    if completion:
-        metrics.completion_tokens.inc(completion)
-    if cached:
-        metrics.cached_tokens.inc(cached)
+def _count_streamed(x: Exchange, reply: Reply, metrics: ModelMetrics) -> None:
+    """What its engine counted, of a stream that came to its end; of any other, what its events tell."""
+    scan = reply.scan
+    assert scan is not None
+    if reply.finished and not scan.died:
+        x.line.prompt_tokens, x.line.completion_tokens = scan.usage.prompt, scan.usage.completion
+        metrics.used(scan.usage.prompt, scan.usage.completion, scan.usage.cached)
+    else:
+        x.line.aborted_tokens = scan.tokens
+        metrics.aborted(scan.tokens)

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -18,8 +19,8 @@ from prometheus_client import CollectorRegistry
 from ray import serve
 
 from serving.errors import OperatorError
-from serving.fleet import directory
-from serving.fleet.endpoint import GatewayInfo, Snapshot
+from serving.fleet import directory, spare
+from serving.fleet.endpoint import GatewayInfo, Snapshot, State
 from serving.gateway import keys
 from serving.gateway.app import Gateway
 from serving.gateway.keys import KeyRing
@@ -35,6 +36,14 @@ KEEP_ALIVE_S = 75  # of idle client connections
 ANNOUNCE_EVERY_S = 1.0
 HELD_CHECK_EVERY_S = 0.25  # replicas report their loads twice a second
 FIRST_KEYS_S = 30.0  # longest wait of a new worker's gateway for the head's keys, before it opens its port
+
+
+def _wake_politely() -> None:
+    """This thread's wake-ups preempt nobody (sched(7), SCHED_BATCH). An engine's server writes the events of one step one by
+    one: preempted at each, it and the gateway would pass a core to and fro; left alone, it finishes the step, and the
+    gateway takes all of it with one wake-up. Where a core is free nothing changes."""
+    with contextlib.suppress(AttributeError, OSError):  # no Linux, or a sandbox that forbids it
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 class _Server(uvicorn.Server):
@@ -64,6 +73,7 @@ class GatewayReplica:
             secret=settings.secret(),
             metrics=GatewayMetrics(CollectorRegistry()),
             log=RequestLog(settings.log_dir),
+            node=self._node,
         )
         self.gateway.sources["directory"] = self._directory_metrics
         self._server: _Server | None = None
@@ -106,6 +116,7 @@ class GatewayReplica:
         gc.collect()
         gc.freeze()
         gc.set_threshold(20_000, 50, 100)
+        _wake_politely()
         public = _listener(self._settings.host, self._settings.port, shared=True)
         private = _listener(self._node, 0, shared=False)
         self.gateway.private_port = private.getsockname()[1]
@@ -128,6 +139,7 @@ class GatewayReplica:
             asyncio.create_task(self._server.serve(sockets=[public, private])),
             asyncio.create_task(directory.follow(self._take, self._directory)),
             asyncio.create_task(self._announce_for_ever()),
+            asyncio.create_task(spare.keep_for_ever(self._spare_wanted, self._settings.state_dir / "spare.lock")),
         ]
         while not self._server.started:
             if self._tasks[0].done():
@@ -160,6 +172,13 @@ class GatewayReplica:
                 )
                 return
             self._keys_of_head = snapshot.keys
+
+    def _spare_wanted(self) -> bool:
+        """Some version may be at zero, and no engine starts here now, which needs the cores itself."""
+        fleet = self.gateway.fleet
+        return fleet.may_sleep() and not any(
+            e.state is State.STARTING and e.node == self._node for e in fleet.endpoints()
+        )
 
     async def _directory_metrics(self) -> str:
         return str(await self._directory.call("metrics"))

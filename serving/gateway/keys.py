@@ -3,7 +3,8 @@
 A token is `sk-steelyard-<8 hex id>-<43 characters>`. The secret part is 256 random bits, so one SHA-256 keeps it at
 rest: slow password hashes protect guessable secrets, and this one cannot be guessed. The id is public (logs, `revoke`).
 
-A key may have options: its class and weight among those that wait, and limits of its own (`OPTIONS`).
+A key may have options: its class and weight among those that wait, limits of its own (`OPTIONS`), and whether streams that are
+held long get keep-alives.
 
 Scopes: `infer:*`, `infer:<model>` (all its versions and adapters), `infer:<model>@<version>`, `metrics`, `admin`.
 None implies another. Times are epoch seconds in memory, UTC ISO 8601 in the file.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import heapq
 import hmac
 import json
 import os
@@ -66,6 +68,7 @@ class Key:
     max_concurrent: int | None = None  # requests inside, waiting or running
     tokens_per_minute: int | None = None
     max_body_bytes: int | None = None
+    keep_alive: bool = True  # in streams that are held long; without, a failure keeps its status
 
     def allows(self, scope: str) -> bool:
         """Whether the key covers `metrics`, `admin`, `infer:<model>` or `infer:<model>@<version>`.
@@ -127,6 +130,16 @@ class KeyRing:
         OperatorError, and keeps the last good keys, when `content` is no keys file."""
         self._keys = _keys_of(content, "the head's keys file")
 
+    def expiries(self, count: int, now: float) -> dict[str, float]:
+        """Key id -> epoch seconds, of the `count` keys that expire the soonest; those that did within a day among them, as
+        their users may only notice now. Revoked ones are no news."""
+        ending = [
+            (k.expires_at, k.id)
+            for k in self._keys.values()
+            if k.expires_at is not None and k.revoked_at is None and k.expires_at > now - 86400
+        ]
+        return {key_id: at for at, key_id in heapq.nsmallest(count, ending)}
+
     def __len__(self) -> int:
         return len(self._keys)
 
@@ -150,6 +163,7 @@ def create_key(
     now: float,
     expires_at: float | None = None,
     class_: str = "default",
+    keep_alive: bool = True,
     **numbers: int | None,
 ) -> tuple[Key, str]:
     """Add a key to the file (made when it is not there). Returns it with its token, which is never shown again. `numbers`
@@ -178,7 +192,9 @@ def create_key(
         while (key_id := secrets.token_hex(4)) in keys:
             pass
         token = f"sk-steelyard-{key_id}-{secrets.token_urlsafe(32)}"
-        keys[key_id] = Key(key_id, name, _digest(token), wanted, now, expires_at, class_=class_, **given)
+        keys[key_id] = Key(
+            key_id, name, _digest(token), wanted, now, expires_at, class_=class_, keep_alive=keep_alive, **given
+        )
         made.append((keys[key_id], token))
 
     _change(path, add)
@@ -212,6 +228,7 @@ def as_record(key: Key) -> dict[str, Any]:
         "expires_at": _iso(key.expires_at),
         "revoked_at": _iso(key.revoked_at),
         "class": key.class_,
+        "keep_alive": key.keep_alive,
         **{name: getattr(key, name) for name in OPTIONS},
     }
 
@@ -265,6 +282,9 @@ def _parse(record: dict[str, Any]) -> Key:
     created = _epoch(record["created_at"])
     if created is None:
         raise ValueError(f"no creation time of key {record['id']}")
+    keep_alive = record.get("keep_alive", True)
+    if not isinstance(keep_alive, bool):
+        raise ValueError(f"keep_alive of key {record['id']} is not true or false")
     numbers = {name: record[name] for name in OPTIONS if record.get(name) is not None}
     # `expires_at` and `revoked_at` must be there: a record cut by hand must not become a key that lives for ever.
     return Key(
@@ -277,6 +297,7 @@ def _parse(record: dict[str, Any]) -> Key:
         revoked_at=_epoch(record["revoked_at"]),
         # Absent in files of earlier versions.
         class_=_check_options(record.get("class", "default"), numbers),
+        keep_alive=keep_alive,
         **numbers,
     )
 

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Generic, Protocol, TypeVar
 
 CLASSES = ("interactive", "default", "batch")
@@ -59,7 +60,7 @@ class _Flow(Generic[W]):
         self.weight = 1.0
         self.start = 0.0  # virtual time
         self.listed = False  # in the class's heap, possibly at an earlier time than `start`
-        self.members: dict[W, bool] = {}  # in order of arrival; False: parked
+        self.members: OrderedDict[W, bool] = OrderedDict()  # in order of arrival; False: parked
         self.offered = 0  # of them, not parked
         self.heap: list[tuple[float, float, int, W]] = []
 
@@ -139,6 +140,12 @@ class Order(Generic[W]):
         self._count += 1
         if not parked:
             self._offer(c, flow, one, again)
+
+    def eldest(self, ones: Iterable[W]) -> None:
+        """They joined `again`, and stand before the others of their keys, in this order: who had its turn does not give way to
+        whoever came after it."""
+        for one in reversed([*ones]):
+            self._classes[one.rank].flows[one.key].members.move_to_end(one, last=False)
 
     def offer(self, one: W) -> None:
         """It was parked, and can be served from now on, in its place among those of its key."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from serving.gateway.sizes import MEDIA_TOKENS, is_media
 BLOCK_BYTES = 1024  # of the prompt as JSON; small ones share too little to matter
 BLOCK_TOKENS = 256  # what such a block is about
 MOST_BLOCKS = 512  # of one prompt
-KEPT_BLOCKS = 8192  # of one endpoint, where its cache is larger or not known
+KEPT_BLOCKS = 262_144  # of all endpoints of a version together: some 25 MiB
 _MOST_BYTES = MOST_BLOCKS * BLOCK_BYTES
 _MEDIA_SAMPLE = 1024  # characters
 _MEDIA_BYTES = MEDIA_TOKENS // BLOCK_TOKENS * BLOCK_BYTES  # what an image or a clip counts for
@@ -23,8 +24,8 @@ _encode = msgspec.json.Encoder().encode
 
 
 def blocks_of(route: Route, fields: Mapping[str, Any], adapter: str | None) -> tuple[int, ...]:
-    """Hashes of the prompt's whole blocks, each of all before it too: equal where a cache could be shared, by one process's
-    count. Adapters and salts share nothing."""
+    """Hashes of the prompt's whole blocks, each of all before it too: equal where a cache could be shared, and the same in every
+    gateway. Adapters and salts share nothing."""
     if not route.answer:
         return ()
     content = next((v for f in ("messages", "prompt", "input") if (v := fields.get(f)) is not None), None)
@@ -39,12 +40,20 @@ def blocks_of(route: Route, fields: Mapping[str, Any], adapter: str | None) -> t
     whole = min(len(data) // BLOCK_BYTES, MOST_BLOCKS)
     if not whole:
         return ()
-    chain = hash((adapter, fields.get("cache_salt") if isinstance(fields.get("cache_salt"), str) else None))
+    salt = fields.get("cache_salt")
+    chain = stable_hash(_encode([adapter, salt if isinstance(salt, str) else None]))
     found = []
-    for i in range(whole):
-        chain = hash((chain, bytes(data[i * BLOCK_BYTES : (i + 1) * BLOCK_BYTES])))
-        found.append(chain)
+    with memoryview(data) as view:
+        for start in range(0, whole * BLOCK_BYTES, BLOCK_BYTES):
+            chain = stable_hash(view[start : start + BLOCK_BYTES], chain)
+            found.append(chain)
     return tuple(found)
+
+
+def stable_hash(data: bytes | memoryview, chain: int = 0) -> int:
+    """Of all that came before and these bytes, the same in every process, as Python's own of text is not. Two pieces that come
+    after the same and have the same checksum mislead the routing of one request: nobody gains by making some."""
+    return hash((chain, zlib.crc32(data)))
 
 
 def _parts(content: Any) -> Iterator[Any]:
@@ -95,8 +104,10 @@ def _cut(item: Any, left: list[int], depth: int = 0, name: str = "") -> Any:
 def _digest(media: str) -> str:
     """Of its length and of samples all over it: media that differ do so in most of their bytes, compressed as they are."""
     step = max(1, len(media) // _MEDIA_SAMPLE)
-    samples = (len(media), media[:_MEDIA_SAMPLE], media[-_MEDIA_SAMPLE:], media[::step])
-    return f"{hash(samples) & 0xFFFF_FFFF_FFFF_FFFF:016x}" * (_MEDIA_BYTES // 16)
+    digest = len(media)
+    for sample in (media[:_MEDIA_SAMPLE], media[-_MEDIA_SAMPLE:], media[::step]):
+        digest = stable_hash(sample.encode("utf-8", "replace"), digest)
+    return f"{digest & 0xFFFF_FFFF_FFFF_FFFF:016x}" * (_MEDIA_BYTES // 16)
 
 
 class Remembered:

@@ -19,6 +19,7 @@ from serving.fleet.endpoint import Endpoint, KeyDemand, State
 from serving.gateway import shares
 from serving.gateway.order import CLASSES, Order
 from serving.gateway.pace import Holds, Pace
+from serving.gateway.prefix import KEPT_BLOCKS
 from serving.gateway.retry import Patience, Retry, Trials
 from serving.gateway.routes import Route
 from serving.gateway.routing import NOBODY, Upstream, pick
@@ -44,7 +45,7 @@ class Ticket:
 
     __slots__ = (
         *("adapter", "again", "at", "avoid", "blocks", "cost", "deadline", "key", "place", "rank", "session", "since"),
-        *("suspect", "tokens", "upstream", "weight", "_again_as", "_bound_at", "_future", "_over"),
+        *("suspect", "tokens", "upstream", "weight", "_again_as", "_bound_at", "_future", "_over", "_pending"),
     )
 
     def __init__(
@@ -76,6 +77,11 @@ class Ticket:
         self._again_as = -1  # among those that wait again
         self._bound_at = 0.0
         self._over = False  # bound beyond its gateway's share
+        self._pending = 0  # blocks of its prompt that its endpoint has to compute before the first token
+
+    @property
+    def class_(self) -> str:
+        return CLASSES[self.rank]
 
 
 class VersionLine:
@@ -86,6 +92,7 @@ class VersionLine:
         self.upstreams: dict[str, Upstream] = {}
         self.sizes = Sizes()
         self.running = 0  # bound now
+        self.siblings = False  # other gateways send prompts to the same endpoints
         self.trials = Trials(lambda: len(self.ready_ids()))
         self._patience = Patience()
         self._gone: list[Upstream] = []  # out of the table, while attempts there have no answer
@@ -162,6 +169,9 @@ class VersionLine:
         if not only_add:
             for gone in self.upstreams.keys() - seen:
                 self._gone.append(self.upstreams.pop(gone))
+        most = KEPT_BLOCKS // max(1, len(self.upstreams))
+        for u in self.upstreams.values():
+            u.keep(most)
         if not self._closed():
             for u in self.upstreams.values():
                 u.close_breaker()
@@ -210,6 +220,10 @@ class VersionLine:
             self._leave(ticket)
             if not self.ready_ids():
                 raise NoReplica(f"{self.version_id} has no ready replica", retry_after_s=5) from None
+            if ticket.adapter is not None and not self._somewhere(ticket.adapter):
+                raise NoReplica(
+                    f"{self.version_id}: no ready replica has loaded the adapter {ticket.adapter!r}", retry_after_s=5
+                ) from None
             raise WaitTooLong(
                 f"{self.version_id}: no slot came free within {max_wait_s:g} s",
                 retry_after_s=self._retry_after_s(ticket, time.monotonic()),
@@ -232,10 +246,12 @@ class VersionLine:
             pace.mark(now, False)
 
     def entered(self, ticket: Ticket) -> None:
-        """It has an answer."""
+        """Its door let it in, and its answer has begun."""
         upstream = ticket.upstream
         if upstream is not None:
             upstream.refusals = 0
+            upstream.pending -= ticket._pending
+            ticket._pending = 0
             if upstream.failures:
                 upstream.close_breaker()
         if ticket._over:
@@ -327,6 +343,8 @@ class VersionLine:
                 continue
             if ticket.adapter is not None and not self._somewhere(ticket.adapter):
                 self._join(ticket, again, now, back=True)
+                if not again:
+                    self._order.eldest([ticket])
                 continue
             anywhere = not ticket.avoid and ticket.adapter is None
             best = max(free, key=free.__getitem__) if anywhere else None
@@ -348,6 +366,7 @@ class VersionLine:
                 del free[best]
         for ticket, again in aside:
             self._join(ticket, again, now, back=True)
+        self._order.eldest(ticket for ticket, again in aside if not again)
         self._blocked = bool(kept)
         if self:
             self._arm(now)
@@ -357,17 +376,20 @@ class VersionLine:
     def _pick(self, ticket: Ticket, now: float, kept: Iterable[str] = ()) -> Upstream | None:
         if ticket.adapter is not None:
             kept = {*kept, *self._lacking(ticket.adapter)}
-        upstreams, size, blocks, session = self.upstreams.values(), ticket.tokens, ticket.blocks, ticket.session
         if not ticket.avoid:
-            return pick(upstreams, now, frozenset(kept) if kept else NOBODY, size, blocks, session)
+            return self._best(ticket, now, frozenset(kept) if kept else NOBODY)
         avoid, found = ticket.avoid.union(kept), None
         if ticket.suspect and self.trials.on:
-            found = pick(upstreams, now, avoid | self.trials.on, size, blocks, session)
+            found = self._best(ticket, now, avoid | self.trials.on)
         if found is None:
-            found = pick(upstreams, now, avoid, size, blocks, session)
+            found = self._best(ticket, now, avoid)
         if found is None and not self.ready_ids() - ticket.avoid - self._lacking(ticket.adapter):
-            found = pick(upstreams, now, frozenset(kept), size, blocks, session)
+            found = self._best(ticket, now, frozenset(kept))
         return found
+
+    def _best(self, ticket: Ticket, now: float, avoid: frozenset[str]) -> Upstream | None:
+        upstreams, siblings = self.upstreams.values(), self.siblings
+        return pick(upstreams, now, avoid, ticket.tokens, ticket.blocks, ticket.session, siblings=siblings)
 
     def _lacking(self, adapter: str | None) -> set[str]:
         """Endpoints without it, as there are while adapters change."""
@@ -381,6 +403,12 @@ class VersionLine:
         ready = (u.endpoint for u in self.upstreams.values() if u.endpoint.state is State.READY)
         return any(e.adapters is None or adapter in e.adapters for e in ready)
 
+    def on_node_of(self, upstream: Upstream) -> set[str]:
+        """Endpoints that are lost with it if its node is; it alone where nobody knows nodes."""
+        node = upstream.endpoint.node
+        beside = {i for i, u in self.upstreams.items() if node and u.endpoint.node == node}
+        return beside | {upstream.endpoint.id}
+
     def _closed(self) -> set[str]:
         """Ready endpoints whose breaker is closed."""
         return {i for i, u in self.upstreams.items() if u.endpoint.state is State.READY and not u.tripped}
@@ -392,6 +420,8 @@ class VersionLine:
         upstream.bind(now, ticket.tokens)
         ticket.upstream, ticket._bound_at = upstream, now
         if ticket.blocks or ticket.session is not None:
+            ticket._pending = len(ticket.blocks) - upstream.remembered.shared(ticket.blocks)
+            upstream.pending += ticket._pending
             upstream.remembered.add(ticket.blocks, ticket.session)
         self.running += 1
         if self._share is not None and self.running > self._share.slots:
@@ -409,6 +439,8 @@ class VersionLine:
         assert upstream is not None
         ticket.upstream = None
         upstream.unbind(ticket.tokens)
+        upstream.pending -= ticket._pending
+        ticket._pending = 0
         self.running -= 1
         self._begun = self._begun - ticket._bound_at if self.running else 0.0
         mine = self._by_key[ticket.at]

@@ -39,11 +39,14 @@ _COUNTS = re.compile(rb'"(prompt_tokens|input_tokens|completion_tokens|output_to
 class Broken(Exception):
     """An attempt failed before the first byte went to the client, so that another replica may try."""
 
-    def __init__(self, outcome: str, detail: str, *, killed: bool, gone: bool = False) -> None:
+    def __init__(
+        self, outcome: str, detail: str, *, killed: bool, gone: bool = False, unreachable: bool = False
+    ) -> None:
         super().__init__(detail)
         self.outcome = outcome  # word for the metrics
         self.killed = killed  # the engine had the request and died under it: it counts for the fuse
         self.gone = gone  # nobody is there for the next request either; never for what a client can bring about
+        self.unreachable = unreachable  # nor did its node say so
 
     @property
     def answered(self) -> bool:
@@ -78,12 +81,13 @@ class StreamScan:
 
     __slots__ = (
         *("complete", "died", "error", "events", "usage"),
-        *("_ends", "_mark", "_tail", "_usage_by_option", "_withhold"),
+        *("_ends", "_mark", "_opening", "_tail", "_usage_by_option", "_withhold"),
     )
 
     def __init__(self, route: Route, *, withhold_usage: bool) -> None:
         self._tail = b""
         self._ends = route.ends
+        self._opening = route.opening
         self._usage_by_option = route.usage_by_option
         self._mark = _USAGE_EVENT if route.usage_by_option else _USAGE_MARK
         self._withhold = withhold_usage
@@ -92,6 +96,11 @@ class StreamScan:
         self.complete = False  # the route's end was seen
         self.died = False  # the engine's error frame was seen: nothing from it on was returned
         self.error = b""  # that frame
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the events so far, where the engine has not told yet: one each but for those that open the stream."""
+        return max(0, self.events - self._opening)
 
     def feed(self, data: bytes) -> bytes:
         """The whole events in what came so far that the client may have; the rest is kept for the next call."""
@@ -386,7 +395,10 @@ class Engines:
         except OSError as e:  # a TimeoutError is one
             if kept is not None:
                 raise Broken("died", f"{who}: {reply.error}, and it takes no other", killed=True, gone=True) from None
-            raise Broken("connect_error", f"{who}: {e or 'timeout'}", killed=False, gone=True) from None
+            silent = not isinstance(e, ConnectionRefusedError)
+            raise Broken(
+                "connect_error", f"{who}: {e or 'timeout'}", killed=False, gone=True, unreachable=silent
+            ) from None
         reply = Reply(new, route, withhold_usage=withhold_usage, stream=stream, patient=patient)
         await _asked(upstream, new, reply, head, body)
         return _good(who, reply)

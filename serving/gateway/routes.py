@@ -83,6 +83,7 @@ class Route(msgspec.Struct, frozen=True):
     dialect: Dialect
     fields: frozenset[str]
     ends: tuple[bytes, ...] = ()
+    opening: int = 0  # events of a stream before its first token
     usage_by_option: bool = False  # usage in a stream must be asked for by stream_options.include_usage
     content: tuple[str, ...] = ("messages", "input", "system")  # fields whose parts may hold media
     # Fields that bound the answer's tokens, the first that is given counts; empty: nothing is generated; None: the model
@@ -103,6 +104,7 @@ SERVED: Mapping[str, Route] = {
             "/v1/chat/completions",
             _CHAT + _SAMPLING,
             ends=_DONE,
+            opening=1,
             usage_by_option=True,
             answer=("max_completion_tokens", "max_tokens"),
         ),
@@ -118,9 +120,17 @@ SERVED: Mapping[str, Route] = {
             "/v1/responses",
             _RESPONSES,
             ends=(b"event: response.completed", b"event: response.failed", b"event: response.incomplete"),
+            opening=4,
             answer=("max_output_tokens",),
         ),
-        _route("/v1/messages", _MESSAGES, "anthropic", ends=(b"event: message_stop",), answer=("max_tokens",)),
+        _route(
+            "/v1/messages",
+            _MESSAGES,
+            "anthropic",
+            ends=(b"event: message_stop",),
+            opening=2,
+            answer=("max_tokens",),
+        ),
         _route("/v1/messages/count_tokens", _MESSAGES, "anthropic", answer=None),
         _route("/v1/embeddings", _EMBED),
         _route("/pooling", _EMBED),

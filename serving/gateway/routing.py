@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from typing import Protocol
 
 from serving.fleet.endpoint import Endpoint, State
-from serving.gateway.prefix import BLOCK_TOKENS, KEPT_BLOCKS, Remembered
+from serving.gateway.prefix import BLOCK_TOKENS, KEPT_BLOCKS, Remembered, stable_hash
 
 BROKEN_PAUSE_S = 1.0  # after a refused connection; the directory usually says why within half a second
 # The breaker: after so many failed attempts in a row one more is tried at each end of a pause, which doubles, until one succeeds.
@@ -19,6 +19,12 @@ BUSY_FORGOTTEN_S = 1.0  # without another one: then the door's word is too old t
 # What a wholly loaded engine costs against an idle one, in prompt tokens that could be computed meanwhile: a tenth of an engine's
 # load is worth as much as some 3,000 tokens found in a cache.
 LOAD_TOKENS = 32_768
+_BLOCK_LOAD = BLOCK_TOKENS / LOAD_TOKENS
+# What others wait to have computed is passed before the first token; what is computed again costs that, the time of all who come
+# after, and room in another cache.
+PENDING = 0.25
+# Of what no cache is known to hold, this part may be where another gateway sent it, if all of them send it to one place.
+ELSEWHERE = 0.25
 SESSION_TOKENS = 1024  # what it is worth to stay where the session was, beside the blocks that are known
 NOBODY: frozenset[str] = frozenset()
 
@@ -45,8 +51,10 @@ class Upstream:
         "failures",
         "fits",
         "full_until",
+        "pending",
         "refusals",
         "remembered",
+        "seed",
         "sent",
         "tokens",
         "tripped",
@@ -57,11 +65,14 @@ class Upstream:
         self.endpoint = endpoint
         self.sent = 0  # this gateway's requests there now
         self.tokens = 0  # of KV cache that they may take, as estimated
+        self.pending = 0  # blocks of their prompts that are still to be computed
+        self.seed = stable_hash(endpoint.id.encode())
         self.fits = 0  # of them, so many were inside when its door last said busy: other gateways hold the rest
         self.refusals = 0  # `busy` in a row
         self.full_until = -BUSY_FORGOTTEN_S  # monotonic seconds; from then on one more than `fits` is tried
         self.broken_until = 0.0  # monotonic seconds; it refused a connection and the directory has not spoken yet
-        self.remembered = Remembered(_blocks(endpoint))  # what of prompts its cache may hold
+        self.remembered = Remembered(KEPT_BLOCKS)  # what of prompts its cache may hold
+        self.keep(KEPT_BLOCKS)
         self.failures = 0  # attempts in a row that failed there, and not by their own fault
         self.tripped = False  # the breaker is open
         self.try_at = 0.0  # monotonic seconds; then it is half open
@@ -73,10 +84,13 @@ class Upstream:
         if endpoint.url != self.endpoint.url:  # another engine
             self.broken_until = 0.0
             self.close_breaker()
-            self.remembered = Remembered(_blocks(endpoint))
-        elif endpoint.kv_tokens != self.endpoint.kv_tokens:
-            self.remembered.room = _blocks(endpoint)
+            self.remembered = Remembered(self.remembered.room)
         self.endpoint = endpoint
+
+    def keep(self, most: int) -> None:
+        """Remember so many blocks, but no more than its cache has room for."""
+        kv_tokens = self.endpoint.kv_tokens
+        self.remembered.room = max(1, min(kv_tokens // BLOCK_TOKENS, most)) if kv_tokens else most
 
     def load(self) -> float:
         """Share of slots or of KV cache taken, whichever is more, by the larger of our own count and the reported one."""
@@ -156,10 +170,6 @@ class Upstream:
         self.careful_until = max(self.careful_until, self.full_until + BUSY_FORGOTTEN_S)
 
 
-def _blocks(e: Endpoint) -> int:
-    return max(1, min(e.kv_tokens // BLOCK_TOKENS, KEPT_BLOCKS)) if e.kv_tokens else KEPT_BLOCKS
-
-
 def pick(
     upstreams: Iterable[Upstream],
     now: float,
@@ -167,22 +177,49 @@ def pick(
     tokens: int = 0,
     blocks: tuple[int, ...] = (),
     session: int | None = None,
+    *,
+    siblings: bool = False,
 ) -> Upstream | None:
-    """The ready endpoint with room for a request of that size that costs it least, or None: the least loaded, unless another
-    one has so much of the prompt (`blocks`) in its cache that its load is worth it. `avoid` holds ids that already failed
-    this request; they are used only when nothing else is there to wait for."""
+    """The ready endpoint with room for a request of that size that costs it least, or None: its load and the prompts that it
+    has to compute first, less what of this prompt (`blocks`) is in its cache. With nothing shared and nothing to compute
+    that is the least loaded. `avoid` holds ids that already failed this request; they are used only when nothing else is there
+    to wait for. `siblings`: other gateways send prompts there too, so what is not known here goes where they would send it.
+    """
     best: Upstream | None = None
     best_cost = 0.0
     ready = State.READY
+    alike: list[tuple[Upstream, float]] = []
+    known = shared = 0  # of the blocks, anywhere; at one endpoint
+    known_session = False
     for u in upstreams:
         e = u.endpoint
-        if e.state is not ready or (avoid and e.id in avoid) or not u.room(now, tokens):
+        if e.state is not ready or (avoid and e.id in avoid):
+            continue
+        if siblings and blocks:
+            shared = u.remembered.shared(blocks)
+            known = max(known, shared)
+        if not u.room(now, tokens):
             continue
         cost = u.load()
         if blocks:
-            cost -= u.remembered.shared(blocks) * (BLOCK_TOKENS / LOAD_TOKENS)
+            if not siblings:
+                shared = u.remembered.shared(blocks)
+            cost += (u.pending * PENDING - shared) * _BLOCK_LOAD
         if session is not None and u.remembered.knows(session):
+            known_session = True
             cost -= SESSION_TOKENS / LOAD_TOKENS
+        if siblings:
+            alike.append((u, cost))
         if best is None or cost < best_cost or (cost == best_cost and u.sent < best.sent):
             best, best_cost = u, cost
+    if len(alike) > 1 and (blocks or session is not None):
+        worth = (len(blocks) - known) * _BLOCK_LOAD * ELSEWHERE
+        name = blocks[known] if known < len(blocks) else 0
+        if session is not None and not known_session:
+            worth += SESSION_TOKENS / LOAD_TOKENS
+            name = session
+        if worth:
+            home, cost = max(alike, key=lambda one: hash((name, one[0].seed)))  # rendezvous hashing
+            if cost - worth < best_cost:
+                return home
     return best

@@ -1,23 +1,27 @@
 """Metrics of the whole stack through one guarded port: `/metrics` merges every process, `/metrics?source=ID` is one of them,
-`/metrics/targets` is Prometheus HTTP service discovery for the latter. Prometheus needs one key with scope `metrics`."""
+`/metrics/targets` is Prometheus HTTP service discovery for the latter. Prometheus needs one key with scope `metrics`.
+
+A source that does not answer is an error when it is asked for alone, so that Prometheus's own `up` says so, and
+`steelyard_target_up` 0 in the whole."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 from urllib.parse import parse_qs
 
 import aiohttp
 
 from serving.errors import EngineBroken, UnknownRoute
-from serving.fleet.endpoint import State
+from serving.fleet.endpoint import State, Target
 from serving.gateway.state import Fleet
-from serving.telemetry.metrics import GatewayMetrics, merge
+from serving.telemetry.metrics import GatewayMetrics, expose_up, merge
 
 TIMEOUT_S = 5.0  # of one source
 FRESH_S = 1.0  # a merged view this young is given again: a scrape costs an engine ~10 ms of its event loop
+MAX_BYTES = 32 * 1024 * 1024  # of one source: more is a fault, and would fill this process
 
 
 class Scraper:
@@ -48,10 +52,10 @@ class Scraper:
         wanted = parse_qs(query.decode("latin-1")).get("source")
         if not wanted:
             return await self._all()
-        sources = self._sources()
-        if wanted[0] not in sources:
+        target = next((t for t in self._targets() if t.id == wanted[0]), None)
+        if target is None:
             raise UnknownRoute(f"no source {wanted[0][:100]!r} now; /metrics/targets lists them")
-        text = await self._fetch(wanted[0], sources[wanted[0]][1])
+        text = await self._fetch(target)
         if text is None:  # an empty exposition would look like a source that is up
             raise EngineBroken(f"{wanted[0]} does not answer")
         return text
@@ -59,43 +63,49 @@ class Scraper:
     def targets(self, host: str) -> list[dict[str, Any]]:
         """HTTP service discovery: every process, scraped through this port. `host` is what Prometheus called us by."""
         return [
-            {"targets": [host], "labels": {"__metrics_path__": "/metrics", "__param_source": i, **labels}}
-            for i, (labels, _) in sorted(self._sources().items())
+            {"targets": [host], "labels": {"__metrics_path__": "/metrics", "__param_source": t.id, **t.joined}}
+            for t in sorted(self._targets(), key=lambda t: t.id)
         ]
 
-    def _sources(self) -> dict[str, tuple[dict[str, str], str]]:
-        """id -> (labels, URL of its exposition); the own URL is empty."""
-        found: dict[str, tuple[dict[str, str], str]] = {self._id: ({"gateway": self._id}, "")}
-        found |= {name: ({"source": name}, "") for name in self.others}
+    def _targets(self) -> Iterator[Target]:
+        yield Target(id=self._id, component="gateway", url="", node=self._fleet.node)
+        for name in self.others:
+            yield Target(id=name, component=name, url="")
         for g in self._fleet.gateways:
             if g.id != self._id:
-                found[g.id] = ({"gateway": g.id}, g.url + "/metrics")
+                yield Target(id=g.id, component="gateway", url=g.url + "/metrics", node=g.node)
         for e in self._fleet.endpoints():
-            if e.state in (State.READY, State.DRAINING):
+            if e.state in (State.READY, State.SUSPECT, State.DRAINING):
                 labels = {"replica": e.id, "model": e.model, "version": e.version}
-                found[e.id] = (labels, e.url + "/metrics")
-        return found
+                yield Target(id=e.id, component="engine", url=e.url + "/metrics", node=e.node, labels=labels)
+        yield from self._fleet.announced
 
     async def _all(self) -> str:
         async with self._lock:
             if time.monotonic() - self._merged_at > FRESH_S:
-                sources = self._sources()
-                texts = await asyncio.gather(*(self._fetch(i, url) for i, (_, url) in sources.items()))
-                pairs = [(labels, text) for (labels, _), text in zip(sources.values(), texts, strict=True) if text]
-                self._merged = merge(pairs)
+                targets = list(self._targets())
+                texts = await asyncio.gather(*(self._fetch(t) for t in targets))
+                told = [(t.joined, text) for t, text in zip(targets, texts, strict=True) if text is not None]
+                up = expose_up((t.joined, text is not None) for t, text in zip(targets, texts, strict=True))
+                # In a thread: hundreds of engines are seconds of string work, and streams must not wait for it.
+                self._merged = await asyncio.to_thread(merge, [*told, ({}, up)])
                 self._merged_at = time.monotonic()
             return self._merged
 
-    async def _fetch(self, source: str, url: str) -> str | None:
-        if source == self._id:
-            self._metrics.set_replicas(self._fleet.replica_counts())
+    async def _fetch(self, target: Target) -> str | None:
+        if target.id == self._id:
             return self._metrics.text()
         assert self._http is not None
         try:
-            if source in self.others:
-                return await asyncio.wait_for(self.others[source](), TIMEOUT_S)
-            async with self._http.get(url) as answer:
+            if target.id in self.others:
+                return await asyncio.wait_for(self.others[target.id](), TIMEOUT_S)
+            async with self._http.get(target.url) as answer:
                 answer.raise_for_status()
-                return await answer.text()
+                data = bytearray()
+                async for piece in answer.content.iter_any():
+                    data += piece
+                    if len(data) > MAX_BYTES:
+                        return None
+                return data.decode(errors="replace")
         except Exception:  # gone since the table was made, or too slow: the others' scrape is worth more
             return None

@@ -20,6 +20,7 @@ from serving.fleet.endpoint import (
     KeyDemand,
     Snapshot,
     State,
+    Target,
     VersionFacts,
     retry_delay_s,
 )
@@ -30,6 +31,7 @@ from serving.gateway.waking import ready_in_s
 
 log = logging.getLogger(__name__)
 
+SHOWN_STATES = (State.STARTING, State.READY, State.SUSPECT, State.DRAINING, State.FAILED)
 UNKNOWN_START_S = 10.0  # a guess, for Retry-After and for how long a wake is remembered, where nothing is known
 
 
@@ -55,10 +57,18 @@ class Name(msgspec.Struct, frozen=True):
     sent_as: str | None = None
 
 
+class Slo(msgspec.Struct, frozen=True):
+    """The model's objective: the share of requests whose answer shall be right and begin in time."""
+
+    ttft_s: float = 2.5
+    objective: float = 0.99
+
+
 class ModelConfig(msgspec.Struct, frozen=True):
     name: str
     versions: tuple[str, ...]
     limits: Limits
+    slo: Slo = Slo()
     required: tuple[str, ...] = ()  # versions that must have a ready replica for this gateway to be ready
     allow: tuple[str, ...] = ()
     created: int = 0  # epoch seconds
@@ -75,12 +85,14 @@ class CatalogConfig(msgspec.Struct, frozen=True):
 class Fleet:
     """Catalog and endpoints joined: a line of waiting requests per version. Used from one event loop only."""
 
-    def __init__(self, gateway_id: str = "") -> None:
+    def __init__(self, gateway_id: str = "", node: str = "") -> None:
         self.gateway_id = gateway_id
+        self.node = node
         self.catalog = CatalogConfig()
         self.models: dict[str, ModelConfig] = {}
         self.lines: dict[str, VersionLine] = {}
         self.gateways: tuple[GatewayInfo, ...] = ()
+        self.announced: tuple[Target, ...] = ()  # processes with metrics that are neither gateway nor replica
         self.fuse = Fuse()
         self.asleep: frozenset[str] = frozenset()  # versions without a ready replica
         self.on_hold: Callable[[], None] = lambda: None  # a version must be woken: whoever announces does it now
@@ -111,12 +123,15 @@ class Fleet:
         self._endpoints = fresh if snapshot.complete else self._endpoints | fresh
         self._facts = snapshot.versions if snapshot.complete else self._facts | snapshot.versions
         self.gateways = snapshot.gateways
+        if snapshot.complete or snapshot.targets:
+            self.announced = snapshot.targets
         self._distribute(only_add=not snapshot.complete)
         self._count_elsewhere()
         self.fuse.hear(g.deaths for g in self.gateways if g.id != self.gateway_id and g.deaths)
         for version, line in self.lines.items():
             others = {g.id: g.demand[version] for g in self.gateways if version in g.demand and g.id != self.gateway_id}
             line.others(others, snapshot.number)
+            line.siblings = len(self.gateways) > 1
 
     def resolve(self, name: str) -> tuple[Name, ModelConfig]:
         """What `name` means; raises UnknownModel naming nothing (the caller knows what the key may see)."""
@@ -185,9 +200,23 @@ class Fleet:
         required = (f"{m.name}@{v}" for m in self.catalog.models for v in m.required)
         return [v for v in required if not self.lines[v].ready_ids()]
 
-    def replica_counts(self) -> dict[tuple[str, str, str], int]:
-        counts = Counter((e.model, e.version, str(e.state)) for e in self._endpoints.values())
-        return dict(counts)
+    def may_sleep(self) -> bool:
+        """Whether any version may have no replica."""
+        return any(len(m.required) < len(m.versions) for m in self.models.values())
+
+    def replica_counts(self) -> dict[tuple[str, ...], float]:
+        """Per model, version and state; 0 too for versions of the catalog, so that one without a replica is seen to be so."""
+        counts: dict[tuple[str, ...], float] = {
+            (m.name, v, str(s)): 0 for m in self.catalog.models for v in m.versions for s in SHOWN_STATES
+        }
+        for e in self._endpoints.values():
+            key = e.model, e.version, str(e.state)
+            counts[key] = counts.get(key, 0) + 1
+        return counts
+
+    def required(self) -> dict[tuple[str, ...], float]:
+        """Per model and version: 1 when it must have a ready replica, 0 when it may sleep."""
+        return {(m.name, v): float(v in m.required) for m in self.catalog.models for v in m.versions}
 
     def _count_elsewhere(self) -> None:
         self._elsewhere.clear()

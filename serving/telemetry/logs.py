@@ -59,6 +59,7 @@ class RequestLine(msgspec.Struct, kw_only=True, gc=False):
     e2e_ms: float | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    aborted_tokens: int | None = None  # of an answer without an end, handed out until then, as its events tell
     events: int = 0
     client_gone: bool = False
 

@@ -174,7 +174,13 @@ def vllm(log: Path) -> Iterator[Engine]:
     weights = resolve("build:tiny/v1", base=ROOT / "models", cache=load_settings().cache_dir)
     port = _free_port()
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(weights)]
-    argv += ["--served-model-name", *NAMES, "--enforce-eager", "--enable-request-id-headers"]
+    argv += [
+        "--served-model-name",
+        *NAMES,
+        "--enforce-eager",
+        "--enable-request-id-headers",
+        "--enable-prompt-tokens-details",
+    ]
     argv += ["--host", HOST, "--port", str(port), "--max-model-len", str(CONTEXT)]
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": HOST, "VLLM_NO_USAGE_STATS": "1"}
     with log.open("wb") as sink:

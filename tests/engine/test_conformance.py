@@ -51,6 +51,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             yield running
     else:
         flags = ("--served-model-name", *NAMES, "--max-model-len", str(CONTEXT), "--enable-request-id-headers")
+        flags += ("--enable-prompt-tokens-details",)
         with simulator(*flags, "--sim-itl-ms", "5") as running:  # `long` takes ten seconds
             yield running
 
@@ -202,7 +203,12 @@ def test_usage_comes_right_before_done_when_asked_for(engine: Engine, path: str,
     ).events()
     assert done == b"[DONE]"
     assert usage["choices"] == []
-    assert usage["usage"] == {name: whole[name] for name in ("prompt_tokens", "total_tokens", "completion_tokens")}
+    counts = {name: whole[name] for name in ("prompt_tokens", "total_tokens", "completion_tokens")}
+    details = {"cached_tokens": 0} | (
+        {"created_cache_tokens": 0} if path == CHAT else {}
+    )  # too short for a whole block
+    assert usage["usage"] == counts | {"prompt_tokens_details": details}
+    assert whole["prompt_tokens_details"] == dict.fromkeys(("created_cache_tokens", "multimodal_tokens")) | details
     assert "system_fingerprint" in usage
     assert not any("usage" in event or "system_fingerprint" in event for event in before)
 
@@ -240,6 +246,27 @@ def test_usage_agrees_with_itself_the_tokenizer_and_the_counters(engine: Engine)
     assert engine.post("/tokenize", {"model": "tiny", "messages": QUESTION}).json()["count"] == usage["prompt_tokens"]
     assert [engine.metric(name) for name in counters] == [before[0] + usage["prompt_tokens"], before[1] + 7]
     assert engine.metric("vllm:request_success_total", finished_reason="length") == served + 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_long_beginning_that_was_seen_before_is_told_as_cached(engine: Engine, stream: bool) -> None:
+    words = engine.post("/tokenize", {"model": "tiny", "prompt": "able about above across again"}).json()["tokens"]
+    start = (words * 200)[:600] if stream else (words[::-1] * 200)[:600]
+    fields = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    hits = engine.metric("vllm:prefix_cache_hits_total")
+
+    def cached(prompt: list[int]) -> int:
+        answer = engine.post(COMPLETION, completion(prompt=prompt, **fields))
+        usage = (answer.events()[-2] if stream else answer.json())["usage"]
+        assert usage["prompt_tokens"] == len(prompt)
+        return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+    assert cached(start) == 0
+    again = cached(start)
+    assert 0 < again < 600  # whole blocks, and never all of it
+    assert 0 < cached(start[:400] + words[:1] * 45) <= 400
+    assert cached(words[:1] * 3 + start) == 0
+    assert engine.metric("vllm:prefix_cache_hits_total") >= hits + again
 
 
 def test_max_completion_tokens_wins_over_max_tokens(engine: Engine) -> None:

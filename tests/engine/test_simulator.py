@@ -214,11 +214,12 @@ def test_an_adapter_is_listed_under_its_parent_and_signs_its_answers() -> None:
 @given(st.text())
 def test_any_text_survives_its_tokens(text: str) -> None:
     assert tokens.decode(tokens.encode(text)) == text
-    assert tokens.count(text) == len(tokens.encode(text)) == len(tokens.strings(text))
+    assert len(tokens.pieces(text)) == len(tokens.encode(text)) == len(tokens.strings(text))
+    assert [tokens.piece(i) for i in tokens.encode(text)] == tokens.pieces(text)
 
 
 def test_common_words_count_one_token_each() -> None:
-    assert tokens.count("able about above across") == 4
+    assert len(tokens.pieces("able about above across")) == 4
 
 
 # -- slots and KV room
@@ -258,6 +259,30 @@ def test_a_request_waits_until_its_prompt_and_answer_fit_the_kv_room() -> None:
         assert second.event()
         assert third.event()
         assert engine.metric("vllm:kv_cache_usage_perc") == 0.51
+
+
+def test_what_was_computed_before_is_told_and_takes_no_time_again() -> None:
+    """A shared beginning, whoever asks; another adapter or salt shares nothing."""
+    flags = ("--enable-prompt-tokens-details", "--sim-prefill-us", "2000", "--lora-modules", "pirate=somewhere")
+    system, question = "able about " * 160, "what then"  # 320 tokens and some
+    with simulator(*flags) as engine:
+
+        def cached(**fields: Any) -> int:
+            usage = engine.post(COMPLETION, {"prompt": system + question, "max_tokens": 1, **fields}).json()["usage"]
+            return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+        assert [cached(), cached(), cached(prompt=system + "and else")] == [0, 320, 320]
+        assert [cached(model="pirate"), cached(cache_salt="mine")] == [0, 0]
+        ids = engine.post("/tokenize", {"prompt": system + question}).json()["tokens"]
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        *_, usage, _ = engine.post(COMPLETION, {"prompt": ids, "max_tokens": 1, **options}).events()
+        assert usage["usage"]["prompt_tokens_details"] == {"cached_tokens": 320}
+        assert engine.metric("vllm:prefix_cache_hits_total") == engine.metric("vllm:prompt_tokens_cached_total") == 960
+        assert engine.metric("vllm:prefix_cache_queries_total") == engine.metric("vllm:prompt_tokens_total")
+        # Six requests of some 320 tokens, of which three had to be computed.
+        assert 3 * 0.64 <= engine.metric("vllm:time_to_first_token_seconds_sum") < 6 * 0.64
+    with simulator("--no-enable-prefix-caching", "--enable-prompt-tokens-details") as engine:
+        assert [cached(), cached()] == [0, 0]
 
 
 def test_room_for_less_than_one_full_request_stops_the_start() -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import random
 import signal
+import time
 from collections.abc import AsyncIterator, Iterator
 
 import aiohttp
@@ -30,7 +33,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineRoom]:
 async def http(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[aiohttp.ClientSession]:
     for name in ("DEEPER_EVERY_S", "IDLE_EVERY_S"):
         monkeypatch.setattr(f"serving.engine.watch.{name}", 0.05)
-    monkeypatch.setattr("serving.engine.watch.LOOK_S", 0.3)
+    monkeypatch.setattr("serving.engine.watch.LOOK_S", 0.5)
     async with aiohttp.ClientSession(headers={SECRET_HEADER.decode(): SECRET}) as session:
         yield session
 
@@ -41,12 +44,14 @@ def watch(http: aiohttp.ClientSession, engine: Engine) -> Watch:
     return Watch(http, engine.url, "tiny", lambda: process.alive)
 
 
-async def until(watching: Watch, verdict: str, limits: Limits = FAST, looks: int = 400) -> Judgement:
+async def until(
+    watching: Watch, verdict: str, limits: Limits = FAST, looks: int = 400, every_s: float = EVERY_S
+) -> Judgement:
     for _ in range(looks):
         judged = await watching.look(limits)
         if judged.verdict == verdict:
             return judged
-        await asyncio.sleep(EVERY_S)
+        await asyncio.sleep(every_s)
     raise AssertionError(f"never {verdict}")
 
 
@@ -65,7 +70,7 @@ async def test_an_idle_engine_is_probed_past_its_slots_and_the_probe_is_nobodys_
     engine = room.start(slots=1, sim_ttft_ms=400)
     watching = watch(http, engine)
     seen = set()
-    for _ in range(30):
+    for _ in range(15):
         assert (await watching.look(FAST)).verdict == "ok"
         seen.add((watching.in_flight, watching._probe is not None))
         await asyncio.sleep(EVERY_S)
@@ -114,12 +119,45 @@ async def test_a_stopped_process_is_silent_and_well_when_it_goes_on(
     watching.close()
 
 
-async def test_a_full_engine_that_works_is_never_suspect(http: aiohttp.ClientSession, room: EngineRoom) -> None:
-    engine = room.start(slots=4, sim_itl_ms=5)
+async def test_a_long_prefill_yields_nothing_and_is_work(http: aiohttp.ClientSession, room: EngineRoom) -> None:
+    engine = room.start(sim_ttft_ms=2500)
     watching = watch(http, engine)
-    load = [asked(http, engine, max_tokens=300) for _ in range(4)]
-    while not all(task.done() for task in load):
-        assert (await watching.look(Limits(stuck_s=1.0))).verdict == "ok"
+    asking = asked(http, engine, text="word " * 300)
+    seen = 0
+    while not asking.done():
+        judged = await watching.look(Limits(stuck_s=1.2, slow_steps=0))
+        assert judged.verdict == "ok", judged.why
+        seen += watching.in_flight
         await asyncio.sleep(EVERY_S)
-    assert watching._memory.steps
+    assert seen > 10
     watching.close()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3000)
+async def test_saturation_with_long_prompts_and_hang_ups_is_no_reason_to_suspect(room: EngineRoom) -> None:
+    """Twenty minutes (`SATURATED_S`): prompts of up to 32k tokens, more of them than fit, clients that leave at any moment."""
+    engine = room.start(slots=32, sim_ttft_ms=8000, sim_itl_ms=20, sim_kv_tokens=200_000, max_model_len=40_000)
+    end = time.monotonic() + float(os.environ.get("SATURATED_S", "1200"))
+
+    async def client(number: int) -> None:
+        chance = random.Random(number)
+        while time.monotonic() < end:
+            words, tokens = chance.choice([10, 1000, 30_000]), chance.choice([1, 50, 400])
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(chance.choice([0.1, 5, 600])):
+                    async with http.post(engine.url + CHAT, json=chat("word " * words, max_tokens=tokens)) as r:
+                        await r.read()
+
+    async with aiohttp.ClientSession(headers={SECRET_HEADER.decode(): SECRET}) as http:
+        watching = watch(http, engine)
+        clients = [asyncio.create_task(client(i)) for i in range(48)]
+        looks = 0
+        while not all(c.done() for c in clients):
+            judged = await watching.look(Limits())
+            assert judged.verdict == "ok", judged.why
+            looks += 1
+            await asyncio.sleep(0.5)
+        await asyncio.gather(*clients)
+        watching.close()
+    print(f"{looks} looks")

@@ -69,7 +69,13 @@ async def test_a_core_that_stands_still_is_suspect_while_its_server_says_that_it
 ) -> None:
     process, url = engine
     watching = Watch(http, url, "tiny", lambda: process.alive)
-    streams = [asyncio.create_task(load(http, url, 400)) for _ in range(4)]
+    busy = True
+
+    async def client() -> None:
+        while busy:
+            await load(http, url, 400)
+
+    streams = [asyncio.create_task(client()) for _ in range(4)]
     for _ in range(4):
         assert (await watching.look(Limits())).verdict == "ok"
         await asyncio.sleep(EVERY_S)
@@ -78,7 +84,7 @@ async def test_a_core_that_stands_still_is_suspect_while_its_server_says_that_it
     for p in stopped:
         p.send_signal(signal.SIGSTOP)
     began = time.monotonic()
-    judged = await until(watching, "suspect", Limits())
+    judged = await until(watching, "suspect", Limits(), every_s=EVERY_S)
     print(f"suspect {time.monotonic() - began:.1f} s after the stop: {judged.why}")
     assert judged.cause == "stuck"
     async with http.get(url + "/health") as r:
@@ -86,6 +92,7 @@ async def test_a_core_that_stands_still_is_suspect_while_its_server_says_that_it
     for p in stopped:
         p.send_signal(signal.SIGCONT)
     await until(watching, "ok", Limits())
+    busy = False
     await asyncio.gather(*streams)
 
     for p in stopped:  # idle this time

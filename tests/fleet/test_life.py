@@ -62,6 +62,15 @@ def test_models_serve_side_by_side(sim: Stack) -> None:
     assert sim.get("/readyz").status_code == 200
 
 
+def test_a_gateway_preempts_no_engine(sim: Stack) -> None:
+    titles = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in sim.processes()}
+    gateways = [pid for pid, title in titles.items() if b"ServeReplica:gateway" in title]
+    assert gateways
+    for pid in gateways:
+        threads = [int(t) for t in os.listdir(f"/proc/{pid}/task")]
+        assert os.SCHED_BATCH in {os.sched_getscheduler(t) for t in threads}
+
+
 def test_up_again_touches_only_what_changed(sim: Stack, catalog: Path) -> None:
     before = engine_pids(sim)
     gateway = json.loads(sim.cli("status", "--json").stdout)["gateways"][0]["id"]
@@ -110,7 +119,8 @@ def test_a_killed_engine_is_replaced_and_requests_wait_for_it(sim: Stack) -> Non
 
 
 def test_a_stream_outlives_the_update_of_its_version(sim: Stack, catalog: Path) -> None:
-    """The old replica drains: the stream that runs there is complete, though its engine is replaced meanwhile."""
+    """The old replica drains: the stream that runs there is complete, though its engine is replaced meanwhile. And the new
+    one is ready before the old one leaves: there is no moment without."""
     model_file(catalog, "two", {"a": {"max-num-seqs": 4, "sim-itl-ms": 40}})
     sim.cli("up")
     before = engine_pids(sim)["two@a"]
@@ -121,8 +131,13 @@ def test_a_stream_outlives_the_update_of_its_version(sim: Stack, catalog: Path) 
         model_file(catalog, "two", {"a": {"max-num-seqs": 5, "sim-itl-ms": 40}})
         update = threading.Thread(target=sim.cli, args=("up",))
         update.start()
+        missed = []
+        while update.is_alive():
+            if (asked := sim.get("/readyz")).status_code != 200:
+                missed.append(asked.text)
+            update.join(0.05)
+        assert not missed
         rest = list(lines)
-    update.join()
     assert (first.startswith("data: ") and rest[-2:] == ["data: [DONE]", ""]) or "data: [DONE]" in rest
     assert engine_pids(sim)["two@a"] != before
 

@@ -28,6 +28,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "engine": ENGINE,
         "scaling": {"min": 0, "max": 2, "target_ongoing": 4, "scale_down_after_s": 1, "idle_to_zero_s": 2},
     },
+    "clock": {
+        "engine": ENGINE,
+        # From any minute on; until New Year's first one.
+        "scaling": {"min": 0, "max": 1, "schedule": [{"start": "* * * * *", "end": "0 0 1 1 *", "min": 1}]},
+    },
     "broken": {
         "engine": {**ENGINE, "sim-sins": "never_ready"},
         "scaling": {"min": 0, "max": 1, "idle_to_zero_s": 600},
@@ -109,6 +114,19 @@ def engines(sim: Stack) -> dict[str, int]:
     }
 
 
+def titled(sim: Stack, title: bytes) -> list[int]:
+    """Pids of Ray's processes by what they call themselves."""
+    return [p for p in sim.processes() if title in Path(f"/proc/{p}/cmdline").read_bytes()]
+
+
+def idle_processes(sim: Stack) -> list[int]:
+    return titled(sim, b"ray::IDLE")
+
+
+def replica_processes(sim: Stack, version_id: str) -> list[int]:
+    return titled(sim, b"ray::ServeReplica:" + version_id.encode())
+
+
 def test_a_step_of_load_gets_replicas_and_no_stream_breaks_on_the_way_down(
     sim: Stack, clients: ThreadPoolExecutor
 ) -> None:
@@ -127,8 +145,10 @@ def test_the_first_request_after_nothing_wakes_a_replica_and_each_one_around_an_
     sim: Stack, clients: ThreadPoolExecutor
 ) -> None:
     until(lambda: ready(sim, "zero") == 0, "nothing serves it", 30)
+    waiting = until(lambda: idle_processes(sim), "a process waits for the next replica", 30)
     assert sim.chat("zero", "hello", max_tokens=2).status_code == 200
     assert ready(sim, "zero") == 1
+    assert waiting == replica_processes(sim, "zero@a")
     # Around the moment at which the last replica leaves: some meet it, some its drain, some nothing.
     around = []
     for pause_s in (1.9, 2.1, 2.3):
@@ -139,12 +159,24 @@ def test_the_first_request_after_nothing_wakes_a_replica_and_each_one_around_an_
 
 
 def test_a_killed_directory_moves_nothing_and_scaling_goes_on_when_it_is_back(sim: Stack) -> None:
-    before = ready(sim, "steps")
-    (directory,) = [p for p in sim.processes() if b"ray::Directory" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    before, kept = ready(sim, "steps"), sim.state_dir / "directory.json"
+    until(lambda: kept.exists() and "zero@a" in kept.read_text(), "it has written down what it knows", 10)
+    told = json.loads(kept.read_text())["changes"]["zero@a"]
+    (directory,) = titled(sim, b"ray::Directory")
     os.kill(directory, signal.SIGKILL)
     assert sim.chat("steps", "hello", max_tokens=2).status_code == 200
     assert ready(sim, "steps") == before
     assert sim.chat("zero", "hello", max_tokens=2).status_code == 200  # woken through the new one
+    assert told == explained(sim, "zero")["changes"][: len(told)]
+
+
+def test_a_schedule_keeps_replicas_without_a_request(sim: Stack) -> None:
+    until(lambda: ready(sim, "clock") == 1, "the scheduled one serves", 30)
+    told = explained(sim, "clock")
+    assert told["scaling"]["min"] == 0
+    assert told["scaling"]["schedule"][0]["holds_now"] is True
+    assert (told["changes"][0]["cause"], told["changes"][0]["after"]) == ("from_zero", 1)
+    assert "the schedule keeps 1" in told["changes"][0]["reason"]
 
 
 def test_bounds_set_at_run_time_hold_over_an_up_until_they_are_reset(sim: Stack, catalog: Path) -> None:
@@ -175,7 +207,7 @@ def test_bounds_set_at_run_time_hold_over_an_up_until_they_are_reset(sim: Stack,
     ("arguments", "sentence"),
     [
         (["set", "steps", "--min", "9"], "and min 9; max is at least min"),
-        (["set", "nobody", "--min", "1"], "nobody is not served here; there is: broken@a, steps@a, zero@a"),
+        (["set", "nobody", "--min", "1"], "nobody is not served here; there is: broken@a, clock@a, steps@a, zero@a"),
         (["explain", "nobody"], "nobody is not served here"),
     ],
 )

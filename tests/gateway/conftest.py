@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import uvloop
 
+from serving.gateway import routing
 from tests.gateway import harness
 from tests.gateway.harness import EngineRoom, Front, Keys
 
@@ -27,6 +28,12 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineRoom]:
     room = EngineRoom(tmp_path_factory.mktemp("engines"))
     yield room
     room.close()
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a refused connection the only engine is tried again soon, for tests in which that is not the point."""
+    monkeypatch.setattr(routing, "BROKEN_PAUSE_S", 0.05)
 
 
 @pytest.fixture

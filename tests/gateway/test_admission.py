@@ -149,13 +149,13 @@ async def test_a_prompt_that_is_certainly_too_long_never_reaches_an_engine(front
 
 async def test_no_more_tokens_are_sent_than_the_kv_cache_holds(front: Front, room: EngineRoom) -> None:
     """Many slots, and room for two requests of this size: the engine's own queue stays empty."""
-    engine = room.start(slots=50, sim_itl_ms=2, sim_kv_tokens=2048)
+    engine = room.start(slots=50, sim_itl_ms=1, sim_kv_tokens=2048)
     async with aiohttp.ClientSession(headers={"x-steelyard-secret": SECRET}) as session:
         async with session.post(f"{engine.url}{STATUS_PATH}?tokens=2048") as told:
             assert (await told.json())["budget"] == 2048
         engine.endpoint = msgspec.structs.replace(engine.endpoint, kv_tokens=2048)
         front.serve(engine)
-        asked = [asyncio.create_task(front.ask(body=chat(max_tokens=700, ignore_eos=True))) for _ in range(6)]
+        asked = [asyncio.create_task(front.ask(body=chat(max_tokens=700, ignore_eos=True))) for _ in range(4)]
         most, waiting = 0, []
         while not all(task.done() for task in asked):
             most = max(most, (await engine.door())["in_flight"])

@@ -7,9 +7,12 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+import pytest
+
 from serving.fleet.endpoint import Endpoint, State
 from tests.gateway.harness import CHAT, Front, chat, eventually
 
+pytestmark = pytest.mark.usefixtures("short_pauses")
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
@@ -147,7 +150,7 @@ async def test_a_new_connection_closed_under_a_request_is_a_death(front: Front) 
     async with wire(front, play) as engine:
         assert (await front.ask(body=chat())).status == 502
         assert engine.opened == 3  # the same engine each time: the fuse counts engines, not cuts
-    assert front.metric("steelyard_upstream_attempts_total", outcome="died") == 2
+    assert front.metric("steelyard_upstream_attempts_total", outcome="died") == 3
 
 
 async def test_what_an_engine_says_unasked_is_never_an_answer(front: Front) -> None:

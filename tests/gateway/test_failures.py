@@ -25,6 +25,7 @@ from tests.gateway.harness import (
     refusing,
 )
 
+pytestmark = pytest.mark.usefixtures("short_pauses")
 DONE = b"data: [DONE]\n\n"
 DEAD = (
     b'data: {"error": {"message": "EngineCore encountered an issue.", "type": "InternalServerError", "code": 500}}\n\n'

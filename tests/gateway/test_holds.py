@@ -12,6 +12,7 @@ import pytest
 
 from serving.fleet.endpoint import START_TRIES, Endpoint, State, VersionFacts
 from serving.gateway import hold
+from serving.gateway.keys import create_key
 from tests.gateway.harness import CHAT, MESSAGES, EngineRoom, Front, chat, endless, events, eventually, recorded
 
 PINGS = {CHAT: b": keep-alive\n\n", MESSAGES: b'event: ping\ndata: {"type": "ping"}\n\n'}
@@ -183,6 +184,13 @@ async def test_keep_alives_can_be_switched_off(front: Front) -> None:
     assert (await front.ask(body=endless())).status == 503
 
 
+async def test_a_key_may_do_without_keep_alives(front: Front) -> None:
+    _, quiet = create_key(front.keys.path, name="quiet", scopes=["infer:*"], now=time.time(), keep_alive=False)
+    assert front.gateway.keys.reload_if_changed() is None
+    front.serve(limits={"keep_alive_after_s": 0, "max_wait_s": 0.1})
+    assert [(await front.ask(body=endless(), key=key)).status for key in (quiet, front.keys.all)] == [503, 200]
+
+
 async def test_a_client_that_leaves_while_it_hears_keep_alives_is_forgotten(front: Front) -> None:
     front.serve(limits={"keep_alive_after_s": 0})
     async with front.hung_up(endless()) as reader:
@@ -200,7 +208,8 @@ async def test_what_the_directory_counts_is_in_the_merged_metrics(front: Front) 
 
     front.serve()
     sample = (
-        'steelyard_scale_decisions_total{source="directory",model="tiny",version="v1",direction="up",reason="load"} 3'
+        'steelyard_scale_decisions_total{component="directory",instance="directory",'
+        'model="tiny",version="v1",direction="up",reason="load"} 3'
     )
     front.gateway.sources["directory"] = directory
     merged = await front.ask("/metrics", method="GET", key=front.keys.metrics)

@@ -50,10 +50,13 @@ async def test_one_page_holds_every_process_told_apart_by_labels(gateway: Front)
     await gateway.ask(body=chat())
     page = await scrape(gateway)
     replica = gateway.engines[0].endpoint.id
-    assert f'steelyard_requests_total{{gateway="{gateway.gateway.id}"' in page
-    assert f'vllm:num_requests_running{{replica="{replica}",model="tiny",version="v1"' in page
+    assert f'steelyard_requests_total{{component="gateway",instance="{gateway.gateway.id}"' in page
+    joined = f'{{component="engine",instance="{replica}",replica="{replica}",model="tiny",version="v1"'
+    assert f"vllm:num_requests_running{joined}" in page
     assert page.count("# TYPE vllm:num_requests_running ") == 1
-    assert 'steelyard_replicas{gateway="' in page and 'state="READY"' in page
+    assert (
+        f'steelyard_replicas{{component="gateway",instance="{gateway.gateway.id}"' in page and 'state="READY"' in page
+    )
 
 
 async def test_discovery_names_every_source_and_each_can_be_asked_for(gateway: Front) -> None:
@@ -93,7 +96,7 @@ async def sibling(front: Front, keys: Keys, tmp_path: Path) -> AsyncIterator[Fro
 async def test_gateways_scrape_each_other(front: Front, sibling: Front) -> None:
     page = await scrape(front)
     for gateway in (front, sibling):
-        assert f'steelyard_process_start_time_seconds{{gateway="{gateway.gateway.id}"}}' in page
+        assert f'steelyard_process_start_time_seconds{{component="gateway",instance="{gateway.gateway.id}"}}' in page
 
 
 async def test_the_private_listener_answers_gateways_only_and_only_metrics(sibling: Front, keys: Keys) -> None:

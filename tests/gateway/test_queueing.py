@@ -168,23 +168,23 @@ async def test_gateways_that_know_nothing_of_each_other_share_an_engine(
 
 
 async def test_a_door_kept_full_by_others_is_not_stormed(front: Front, second: Front, room: EngineRoom) -> None:
-    engine = room.start(slots=60, sim_itl_ms=1000)
+    engine = room.start(slots=24, sim_itl_ms=1000)
     for gateway in (front, second):
         gateway.serve(engine)
     async with asyncio.TaskGroup() as group:
-        occupants = [group.create_task(front.ask(body=endless())) for _ in range(60)]
-        await engine.inside(60)
-        waiters = [group.create_task(second.ask(body=chat())) for _ in range(60)]
+        occupants = [group.create_task(front.ask(body=endless())) for _ in range(24)]
+        await engine.inside(24)
+        waiters = [group.create_task(second.ask(body=chat())) for _ in range(24)]
 
         def busy() -> float:
             return second.metric("steelyard_upstream_attempts_total", outcome="busy")
 
-        await eventually("each was refused", lambda: busy() >= 60)
+        await eventually("each was refused", lambda: busy() >= 24)
         await eventually("that was heard", lambda: second.metric("steelyard_requests_running") == 0)
-        at_once, until = [], busy() + 60
+        at_once, until = [], busy() + 12
         while busy() < until:  # from now on one asks for all, and the next one a little later
             at_once.append(second.metric("steelyard_requests_running"))
             await asyncio.sleep(0)
-        assert max(at_once) < 30
+        assert max(at_once) < 12
         for task in (*occupants, *waiters):
             task.cancel()

@@ -175,7 +175,7 @@ async def test_a_field_that_needs_trust_passes_where_the_model_file_allows_it(
     front: Front, room: EngineRoom, field: str
 ) -> None:
     front.serve(room.shared())
-    body = chat(**{field: {} if field.startswith(("kv", "vllm")) else 1})
+    body = chat(**{field: {"priority": 1, "cache_salt": "salt"}.get(field, {})})
     with pytest.raises(
         openai.BadRequestError, match=rf"`{field}` is refused: .*`allow: \[{field}\]` would let it pass"
     ):

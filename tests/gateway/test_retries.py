@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import anthropic
 import msgspec
 import pytest
 
 from serving.fleet.endpoint import State
-from serving.gateway import retry
+from serving.gateway import retry, routing
 from serving.gateway.routing import TRIPS
-from tests.gateway.harness import MESSAGES, Answer, Engine, EngineRoom, Front, chat, events, eventually, recorded
+from tests.gateway.harness import (
+    HOST,
+    MESSAGES,
+    Answer,
+    Engine,
+    EngineRoom,
+    Front,
+    chat,
+    events,
+    eventually,
+    recorded,
+    refusing,
+)
 
 ATTEMPTS = "steelyard_upstream_attempts_total"
 
@@ -53,7 +66,7 @@ async def test_a_suspect_without_a_better_one_keeps_what_it_has_and_gets_nothing
 async def test_a_stream_that_says_nothing_for_longer_than_any_of_late_is_begun_elsewhere(
     front: Front, room: EngineRoom, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retry, "SILENT_LEAST_S", 0.2)
+    monkeypatch.setattr(retry, "SILENT_LEAST_S", 1.0)
     hanging = room.shared(sins="hangs", after=0)
     front.serve(hanging)
     asked = asyncio.create_task(front.ask(body=chat(stream=True)))
@@ -65,19 +78,26 @@ async def test_a_stream_that_says_nothing_for_longer_than_any_of_late_is_begun_e
 
 
 async def test_an_engine_that_fails_in_a_row_is_asked_no_more_until_it_is_its_time(
-    front: Front, room: EngineRoom
+    front: Front, room: EngineRoom, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(routing, "TRY_FIRST_S", 60.0)
+    monkeypatch.setattr(routing, "TRY_LONGEST_S", 60.0)
     front.serve(room.shared(sins="returns_500"), room.shared())
     for i in range(3 * TRIPS):
         assert (await front.ask(body=chat(f"hello {i}"))).status == 200
     assert front.metric(ATTEMPTS, outcome="http_5xx") == TRIPS
 
 
-async def test_a_prompt_that_kills_engines_takes_no_innocent_with_it(front: Front, room: EngineRoom) -> None:
+async def test_a_prompt_that_kills_engines_takes_no_innocent_with_it(
+    front: Front, room: EngineRoom, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All were inside when the first engine died, and none had an answer yet. They are not beside each other again."""
+    monkeypatch.setattr(retry, "TRIAL_S", 60.0)  # until they have an answer, however busy this machine is
     dying = [room.start(sins="dies_on_prompt", sim_ttft_ms=ms, slots=32) for ms in (5000, 5, 5, 5)]
     front.serve(dying[0])
-    innocent = [asyncio.create_task(front.ask(body=chat(f"hello {i}", stream=i % 2 == 0))) for i in range(12)]
+    innocent = [
+        asyncio.create_task(front.ask(body=chat(f"hello {i}", stream=i % 2 == 0, max_tokens=1))) for i in range(12)
+    ]
     await dying[0].inside(12)
     guilty = asyncio.create_task(front.ask(body=chat("SIM_DIE")))
     await eventually("the first engine died", lambda: not dying[0].process.alive)  # type: ignore[union-attr]
@@ -144,3 +164,26 @@ async def test_an_engine_stopped_on_purpose_accuses_nobody(front: Front, room: E
     front.table(room.shared())
     await asyncio.gather(stopping, *asked)
     assert not front.gateway.fleet.fuse.armed
+
+
+async def test_where_a_node_is_silent_its_other_replicas_are_not_tried_first(
+    front: Front, room: EngineRoom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three attempts would all go to a node that is gone, while another one has a place."""
+    monkeypatch.setattr("serving.gateway.connection.CONNECT_TIMEOUT_S", 0.1)
+    with socket.socket() as full:
+        full.bind((HOST, 0))
+        full.listen(0)
+        url = f"http://{HOST}:{full.getsockname()[1]}"
+        taken = [socket.socket() for _ in range(4)]
+        for s in taken:  # whoever comes next gets no answer to his SYN
+            s.setblocking(False)
+            s.connect_ex((HOST, full.getsockname()[1]))
+        gone = [msgspec.structs.replace(refusing(id=f"gone-{i}", node="lost", slots=64), url=url) for i in range(4)]
+        well = room.shared()
+        there = msgspec.structs.replace(well.endpoint, node="there", in_flight=7)  # the last that would be chosen
+        front.serve(*gone, Engine(there, well.process))
+        assert (await front.ask(body=chat())).status == 200
+        assert front.metric(ATTEMPTS, outcome="connect_error") == 1
+        for s in taken:
+            s.close()

@@ -14,7 +14,7 @@ from tests.k8s.chart import CRDS, KUBERNETES, Object
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
 
-BUILTIN = {"Pod", "Secret", "ServiceAccount", "NetworkPolicy", "PodDisruptionBudget", "Ingress"}
+BUILTIN = {"Pod", "Secret", "ServiceAccount", "NetworkPolicy", "PodDisruptionBudget", "Ingress", "ConfigMap"}
 
 
 def check_builtin(document: Object) -> None:

@@ -10,6 +10,7 @@ SMALLEST = "one-h100"
 def test_what_is_off_by_default_is_absent() -> None:
     found = chart.of(SMALLEST)
     assert not chart.kind(found, "Ingress") and not chart.kind(found, "HTTPRoute")
+    assert not chart.kind(found, "PrometheusRule") and not chart.kind(found, "ConfigMap")
     assert not chart.kind(found, "ScrapeConfig"), "the operator's kinds may be missing, and then the install would fail"
     assert not chart.kind(found, "Service"), "KubeRay makes it, so that it follows the serving cluster"
     assert not chart.kind(found, "Role") and not chart.kind(found, "ClusterRole"), "nothing needs a right"

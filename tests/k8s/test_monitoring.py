@@ -66,6 +66,37 @@ def test_the_operator_finds_it_by_the_labels_given() -> None:
     assert config["spec"]["scrapeInterval"] == config["spec"]["httpSDConfigs"][0]["refreshInterval"] == "15s"
 
 
+def test_rules_are_those_of_the_repository_for_this_releases_job() -> None:
+    found = chart.of("multi-model")
+    (rule,) = chart.kind(found, "PrometheusRule")
+    assert rule["metadata"]["labels"]["release"] == "kube-prometheus-stack"
+    wanted = []
+    for name in ("recording", "alerts"):
+        wanted += yaml.safe_load((chart.ROOT / "deploy" / "observability" / f"{name}.yml").read_text())["groups"]
+    assert rule["spec"]["groups"] == wanted, "the release's job has the name that the rules look for"
+    assert scrape(found)["spec"]["jobName"] == "steelyard"
+
+
+def test_rules_of_a_release_of_another_name_look_for_its_job() -> None:
+    given = chart.changed("one-h100", ON | {"monitoring.rules": True})
+    rendered = chart.render(given, name="llm")
+    (rule,) = yaml.safe_load_all(rendered["steelyard/templates/prometheusrule.yaml"])
+    (config,) = yaml.safe_load_all(rendered["steelyard/templates/scrapeconfig.yaml"])
+    job = config["spec"]["jobName"]
+    asked = [r["expr"] for group in rule["spec"]["groups"] for r in group["rules"]]
+    assert job == "llm-steelyard" and not any('job="steelyard"' in expr for expr in asked)
+    assert sum(f'job="{job}"' in expr for expr in asked) > 20
+
+
+def test_dashboards_are_those_of_the_repository() -> None:
+    maps = chart.kind(chart.of("multi-model"), "ConfigMap")
+    files = {p.name: json.loads(p.read_text()) for p in (chart.ROOT / "deploy/observability/dashboards").glob("*.json")}
+    assert {name: json.loads(text) for m in maps for name, text in m["data"].items()} == files
+    for m in maps:
+        assert m["metadata"]["labels"]["grafana_dashboard"] == "1"
+        assert m["metadata"]["annotations"] == {"grafana_folder": "LLM"}
+
+
 @pytest.mark.parametrize(
     ("change", "name", "key", "made"),
     [

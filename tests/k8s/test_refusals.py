@@ -12,6 +12,7 @@ from tests.k8s import chart
 from tests.k8s.chart import helm
 
 V = "models.0.versions.0"
+DAY = {"start": "0 8 * * *", "end": "0 18 * * *", "min": 1}
 SECOND = {"version": "x", "weights": {"source": "/srv/weights/x"}}
 
 # What the chart alone can know.
@@ -103,6 +104,8 @@ BAD_MODELS: list[tuple[dict[str, Any], str]] = [
     ({f"{V}.weights": None}, "has no weights"),
     ({f"{V}.scaling": {"min": 2, "max": 1}}, "scaling.min is 2 and scaling.max 1: max is at least min"),
     ({f"{V}.scaling": {"min": 1, "max": 1, "idle_to_zero_s": 60}}, "scaling.idle_to_zero_s needs min: 0 (min is 1)"),
+    ({f"{V}.scaling": {"max": 1, "schedule": [{**DAY, "min": 2}]}}, "wants 2 replicas and scaling.max is 1"),
+    ({f"{V}.scaling": {"max": 1, "schedule": [{**DAY, "start": "8:00"}]}}, "start"),
     ({"models.0.versions": []}, "versions"),
     ({"models.0.versions.1": {**SECOND, "version": "2026-11-01"}}, "listed twice"),
     ({"models.0.versions.1": SECOND}, "no release.stable"),

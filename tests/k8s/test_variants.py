@@ -36,7 +36,7 @@ def test_objects_are_valid_for_every_kubernetes(variant: str) -> None:
     for document in found:
         if document["kind"] in schemas.BUILTIN:
             schemas.check_builtin(document)
-    assert {d["kind"] for d in found} <= schemas.BUILTIN | {"RayService", "HTTPRoute", "ScrapeConfig"}
+    assert {d["kind"] for d in found} <= schemas.BUILTIN | {"RayService", "HTTPRoute", "ScrapeConfig", "PrometheusRule"}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -51,9 +51,10 @@ def test_the_rayservice_fits_its_crd(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", MONITORED)
-def test_the_scrapeconfig_fits_its_crd(variant: str) -> None:
-    (config,) = chart.kind(chart.of(variant), "ScrapeConfig")
-    schemas.check_custom(config)
+def test_what_the_prometheus_operator_gets_fits_its_crds(variant: str) -> None:
+    found = chart.of(variant)
+    for document in (*chart.kind(found, "ScrapeConfig"), *chart.kind(found, "PrometheusRule")):
+        schemas.check_custom(document)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

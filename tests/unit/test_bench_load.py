@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from bench import workloads
+from bench.client import Client
 from bench.load import Party, Spec, Summary, run_phase
 from bench.recording import Recording
 from bench.workloads import Production, Steady, Uniform, Workload, together
@@ -172,6 +173,23 @@ async def test_a_server_that_is_not_there_is_an_error_of_every_request(tmp_path:
 async def test_a_server_that_falls_silent_ends_in_a_client_timeout(tmp_path: Path) -> None:
     summary, _ = await phase(Server(gap_s=60), tmp_path, Uniform(1), requests=1, timeout_s=0.2)
     assert summary.errors == {"client timeout": 1}
+
+
+async def test_a_look_that_fails_leaves_the_next_phase_its_own_answer(tmp_path: Path) -> None:
+    async with listening(Server()) as url:
+        pass  # nobody is there: a request takes 50 ms
+
+    def look() -> None:
+        raise OSError("gone")
+
+    def spec(requests: int) -> Spec:
+        return Spec(url, "tiny", workloads.dump(Uniform(1)), str(tmp_path / "r.npz"), requests=requests)
+
+    with Client() as client:
+        with pytest.raises(OSError, match="gone"):
+            await asyncio.to_thread(client.run, spec(4), look, 0.01)
+        summary, _ = await asyncio.to_thread(client.run, spec(1))
+    assert summary.requests == 1
 
 
 @pytest.mark.parametrize("make", [Uniform, lambda seed: Production(seed, 20, 10), lambda seed: Steady(seed, 50, 5, 9)])

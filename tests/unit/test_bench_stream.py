@@ -135,12 +135,22 @@ def test_an_answer_without_done_or_finish_reason_is_incomplete(missing: int) -> 
     assert read([response(events)])[0].error.startswith("incomplete")
 
 
-def test_a_refusal_is_an_error_with_its_body() -> None:
-    body = b'{"error":{"code":"queue_full"}}'
-    head = b"HTTP/1.1 429 Too Many Requests\r\ncontent-length: %d\r\n\r\n" % len(body)
-    answer, connection = read([head + body])
-    assert answer.error == 'status 429: {"error":{"code":"queue_full"}}'
+def test_an_unexpected_status_is_an_error_with_its_body() -> None:
+    body = b'{"error":{"code":"internal"}}'
+    answer, connection = read([b"HTTP/1.1 500 Oh\r\ncontent-length: %d\r\n\r\n" % len(body) + body])
+    assert answer.error == 'status 500: {"error":{"code":"internal"}}'
     assert connection.reusable
+
+
+@pytest.mark.parametrize(
+    ("header", "promised"), [(b"Retry-After: 7", 7.0), (b"retry-after: soon", None), (b"x: y", None)]
+)
+def test_a_refusal_is_its_code_and_what_it_promised(header: bytes, promised: float | None) -> None:
+    body = b'{"error":{"message":"212 requests wait","code":"queue_full"}}'
+    head = b"HTTP/1.1 429 Too Many Requests\r\n%s\r\ncontent-length: %d\r\n\r\n" % (header, len(body))
+    answer, _ = read([head + body])
+    assert answer.error == "status 429: queue_full"
+    assert answer.retry_after_s == promised or (promised is None and np.isnan(answer.retry_after_s))
 
 
 def test_a_cut_stream_is_an_error() -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from serving.catalog.spec import Catalog, ModelSpec
-from serving.cli import bounds
+from serving.cli import bounds, cluster, scale
 from serving.cli.bounds import Bounds
 from serving.errors import OperatorError
+from serving.fleet import manifest
 from serving.settings import Settings, load_settings
 
 
@@ -42,10 +43,30 @@ def test_they_lie_over_the_model_file_and_are_said(settings: Settings) -> None:
     assert "m@a: 2 to 5 replicas, set by `steelyard scale set`, not 1 to 2" in said[1]
 
 
-def test_a_version_that_keeps_a_replica_does_not_go_to_zero(settings: Settings) -> None:
-    bounds.write(settings, {"m@a": Bounds(min=1, max=2)})
-    laid, _ = bounds.laid_over(catalog(min=0, max=2, idle_to_zero_s=60), settings)
-    assert [v.scaling.idle_to_zero_s for _, v in laid.versions()] == [None, 60]
+def served(laid: Catalog) -> dict[str, Any]:
+    """The applications of a catalog by name, as Serve tells them again."""
+    config = manifest.serve_config(laid, gateways=1, locate=lambda source, base: Path(source))
+    return {app["name"]: app for app in config["applications"]}
+
+
+@pytest.mark.parametrize(("min_", "max_"), [(1, 2), (0, 3), (2, 2)])
+def test_bounds_set_at_run_time_are_served_as_a_later_up_serves_them(settings: Settings, min_: int, max_: int) -> None:
+    of_file = catalog(min=0, max=2, idle_to_zero_s=60)
+    apps = served(of_file)
+    scale.set_bounds(apps, "m@a", Bounds(min=min_, max=max_))
+    bounds.write(settings, {"m@a": Bounds(min=min_, max=max_)})
+    assert apps == served(bounds.laid_over(of_file, settings)[0])
+    scale.set_bounds(apps, "m@a", Bounds(min=0, max=2))
+    assert apps == served(of_file), "and nothing is lost on the way back"
+
+
+def test_commands_that_change_what_is_served_take_turns(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_TURN_S", 0.0)
+    another = pytest.raises(OperatorError, match="another command is changing what is served")
+    with cluster.only_writer(settings), another, cluster.only_writer(settings):
+        raise AssertionError("two at once")
+    with cluster.only_writer(settings):
+        pass
 
 
 def test_equal_bounds_are_not_worth_a_word(settings: Settings) -> None:

@@ -36,6 +36,14 @@ placement: {labels: {region: eu}}
 """
 
 
+SCALING = "scale_down_after_s: 300"
+
+
+def schedule(**entry: Any) -> str:
+    entry = {"start": "0 8 * * 1-5", "end": "0 18 * * 1-5", "timezone": "Europe/Berlin", "min": 4} | entry
+    return f"schedule: [{yaml.safe_dump(entry, default_flow_style=True).strip()}]"
+
+
 def write(folder: Path, text: str, name: str = "a.yaml") -> Path:
     path = folder / name
     path.write_text(text)
@@ -95,6 +103,13 @@ def test_an_unquoted_date_is_a_version(tmp_path: Path) -> None:
         ("max: 6", "max: 0", 10, "versions[0].scaling.max = 0: input should be greater than or equal to 1"),
         ("max: 6", "max: 257", 10, "less than or equal to 256"),
         ("min: 1, max: 6", "min: 3, max: 2", 10, "versions[0].scaling.max = 2: max is at least min (3)"),
+        (SCALING, f"{SCALING}, {schedule(min=7)}", 10, "versions[0].scaling.schedule[0].min = 7: at most max (6)"),
+        (SCALING, f"{SCALING}, {schedule(start='0 25 * * *')}", 10, "schedule[0].start = '0 25 * * *': no cron time"),
+        (SCALING, f"{SCALING}, {schedule(end='0 0 30 2 *')}", 10, "schedule[0].end = '0 0 30 2 *': no cron time"),
+        (SCALING, f"{SCALING}, {schedule(end='@daily')}", 10, "write five fields, e.g. 0 8 * * 1-5"),
+        (SCALING, f"{SCALING}, {schedule(timezone='Mars/X')}", 10, "timezone 'Mars/X' is not known"),
+        (SCALING, f"{SCALING}, schedule: [{{start: 0 8 * * *}}]", 10, "the key is required and missing"),
+        (SCALING, f"{SCALING}, {schedule(replicas=4)}", 10, "unknown key; allowed: start, end, timezone, min"),
         ("idle_to_zero_s: null", "idle_to_zero_s: 60", 10, "idle_to_zero_s = 60: needs min: 0"),
         ("version: v2", "version: 1.10", 11, "versions[1].version = 1.1: a string is wanted: put it in quotes"),
         ("version: v2", "version: v@2", 11, "versions[1].version = 'v@2': a version is"),
@@ -222,7 +237,10 @@ def test_gpus_default_to_the_parallel_size(tmp_path: Path) -> None:
     text = GOOD.replace("    resources: {gpus: 1, accelerator: H100}\n", "").replace(
         "max-num-seqs", "tensor-parallel-size"
     )
-    assert load(write(tmp_path, text), "gpu").models[0].versions[0].resources.gpus == 8
+    path = write(tmp_path, text)
+    assert load(path, "gpu").models[0].versions[0].resources.gpus == 8
+    simulated = load(path, "sim", simulated_gpus=True).models[0].versions[0]
+    assert (simulated.engine.kind, simulated.resources.gpus, simulated.resources.accelerator) == ("simulator", 8, None)
 
 
 @pytest.mark.parametrize("profile", ["cpu", "gpu", "sim"])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import stat
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from serving.cli.main import _troubles
 from serving.fleet.directory import FAILED_KEPT_S, LEASE_S, SETTLE_S, Table, pack, unpack
 from serving.fleet.endpoint import (
     ALONE_LONGEST_S,
@@ -13,10 +16,14 @@ from serving.fleet.endpoint import (
     CRASHES_KEPT,
     Endpoint,
     GatewayInfo,
+    GpuReport,
     State,
+    Target,
+    VersionFacts,
     advance,
 )
-from serving.fleet.history import KEPT, Change, History
+from serving.fleet.history import KEPT, Change, History, Kept, read, write
+from serving.fleet.scaling import Load
 
 READY, FAILED = State.READY, State.FAILED
 
@@ -232,6 +239,22 @@ def test_the_history_is_bounded_and_keeps_the_last() -> None:
     assert history.of("other@v") == []
 
 
+def test_an_exporter_is_told_who_holds_its_nodes_gpus_and_what_it_saw_is_told_to_all() -> None:
+    table = Table(0)
+    for name, node, gpus in (("a", "n1", ("0",)), ("b", "n2", ("0",)), ("c", "n1", ())):
+        table.announce(endpoint(name, node=node, gpus=gpus), 0)
+    table.announce(endpoint("dead", FAILED, node="n1", gpus=("0",)), 0)
+    report = GpuReport(target=Target(id="gpu#n1", component="gpu", url="http://n1/metrics", node="n1"), busy={"a": 0.5})
+    assert table.report_gpus(report, 0)
+    assert [e.id for e in table.holders("n1", 0).endpoints] == ["a"]
+    assert (table.holders("n1", 0).complete, table.holders("n1", SETTLE_S).complete) == (False, True)
+    assert not table.report_gpus(report, 1)
+    snapshot = table.snapshot(1)
+    assert (snapshot.gpu_busy, [t.id for t in snapshot.targets]) == ({"a": 0.5}, ["gpu#n1"])
+    assert table.expire(LEASE_S + 1.1)
+    assert (table.snapshot(7).gpu_busy, table.snapshot(7).targets) == ({}, ())
+
+
 # -- failures of those that served
 
 
@@ -294,3 +317,48 @@ def test_a_suspect_that_is_well_again_did_not_start_anew() -> None:
 
 def test_a_state_of_a_newer_release_is_not_ready() -> None:
     assert unpack(pack("NAPPING"), State) is State.SUSPECT
+
+
+def test_what_a_gateway_saw_of_engines_that_died_is_told_at_once() -> None:
+    table = Table(0)
+    table.announce_gateway(GatewayInfo(id="one", url="http://one"), 0)
+    died = GatewayInfo(id="one", url="http://one", deaths={"print": ("m@v#1",)})
+    assert table.announce_gateway(died, 0)
+    assert not table.announce_gateway(died, 0)
+
+
+def test_status_names_what_is_wrong() -> None:
+    table = Table(0)
+    table.announce(endpoint("odd", State.SUSPECT, reason="stuck: no step for 4.0 s with 2 inside", fault="stuck"), 0)
+    for i in range(3):
+        crashed(table, f"r{i}")
+    table.announce(endpoint("r0", State.STOPPED), 0)
+    lines = list(_troubles(table.snapshot(0)))
+    assert lines[0] == "odd is SUSPECT: stuck: no step for 4.0 s with 2 inside\n"
+    assert lines[-1].startswith("m@v is quarantined on n1 for ") and "3 failures, the last: stuck: no step" in lines[-1]
+
+
+def test_start_times_and_changes_outlive_the_directory(tmp_path: Path) -> None:
+    table, changes = Table(0), History()
+    table.announce(endpoint(ready_after_s=4.5), 0)
+    table.announce(endpoint("b", FAILED, version="bad"), 0)
+    change = Change(
+        version_id="m@v", at=1.0, before=0, after=1, cause="from_zero", reason="held 1", load=Load(replicas=0, ready=0)
+    )
+    changes.add(change)
+    file = tmp_path / "directory.json"
+    write(file, Kept(ready_after_s=table.ready_after_s(), changes=changes.all()))
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    kept = read(file)
+    again = Table(0, ready_after_s=kept.ready_after_s)
+    assert again.facts("m@v") == VersionFacts(ready_after_s=4.5)
+    assert again.facts("m@bad") == VersionFacts(), "what failed may be mended"
+    assert History(kept.changes).of("m@v") == [change]
+
+
+@pytest.mark.parametrize("text", [None, "", "{", '{"changes": 1}'])
+def test_a_file_of_the_past_that_cannot_be_read_is_an_empty_one(tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "directory.json"
+    if text is not None:
+        file.write_text(text)
+    assert read(file) == Kept()

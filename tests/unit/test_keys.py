@@ -228,21 +228,23 @@ def test_any_other_text_is_no_duration(text: str) -> None:
 
 
 def test_options_are_kept_and_shown(path: Path) -> None:
-    made, _ = create_key(path, name="n", scopes=["infer:*"], now=NOW, class_="batch", weight=3, max_concurrent=7)
+    made, _ = create_key(
+        path, name="n", scopes=["infer:*"], now=NOW, class_="batch", weight=3, max_concurrent=7, keep_alive=False
+    )
     (found,) = list_keys(path)
     assert found == made
     assert (found.class_, found.weight, found.max_concurrent, found.tokens_per_minute) == ("batch", 3, 7, None)
-    assert as_record(found)["class"] == "batch"
+    assert (as_record(found)["class"], found.keep_alive) == ("batch", False)
 
 
 def test_a_file_of_an_earlier_version_has_keys_without_options(path: Path) -> None:
     create_key(path, name="n", scopes=["infer:*"], now=NOW)
     records = json.loads(path.read_text())
-    for name in ("class", *OPTIONS):
+    for name in ("class", "keep_alive", *OPTIONS):
         del records["keys"][0][name]
     path.write_text(json.dumps(records))
     (found,) = list_keys(path)
-    assert (found.class_, found.weight, found.max_body_bytes) == ("default", 1, None)
+    assert (found.class_, found.weight, found.max_body_bytes, found.keep_alive) == ("default", 1, None, True)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +256,8 @@ def test_an_option_that_cannot_be_is_refused(path: Path, wrong: dict[str, Any]) 
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("class", "urgent"), ("weight", -1), ("weight", True), ("max_concurrent", "9")]
+    ("field", "value"),
+    [("class", "urgent"), ("weight", -1), ("weight", True), ("max_concurrent", "9"), ("keep_alive", 0)],
 )
 def test_a_file_with_such_an_option_is_damaged(path: Path, field: str, value: object) -> None:
     create_key(path, name="n", scopes=["infer:*"], now=NOW)
@@ -263,3 +266,12 @@ def test_a_file_with_such_an_option_is_damaged(path: Path, field: str, value: ob
     path.write_text(json.dumps(records))
     with pytest.raises(OperatorError, match="damaged"):
         KeyRing(path)
+
+
+def test_expiries_are_told_of_the_soonest_and_of_those_just_over(path: Path) -> None:
+    ends = {at: make(path, expires_at=NOW + at)[0] for at in (30, 10, 20, 40)}
+    make(path)  # never ends
+    revoke_key(path, ends[10], NOW)
+    ring = KeyRing(path)
+    assert ring.expiries(2, NOW) == {ends[20]: NOW + 20, ends[30]: NOW + 30}
+    assert ring.expiries(9, NOW + 86400 + 25) == {ends[30]: NOW + 30, ends[40]: NOW + 40}, "a day long"

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.telemetry.metrics import ITL_S, TTFT_S, GatewayMetrics, merge, unrested_gauges
+from serving.telemetry.metrics import ITL_S, TTFT_S, GatewayMetrics, merge, set_all, slo_verdict, unrested_gauges
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 # A gauge that counts things is named after the things.
 COUNTED = ("steelyard_requests_held", "steelyard_requests_waiting", "steelyard_requests_running", "steelyard_replicas")
-UNITS = ("_seconds", "_bytes", "_total", "_fds", *COUNTED)
+UNITS = ("_seconds", "_bytes", "_total", "_fds", "_info", "_ratio", "_required", *COUNTED)
 
 
 @pytest.fixture
@@ -38,20 +38,25 @@ def value(text: str, name: str, **labels: str) -> float:
 
 def used(metrics: GatewayMetrics) -> GatewayMetrics:
     """Every metric touched once."""
-    model = metrics.of("tiny")
-    for gauge in (model.held, model.waiting, model.running):
+    model = metrics.of("tiny", "v1", "pirate")
+    for gauge in (model.held, model.waiting("batch"), model.running):
         gauge.inc()
-    for counter in (model.prompt_tokens, model.completion_tokens, model.cached_tokens):
-        counter.inc(3)
-    model.queue_wait.observe(0.01)
+    model.used(3, 3, 3)
+    model.aborted(2)
+    model.retried("died")
+    model.judged("good")
+    model.queue_wait("batch").observe(0.01)
     model.request_done("/v1/chat/completions", 200, "ok", 1.5)
-    model.rejected("queue_full")
+    model.rejected("queue_full", "batch")
     model.attempted("busy")
     meter = model.stream(10.0)
     for now in (10.05, 10.06, 10.09):
         meter.chunk(now)
     meter.flush()
-    metrics.set_replicas({("tiny", "v1", "READY"): 2})
+    set_all(metrics.replicas, {("tiny", "v1", "READY"): 2})
+    set_all(metrics.replicas_required, {("tiny", "v1"): 1})
+    set_all(metrics.objective, {("tiny",): 0.99})
+    set_all(metrics.key_expiry, {("0a0b0c0d",): 2e9})
     return metrics
 
 
@@ -65,28 +70,36 @@ def test_every_name_says_steelyard_and_a_unit(metrics: GatewayMetrics) -> None:
 
 def test_every_metric_is_counted(metrics: GatewayMetrics) -> None:
     text = used(metrics).text()
+    tiny = {"model": "tiny", "version": "v1"}
     route = "/v1/chat/completions"
-    assert value(text, "steelyard_requests_total", model="tiny", route=route, status="200", reason="ok") == 1
-    assert value(text, "steelyard_rejections_total", model="tiny", reason="queue_full") == 1
-    assert value(text, "steelyard_upstream_attempts_total", model="tiny", outcome="busy") == 1
-    assert [
-        value(text, "steelyard_tokens_total", model="tiny", kind=k) for k in ("prompt", "completion", "cached")
-    ] == [3] * 3
-    assert value(text, "steelyard_stream_events_total", model="tiny") == 3
-    assert value(text, "steelyard_replicas", model="tiny", version="v1", state="READY") == 2
-    for name in ("ttft", "e2e", "queue_wait"):
-        assert value(text, f"steelyard_{name}_seconds_count", model="tiny") == 1
+    ended = tiny | {"adapter": "pirate", "route": route, "status": "200", "reason": "ok"}
+    assert value(text, "steelyard_requests_total", **ended) == 1
+    batch = tiny | {"class": "batch"}
+    assert value(text, "steelyard_rejections_total", **batch, reason="queue_full") == 1
+    assert value(text, "steelyard_upstream_attempts_total", **tiny, outcome="busy") == 1
+    assert value(text, "steelyard_retries_total", **tiny, outcome="died") == 1
+    assert value(text, "steelyard_slo_requests_total", **tiny, verdict="good") == 1
+    tokens = tiny | {"adapter": "pirate"}
+    for kind in ("prompt", "completion", "cached"):
+        assert value(text, "steelyard_tokens_total", **tokens, kind=kind, outcome="completed") == 3
+    assert value(text, "steelyard_tokens_total", **tokens, kind="completion", outcome="aborted") == 2
+    assert value(text, "steelyard_stream_events_total", **tiny) == 3
+    assert value(text, "steelyard_replicas", **tiny, state="READY") == 2
+    assert value(text, "steelyard_key_expiry_timestamp_seconds", key="0a0b0c0d") == 2e9
+    for name in ("ttft", "e2e"):
+        assert value(text, f"steelyard_{name}_seconds_count", **tiny) == 1
+    assert value(text, "steelyard_queue_wait_seconds_count", **batch) == 1
     assert "_created" not in text
 
 
 def test_the_meter_agrees_with_the_librarys_histogram(metrics: GatewayMetrics) -> None:
     registry = CollectorRegistry()
-    plain = Histogram("steelyard_itl_seconds", "x", ["model"], buckets=ITL_S, registry=registry)
-    now, meter = 5.0, metrics.of("tiny").stream(4.0)
+    plain = Histogram("steelyard_itl_seconds", "x", ["model", "version"], buckets=ITL_S, registry=registry)
+    now, meter = 5.0, metrics.of("tiny", "v1").stream(4.0)
     meter.chunk(now)
     for gap in (0.0, 0.001, 0.0011, 0.02, 0.0200001, 1.0, 2.5, 2.6, 60.0):
         meter.chunk(now + gap)
-        plain.labels("tiny").observe(now + gap - now)
+        plain.labels("tiny", "v1").observe(now + gap - now)
         now += gap
     assert (meter.ttft_s, meter.chunks) == (1.0, 10)
     meter.flush()
@@ -98,20 +111,21 @@ def test_the_meter_agrees_with_the_librarys_histogram(metrics: GatewayMetrics) -
 
 
 def test_a_stream_without_a_chunk_counts_nothing(metrics: GatewayMetrics) -> None:
-    meter = metrics.of("tiny").stream(1.0)
+    meter = metrics.of("tiny", "v1").stream(1.0)
     meter.flush()
     assert meter.ttft_s is None
-    assert value(metrics.text(), "steelyard_ttft_seconds_count", model="tiny") == 0
+    assert value(metrics.text(), "steelyard_ttft_seconds_count", model="tiny", version="v1") == 0
 
 
 def test_buckets_reach_from_a_millisecond_to_the_longest_wait() -> None:
-    assert (TTFT_S[0], TTFT_S[-1], ITL_S[0], ITL_S[-1]) == (0.001, 120, 0.001, 2.5)
+    assert (TTFT_S[0], TTFT_S[-1], ITL_S[0], ITL_S[-1]) == (0.001, 600, 0.001, 10)
     assert list(TTFT_S) == sorted(set(TTFT_S))
     assert list(ITL_S) == sorted(set(ITL_S))
 
 
 def test_a_model_has_one_set_of_children(metrics: GatewayMetrics) -> None:
-    assert metrics.of("tiny") is metrics.of("tiny")
+    assert metrics.of("tiny", "v1") is metrics.of("tiny", "v1")
+    assert metrics.of("tiny", "v1", "pirate") is not metrics.of("tiny", "v1")
 
 
 def test_gauges_rest_when_every_request_has_ended(metrics: GatewayMetrics) -> None:
@@ -121,17 +135,41 @@ def test_gauges_rest_when_every_request_has_ended(metrics: GatewayMetrics) -> No
         "steelyard_requests_waiting{tiny}": 1,
         "steelyard_requests_running{tiny}": 1,
     }
-    for gauge in (metrics.of("tiny").held, metrics.of("tiny").waiting, metrics.of("tiny").running):
+    model = metrics.of("tiny", "v1")
+    for gauge in (model.held, model.waiting("batch"), model.running):
         gauge.dec()
     assert unrested_gauges(metrics.text()) == {}
 
 
 def test_replicas_that_left_the_table_leave_the_metrics(metrics: GatewayMetrics) -> None:
-    metrics.set_replicas({("a", "v1", "READY"): 1, ("a", "v1", "STARTING"): 1})
-    metrics.set_replicas({("a", "v1", "READY"): 2})
+    set_all(metrics.replicas, {("a", "v1", "READY"): 1, ("a", "v1", "STARTING"): 1})
+    set_all(metrics.replicas, {("a", "v1", "READY"): 2})
     assert {k: v for k, v in series(metrics.text()).items() if k[0] == "steelyard_replicas"} == {
         ("steelyard_replicas", frozenset({("model", "a"), ("version", "v1"), ("state", "READY")})): 2
     }
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "ttft_s", "verdict"),
+    [
+        (200, "ok", 0.9, "good"),
+        (200, "ok", None, "good"),
+        (200, "ok", 1.1, "slow"),
+        (200, "engine_error", 0.9, "failed"),
+        (502, "engine_error", None, "failed"),
+        (429, "queue_full", None, "failed"),
+        (504, "deadline_exceeded", None, "failed"),
+        (429, "limit_reached", None, None),
+        (400, "invalid_request", None, None),
+        (400, "engine_refused", None, None),
+        (499, "client_gone", None, None),
+        (200, "client_gone", 0.9, None),
+    ],
+)
+def test_good_is_the_right_status_a_first_token_in_time_and_no_error_in_the_stream(
+    status: int, reason: str, ttft_s: float | None, verdict: str | None
+) -> None:
+    assert slo_verdict(status, reason, ttft_s, 1.0) == verdict
 
 
 VLLM = """\

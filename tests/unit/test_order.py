@@ -200,7 +200,7 @@ def test_who_gives_way_in_a_full_queue(waiting: dict[tuple[str, int], int], come
     ),
     st.data(),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 def test_everyone_is_served_or_leaves_once(asked: list[tuple[str, int, int, int]], data: st.DataObject) -> None:
     order: Order[One] = Order()
     inside: set[One] = set()
@@ -220,7 +220,7 @@ def test_everyone_is_served_or_leaves_once(asked: list[tuple[str, int, int, int]
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 9)), min_size=60, max_size=200), st.integers(1, 4))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 def test_keys_that_wait_all_the_time_are_served_alike(asked: list[tuple[str, int]], weight: int) -> None:
     """The bound of start-time fair queueing: two keys differ by at most one largest request each."""
     weights = {"a": weight, "b": 1, "c": 2}

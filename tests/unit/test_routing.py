@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.fleet.endpoint import Endpoint, State
@@ -48,6 +48,7 @@ fleets = st.lists(
 
 
 @given(fleets, st.lists(st.integers(), max_size=5), st.integers(0, 200))
+@settings(max_examples=50, deadline=None)
 def test_with_nothing_shared_it_is_the_least_loaded(fleet: list[Upstream], blocks: list[int], tokens: int) -> None:
     found = pick(fleet, 1, tokens=tokens, blocks=tuple(blocks), session=7)
     assert found is pick(fleet, 1, tokens=tokens)
@@ -57,6 +58,7 @@ def test_with_nothing_shared_it_is_the_least_loaded(fleet: list[Upstream], block
 
 
 @given(fleets, st.lists(st.integers(0, 20), min_size=1, max_size=8, unique=True), st.data())
+@settings(max_examples=50, deadline=None)
 def test_a_cache_moves_a_request_only_to_where_more_is_shared(
     fleet: list[Upstream], blocks: list[int], data: st.DataObject
 ) -> None:
@@ -169,4 +171,43 @@ def test_another_engine_under_the_same_name_remembers_nothing() -> None:
     u.remembered.add((1, 2), None)
     u.broken(0)
     u.heard(upstream("b", kv_tokens=512).endpoint)
+    u.keep(9)
     assert (len(u.remembered), u.remembered.room, u.room(0)) == (0, 2, True)
+
+
+def test_a_prompt_goes_past_a_long_one_that_is_still_to_be_computed() -> None:
+    early, late = upstream("early"), upstream("late", sent=1)
+    early.pending = 400
+    assert pick([early, late], 1, blocks=(1, 2)) is late
+    early.remembered.add((1, 2, 3), None)
+    early.pending = 12  # what it has is worth more than some waiting
+    assert pick([early, late], 1, blocks=(1, 2, 3, 4)) is early
+
+
+def test_gateways_send_what_none_of_them_knows_to_one_place() -> None:
+    """So that the next turn of a conversation finds its beginning, whichever gateway it comes by."""
+    prompts = [blocks_of(CHAT, said("system " * 500, f"{i} " * 3000), None) for i in range(40)]
+    assert len({p[2] for p in prompts}) == 1 and len({p[-1] for p in prompts}) == 40
+    chosen = []
+    for _ in range(2):
+        fleet = [upstream(name, slots=100) for name in "abcd"]
+        for u in fleet:
+            u.remembered.add(prompts[0][:3], None)  # the system prompt is everywhere
+        found = [pick(fleet, 1, blocks=p, siblings=True) for p in prompts]
+        chosen.append([u.endpoint.id for u in found if u])
+    assert chosen[0] == chosen[1]
+    assert min(chosen[0].count(name) for name in "abcd") >= 4
+    busy = [upstream(name, slots=100, sent=70 * (name == chosen[0][0])) for name in "abcd"]
+    elsewhere = pick(busy, 1, blocks=prompts[0], siblings=True)
+    assert elsewhere is not None and elsewhere.endpoint.id != chosen[0][0]
+
+
+def test_a_session_that_nobody_knows_goes_to_one_place_too() -> None:
+    fleets_ = [[upstream(name, slots=100) for name in "abcd"] for _ in range(2)]
+    first, second = ([pick(f, 1, session=s, siblings=True) for s in range(20)] for f in fleets_)
+    assert [u and u.endpoint.id for u in first] == [u and u.endpoint.id for u in second]
+    assert len({u.endpoint.id for u in first if u}) > 1
+
+
+def test_hashes_are_the_same_in_every_process() -> None:
+    assert prefix.stable_hash(b"one", prefix.stable_hash(b"two")) == -2179080529516995440

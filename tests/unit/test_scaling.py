@@ -227,6 +227,48 @@ def test_to_zero_only_when_idle_for_long_and_up_at_once() -> None:
     assert "up from 0 to 3" in woken.reason
 
 
+def test_at_zero_what_was_before_wakes_nobody() -> None:
+    limits = Limits(min=0, max=1, target_ongoing=8, scale_down_after_s=300, idle_to_zero_s=5)
+    busy = watched(limits, Load(replicas=1, ready=1, running=7, slots=8, finished_per_s=1, arrived_per_s=1), 400).memory
+    gone = watched(limits, Load(replicas=1, ready=1, slots=8), 7, busy, NOW + 401)
+    assert gone.replicas == 0
+    assert watched(limits, Load(replicas=0, ready=0), 60, gone.memory, NOW + 409).replicas == 0
+
+
+def noisy(sd: float, replicas: int, mean: float = 32.0, seconds: int = 900) -> int:
+    """Replicas of eight slots for a load that varies around its mean, each request a served one of ten seconds."""
+    limits = Limits(min=1, max=500, target_ongoing=7.2)
+    memory, noise = Memory(), np.random.default_rng(7).normal(0, 1, seconds // 5)
+    for second in range(seconds):
+        running = max(0, round(mean + sd * float(noise[second // 5])))
+        load = Load(
+            replicas=replicas,
+            ready=replicas,
+            running=running,
+            slots=8,
+            finished_per_s=mean / 10,
+            arrived_per_s=mean / 10,
+        )
+        decision = decide(load, limits, memory, NOW + second)
+        replicas, memory = decision.replicas, decision.memory
+    return replicas
+
+
+def test_a_small_fleet_keeps_room_for_the_noise_of_its_load() -> None:
+    """32 at once on eight slots each: five replicas by the target; what varies more needs more, a large fleet does not."""
+    assert (noisy(5.7, 5), noisy(8.5, 5)) == (6, 7)
+    assert noisy(40.0, 223, mean=1600.0, seconds=400) <= 1.02 * math.ceil(1600 / 7.2)
+
+
+def test_a_load_that_has_fallen_is_waited_for_by_the_window_alone() -> None:
+    limits = Limits(min=1, max=50, target_ongoing=48, scale_down_after_s=100)
+    high = Load(replicas=10, ready=10, running=440, slots=64, finished_per_s=44, arrived_per_s=44)
+    memory = watched(limits, high, 600).memory
+    low = msgspec.structs.replace(high, running=90, finished_per_s=9, arrived_per_s=9)
+    assert watched(limits, low, 99, memory, NOW + 601).replicas == 10
+    assert watched(limits, low, 110, memory, NOW + 601).replicas <= 4
+
+
 def test_busy_gpus_keep_the_last_replica() -> None:
     limits = Limits(min=0, max=4, target_ongoing=8, scale_down_after_s=10, idle_to_zero_s=20)
     idle = Load(replicas=1, ready=1, slots=8)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 pytest.importorskip("ray", reason="Ray is not installed")
@@ -14,7 +16,7 @@ from ray.serve._private.autoscaling_state import _resolve_policy_callable
 from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig
 
-from serving.catalog.spec import Scaling
+from serving.catalog.spec import Catalog, ModelSpec, Scaling
 from serving.fleet import manifest, serve_policy
 from serving.fleet.endpoint import Endpoint, GatewayInfo, Snapshot, State
 from serving.fleet.scaling import STALE_S
@@ -85,6 +87,52 @@ class Fleet:
             self.tell(**load)
             self.tick(0.5)
         return self.target
+
+
+def test_a_version_that_keeps_a_replica_does_not_go_to_zero_when_idle() -> None:
+    config = manifest.autoscaling_config(Scaling(min=0, max=2, idle_to_zero_s=2), 8) | {"min_replicas": 1}
+    ctx = SimpleNamespace(
+        app_name=ID,
+        config=AutoscalingConfig(**config),
+        capacity_adjusted_min_replicas=1,
+        capacity_adjusted_max_replicas=2,
+    )
+    assert serve_policy.limits_of(ctx, {}).idle_to_zero_s is None  # type: ignore[arg-type]
+
+
+def test_a_schedule_reaches_the_policy_through_the_served_config() -> None:
+    spec = {
+        "name": "m",
+        "versions": [
+            {
+                "version": "v",
+                "engine": {"kind": "simulator"},
+                "scaling": {"max": 8, "schedule": [{"start": "0 8 * * *", "end": "0 9 * * *", "min": 4}]},
+            }
+        ],
+    }
+    catalog = Catalog((ModelSpec.model_validate(spec),), {"m": Path("/")})
+    _, engine = manifest.serve_config(catalog, gateways=1, locate=lambda source, base: Path(source))["applications"]
+    fleet = Fleet(min=0)
+    fleet.table.floors = {ID: serve_policy.floors_of(engine["deployments"][0]["user_config"])}
+    fleet.now = 7.99 * 3600
+    assert fleet.ticks(1) == 1
+    fleet.now = 8 * 3600
+    assert fleet.ticks(1) == 4
+    assert "the schedule keeps 4" in fleet.policy.changes[-1].reason
+    assert fleet.ticks(600) == 4
+    fleet.now = 9 * 3600
+    assert fleet.ticks(61) == 0
+
+
+def test_a_schedule_that_cannot_be_is_named_and_moves_nothing() -> None:
+    good = {"start": "0 8 * * *", "end": "0 9 * * *", "timezone": "UTC", "min": 4}
+    served = {ID: {"schedule": [good]}, "none@a": None, "plain@a": {"drain_s": 1}}
+    known, refused = serve_policy.schedules(served, {})
+    assert ([*known], refused) == ([ID], {})
+    for bad in ({**good, "start": "at eight"}, {"start": "0 8 * * *"}, {**good, "timezone": "Mars/Olympus"}):
+        kept, refused = serve_policy.schedules(served | {ID: {"schedule": [bad]}}, known)
+        assert (kept, [*refused]) == (known, [ID])
 
 
 def test_a_breach_is_answered_within_two_seconds_and_in_full() -> None:
@@ -254,3 +302,14 @@ def test_rates_are_of_gateways_that_were_watched_and_not_of_one_that_came() -> N
     tell(32, ("new", 5001, 5001))
     assert table.rates(ID) is None
     assert table.rates("other@v") is None
+
+
+def test_how_the_gpus_of_ready_replicas_worked_is_part_of_the_load() -> None:
+    endpoints = tuple(
+        Endpoint(id=i, model="m", version="v", url="x", state=s, slots=8)
+        for i, s in (("a", State.READY), ("b", State.READY), ("c", State.STARTING), ("unwatched", State.READY))
+    )
+    snapshot = Snapshot(epoch="e", number=1, complete=True, endpoints=endpoints)
+    assert serve_policy.observe(snapshot, ID, 3, 0.0).gpu_busy is None
+    seen = msgspec.structs.replace(snapshot, gpu_busy={"a": 0.4, "b": 0.2, "c": 1.0, "gone": 1.0})
+    assert serve_policy.observe(seen, ID, 3, 0.0).gpu_busy == pytest.approx(0.3)

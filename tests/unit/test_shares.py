@@ -104,7 +104,7 @@ def test_what_is_told_is_bounded_and_complete() -> None:
 
 # -- in jumping time
 
-WARM_S, RUN_S = 5, 25
+WARM_S, RUN_S = 4, 16
 
 
 async def throughput(world: World, gateway_of: Callable[[int], int], clients: int = 150) -> int:
@@ -118,6 +118,7 @@ async def throughput(world: World, gateway_of: Callable[[int], int], clients: in
         return sum(world.done.values()) - before
 
 
+@pytest.mark.slow
 def test_eight_gateways_do_as_much_as_one() -> None:
     """Most arrivals at one of them, and all of them in front of the same four engines."""
     done = {}

@@ -183,12 +183,12 @@ def test_ray_serves_own_policy_waits_its_documented_delays() -> None:
     limits = Limits(min=1, max=100, target_ongoing=10)
     ray = rivals.RayServe(limits)
     service = Service(slots=1000)
-    ready = work(made([(t / 10, 900.0) for t in range(500)], 2000.0), service)
+    ready = work(made([(t / 10, 200.0) for t in range(500)], 900.0), service)
     result = simulate.run(ready, service, ray, replicas=1)
     first_up = int(np.argmax(result.replicas > 1))
     assert 30 <= first_up <= 60
     down = int(np.flatnonzero(np.diff(result.replicas) < 0)[0])
-    assert down >= 900 + 600
+    assert down >= 200 + 600
 
 
 def test_our_policy_answers_a_step_within_two_seconds() -> None:
@@ -229,6 +229,19 @@ def test_ray_is_left_out_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) ->
     )
     assert [r.name for r in found.results] == ["steelyard", "hpa", "static peak"]
     assert found.notes == ("ray is not installed: its policy is left out",)
+
+
+def test_the_frontier_says_what_hours_buy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "DOWN_S", (30.0, 600.0))
+    waves = made([(t, 20.0) for t in range(900) if t % 300 < 100 for _ in range(4)], 900.0)
+    limits = Limits(min=1, max=0, target_ongoing=14)
+    found = compare.compare(waves, Service(slots=16), limits, Goal(), step_s=1.0, frontier=True)
+    told = [(p["policy"], p["down_after_s"]) for p in compare.as_json(found)["frontier"]]
+    names = [r.name for r in found.results if r.name != "static peak"]
+    assert told == [(name, down_s) for down_s in (30.0, 600.0) for name in names]
+    hasty, patient = found.frontier
+    for less, more in zip(hasty[1], patient[1], strict=True):
+        assert less.gpu_hours < more.gpu_hours and less.attainment <= more.attainment
 
 
 @pytest.mark.parametrize("kind", ["diurnal", "spike", "bursty"])
@@ -319,17 +332,16 @@ def test_a_published_trace_is_read_whole(name: str, requests: int) -> None:
 
 def test_the_command_prints_a_table_json_and_a_plot(tmp_path: Path) -> None:
     path = written(
-        tmp_path, "own.csv", "arrival_s,prompt_tokens,output_tokens\n" + "".join(f"{t},100,200\n" for t in range(300))
+        tmp_path, "own.csv", "arrival_s,prompt_tokens,output_tokens\n" + "".join(f"{t},100,200\n" for t in range(100))
     )
     picture = tmp_path / "course.png"
     table = CliRunner().invoke(app, ["simulate", str(path), "--slots", "4", "--start", "20"])
     assert table.exit_code == 0, table.output
-    assert all(name in table.output for name in ("steelyard", "hpa", "static peak", "clairvoyant", "300 requests"))
-    told = CliRunner().invoke(app, ["simulate", str(path), "--slots", "4", "--json"])
-    assert json.loads(told.stdout)["trace"]["requests"] == 300
+    assert all(name in table.output for name in ("steelyard", "hpa", "static peak", "clairvoyant", "100 requests"))
     pytest.importorskip("matplotlib")
-    drawn = CliRunner().invoke(app, ["simulate", str(path), "--slots", "4", "--plot", str(picture)])
-    assert drawn.exit_code == 0, drawn.output
+    told = CliRunner().invoke(app, ["simulate", str(path), "--slots", "4", "--json", "--plot", str(picture)])
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout)["trace"]["requests"] == 100
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

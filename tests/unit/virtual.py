@@ -6,55 +6,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import selectors
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import msgspec
 
+from bench.virtual import run
 from serving.errors import RequestError
 from serving.fleet.endpoint import Endpoint, KeyDemand, State
-from serving.gateway import queue, shares
+from serving.gateway import shares
 from serving.gateway.queue import Ticket, VersionLine
+
+__all__ = ["World", "run"]
 
 NETWORK_S = 0.001  # one way, with what a door needs to say `busy`
 ANNOUNCE_EVERY_S = 1.0
 TABLE_EVERY_S = 0.25
 REPORT_EVERY_S = 0.5
-
-
-class _Jumping(selectors.DefaultSelector):
-    loop: VirtualLoop
-
-    def select(self, timeout: float | None = None) -> Any:
-        if timeout is None:
-            raise RuntimeError("everybody waits and nothing will happen")
-        self.loop.now += max(0.0, timeout)
-        return super().select(0)
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        selector = _Jumping()
-        super().__init__(selector)
-        selector.loop = self
-        self.now = 1000.0
-
-    def time(self) -> float:
-        return self.now
-
-
-def run(what: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    loop = VirtualLoop()
-    with mock.patch.object(queue, "time", SimpleNamespace(monotonic=loop.time)):
-        try:
-            loop.run_until_complete(what())
-        finally:
-            loop.close()
 
 
 @dataclass

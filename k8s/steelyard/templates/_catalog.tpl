@@ -30,6 +30,11 @@ business; what concerns more than one key is refused here.
 {{- if and (ne $scaling.idle_to_zero_s nil) (gt (int $scaling.min) 0) -}}
 {{- fail (printf "models: %s: scaling.idle_to_zero_s needs min: 0 (min is %d)" $where (int $scaling.min)) -}}
 {{- end -}}
+{{- range $entry := $scaling.schedule -}}
+{{- if gt (int $entry.min) (int $scaling.max) -}}
+{{- fail (printf "models: %s: scaling.schedule wants %d replicas and scaling.max is %d: min is at most max" $where (int $entry.min) (int $scaling.max)) -}}
+{{- end -}}
+{{- end -}}
 {{- $world := 1 -}}
 {{- range $option := list "tensor-parallel-size" "pipeline-parallel-size" -}}
 {{- $size := index $engine.args $option -}}
@@ -86,6 +91,7 @@ business; what concerns more than one key is refused here.
 {{- $models = append $models (dict
     "name" $model.name "versions" $versions "stable" $stable "allow" (default list $model.allow)
     "limits" (include "steelyard.with" (list $known.limits (default dict $model.limits)) | fromJson)
+    "slo" (include "steelyard.with" (list $known.slo (default dict $model.slo)) | fromJson)
     "labels" (default dict (default dict $model.placement).labels)) -}}
 {{- end -}}
 {{- toJson (dict "models" $models) -}}

@@ -65,7 +65,8 @@
 {{- end -}}
 {{- if and .Values.ingress.enabled (not .Values.ingress.hosts) -}}{{- fail "ingress.hosts is empty: name at least one host" -}}{{- end -}}
 {{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) -}}{{- fail "httpRoute.parentRefs is empty: name the Gateway it attaches to" -}}{{- end -}}
-{{- if .Values.monitoring.enabled -}}{{- include "steelyard.monitoringChecks" . -}}{{- end -}}
+{{- if .Values.monitoring.enabled -}}{{- include "steelyard.monitoringChecks" . -}}
+{{- else if .Values.monitoring.rules -}}{{- fail "monitoring.rules is on and monitoring.enabled is not: alerts over series that nobody scrapes would say that all is down" -}}{{- end -}}
 {{- if .Values.test.model -}}
 {{- $names := list -}}
 {{- range .Values.models -}}{{- $names = append $names .name -}}{{- end -}}

@@ -53,6 +53,10 @@ imagePullSecrets:
 # Starts that may fail: a replica itself waits longer after each.
 - {name: RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT, value: "1000000"}
 - {name: RAY_event_stats, value: "0"}
+# What a replica imports, so that the process that waits for the next one has it.
+- {name: RAY_preload_python_modules, value: {{ (.Files.Get "files/catalog.json" | fromJson).preload | quote }}}
+# Not Ray's 15: gateways and engines are what the machine is for.
+- {name: RAY_worker_niceness, value: "0"}
 - {name: DASHBOARD_METRIC_PORT, value: "65536"}
 - {name: RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO, value: "0"}
 {{- end -}}

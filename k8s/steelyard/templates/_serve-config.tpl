@@ -49,6 +49,9 @@ files/catalog.json; a test compares the whole with `steelyard render`.
 {{- range $version.builds -}}{{- $builds = append $builds (dict "source" . "base" $known.recipesDir) -}}{{- end -}}
 {{- $_ := set $config "builds" $builds -}}
 {{- end -}}
+{{- $schedule := list -}}
+{{- range $version.scaling.schedule -}}{{- $schedule = append $schedule (set (deepCopy .) "timezone" (default "UTC" .timezone)) -}}{{- end -}}
+{{- $_ := set $config "schedule" $schedule -}}
 {{- $_ := set $deployment "user_config" $config -}}
 {{- $_ := set $deployment "graceful_shutdown_timeout_s" (addf $version.drain_s $known.stopGraceSeconds) -}}
 {{- $_ := set $deployment "ray_actor_options" $options -}}
@@ -67,7 +70,7 @@ files/catalog.json; a test compares the whole with `steelyard render`.
 {{- end -}}
 {{- $models = append $models (dict
     "name" $model.name "versions" $ids "required" $required "allow" $model.allow
-    "limits" $model.limits) -}}
+    "limits" $model.limits "slo" $model.slo) -}}
 {{- end -}}
 {{- $gateway := deepCopy $known.gatewayApp -}}
 {{- $deployment := index $gateway.deployments 0 -}}

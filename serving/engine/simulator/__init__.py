@@ -6,5 +6,6 @@ It never imports vllm or ray, so that it starts in a fraction of a second and tw
     __main__.py   arguments, start, ready line, stop        wire.py     vLLM's JSON and event bytes, its errors
     app.py        routes; one request's life                tokens.py   text <-> token ids; the made-up answer
     asgi.py       one HTTP exchange                         metrics.py  vLLM's metric names
-    core.py       slots, KV room, the token clock           sins.py     scripted failures, each one hook
+    core.py       slots and the token clock                 sins.py     scripted failures, each one hook
+    kv.py         KV room that prompts share
 """

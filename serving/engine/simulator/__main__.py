@@ -23,6 +23,7 @@ from prometheus_client import CollectorRegistry
 from serving.engine.simulator.app import App
 from serving.engine.simulator.asgi import ASGIApp
 from serving.engine.simulator.core import Core
+from serving.engine.simulator.kv import KvCache
 from serving.engine.simulator.metrics import Metrics
 from serving.engine.simulator.models import Models
 from serving.engine.simulator.sins import NAMES, Sins
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     sock = _bind(args.host, args.port)
     url = f"http://{args.host}:{sock.getsockname()[1]}"
     core, app = build(args, sins)
-    time.sleep(sins.start_s(args.sim_start_s))
+    time.sleep(max(0.0, sins.start_s(args.sim_start_s) - _age_s()))
     # Tokens leave no cycles behind; scanning thousands of open streams for some costs a tenth of the CPU.
     gc.freeze()
     gc.set_threshold(100_000)
@@ -61,13 +62,15 @@ def build(args: argparse.Namespace, sins: Sins) -> tuple[Core, ASGIApp]:
     if kv_tokens < args.max_model_len:
         sys.exit(f"--sim-kv-tokens {kv_tokens} cannot hold one request of --max-model-len {args.max_model_len} tokens")
     registry = CollectorRegistry()
+    kv = KvCache(kv_tokens, args.block_size)
     core = Core(
         slots=args.max_num_seqs,
-        kv_tokens=kv_tokens,
+        kv=kv,
         ttft_s=args.sim_ttft_ms / 1000,
         itl_s=args.sim_itl_ms / 1000,
         sins=sins,
-        metrics=Metrics(registry, args.served_model_name[0], args.max_model_len, kv_tokens),
+        metrics=Metrics(registry, args.served_model_name[0], args.max_model_len, kv),
+        prefill_s=args.sim_prefill_us / 1e6,
     )
     models = Models(
         served=tuple(args.served_model_name),
@@ -85,6 +88,8 @@ def build(args: argparse.Namespace, sins: Sins) -> tuple[Core, ASGIApp]:
         name_requests=args.enable_request_id_headers,
         force_usage=args.enable_force_include_usage,
         track_load=args.enable_server_load_tracking,
+        prefix_block=args.block_size if args.enable_prefix_caching else 0,
+        prompt_details=args.enable_prompt_tokens_details,
     )
     for path in args.middleware:
         module, _, name = path.rpartition(".")
@@ -131,15 +136,28 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     vllm.add_argument("--middleware", action="append", default=[], metavar="MODULE.CLASS")
     vllm.add_argument("--max-model-len", type=_count, default=4096, help="tokens")
     vllm.add_argument("--max-num-seqs", type=_count, default=256, help="requests that run; more wait")
+    vllm.add_argument("--block-size", type=_count, default=16, help="tokens of KV cache that are shared or not")
+    vllm.add_argument(
+        "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True, help="prompts share KV cache"
+    )
+    vllm.add_argument(
+        "--enable-prompt-tokens-details", action="store_true", help="usage tells the tokens found in the cache"
+    )
     vllm.add_argument("--enable-request-id-headers", action="store_true")
     vllm.add_argument("--enable-force-include-usage", action="store_true")
     vllm.add_argument("--enable-server-load-tracking", action="store_true")
     vllm.add_argument("--seed", type=int, default=0, help="another seed, other answers")
     sim = parser.add_argument_group("the simulator's own")
-    sim.add_argument("--sim-ttft-ms", type=float, default=20, help="admission to first token")
+    sim.add_argument("--sim-ttft-ms", type=float, default=20, help="prompt computed to first token")
+    sim.add_argument(
+        "--sim-prefill-us",
+        type=float,
+        default=0,
+        help="a prompt's token that is not in the cache, one prompt at a time",
+    )
     sim.add_argument("--sim-itl-ms", type=float, default=5, help="between tokens")
     sim.add_argument("--sim-kv-tokens", type=_count, help="KV room; default: every slot at full context")
-    sim.add_argument("--sim-start-s", type=float, default=0.5, help="seconds until it listens")
+    sim.add_argument("--sim-start-s", type=float, default=0.5, help="seconds from its making until it listens")
     sim.add_argument("--sim-sins", help=f"comma-separated, of {', '.join(NAMES)}; default: environment SIM_SINS")
     sim.add_argument("--sim-sin-after", type=int, help="tokens; default: environment SIM_SIN_AFTER, else 8")
     # vLLM takes --max_model_len for --max-model-len.
@@ -170,6 +188,15 @@ def _count(text: str) -> int:
     if match is None:
         raise argparse.ArgumentTypeError(f"not a whole number: {text!r}")
     return int(float(match[1]) * {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}[match[2]])
+
+
+def _age_s() -> float:
+    """Seconds since this process was made: its imports are part of its start, as an engine's are."""
+    if sys.platform != "linux":
+        return 0.0
+    with open("/proc/self/stat") as f:
+        made = int(f.read().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - made
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -36,7 +36,11 @@ class App:
         name_requests: bool = False,
         force_usage: bool = False,
         track_load: bool = False,
+        prefix_block: int = 0,
+        prompt_details: bool = False,
     ) -> None:
+        """`prefix_block`: tokens of a block that prompts share; 0: they share nothing. `prompt_details`: usage tells how
+        much was shared."""
         self._models = models
         self._core = core
         self._sins = sins
@@ -44,6 +48,8 @@ class App:
         self._name_requests = name_requests
         self._force_usage = force_usage
         self._track_load = track_load
+        self._prefix_block = prefix_block
+        self._prompt_details = prompt_details
         self._load = 0
         self._routes: dict[str, dict[str, Handler]] = {
             "/v1/chat/completions": {"POST": self._chat},
@@ -80,22 +86,20 @@ class App:
     async def _chat(self, exchange: Exchange) -> None:
         request = wire.parse(await _json_body(exchange), wire.ChatRequest)
         wanted = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
-        prompt = _chat_prompt(request.messages)
-        await self._generate(exchange, wire.CHAT, request, prompt, tokens.count(prompt), wanted)
+        await self._generate(exchange, wire.CHAT, request, tokens.pieces(_chat_prompt(request.messages)), wanted)
 
     async def _completion(self, exchange: Exchange) -> None:
         request = wire.parse(await _json_body(exchange), wire.CompletionRequest)
-        prompt, size = _completion_prompt(request.prompt)
+        prompt = _completion_prompt(request.prompt)
         wanted = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
-        await self._generate(exchange, wire.COMPLETION, request, prompt, size, wanted)
+        await self._generate(exchange, wire.COMPLETION, request, prompt, wanted)
 
     async def _generate(
         self,
         exchange: Exchange,
         dialect: wire.Dialect,
         request: wire.Generation,
-        prompt: str,
-        prompt_tokens: int,
+        pieces: list[bytes],
         wanted: int | None,
     ) -> None:
         """Validate, wait for a slot, answer token by token; leave at once when the client does."""
@@ -108,16 +112,24 @@ class App:
         model = self._models.resolve(request.model)
         if self._core.dead:
             raise wire.engine_dead()
+        prompt, prompt_tokens = tokens.text(pieces), len(pieces)
         granted = wire.budget(prompt_tokens, wanted, DEFAULT_CHAT_TOKENS, self._models.max_model_len)
         reason = "stop" if wanted is None and granted == DEFAULT_CHAT_TOKENS else "length"
         self._sins.before_generation(prompt)
 
-        reply = wire.Reply.new(dialect, exchange.header(b"x-request-id"), model, prompt_tokens)
         identity = self._models.identity(model)
+        blocks = tokens.blocks(pieces, self._prefix_block, (identity, request.cache_salt)) if self._prefix_block else []
         answers = [tokens.Answer(identity, prompt, choice) for choice in range(choices)]
         self._load += self._track_load
         try:
-            with self._core.sequence(prompt_tokens, granted, choices) as sequence:
+            with self._core.sequence(prompt_tokens, granted, blocks, choices) as sequence:
+                reply = wire.Reply.new(
+                    dialect,
+                    exchange.header(b"x-request-id"),
+                    model,
+                    prompt_tokens,
+                    (lambda: (sequence.cached, sequence.kept)) if self._prompt_details else None,
+                )
                 watch = asyncio.create_task(_fail_when_gone(exchange, sequence))
                 try:
                     if request.stream:
@@ -247,16 +259,16 @@ def _chat_prompt(messages: list[wire.Message]) -> str:
     return tokens.render_chat([(m.role, m.text()) for m in messages])
 
 
-def _completion_prompt(prompt: str | list[str | int] | None) -> tuple[str, int]:
-    """The one prompt of a request as text, and its size in tokens; it comes as text, as [text] or as token ids."""
+def _completion_prompt(prompt: str | list[str | int] | None) -> list[bytes]:
+    """The tokens of a request's one prompt; it comes as text, as [text] or as token ids."""
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
         prompt = prompt[0]
     if not prompt:
         message = "Either prompt or prompt_embeds must be provided and non-empty. (parameter=prompt)"
         raise wire.Refusal(400, message, param="prompt")
     if isinstance(prompt, str):
-        return prompt, tokens.count(prompt)
+        return tokens.pieces(prompt)
     ids = [p for p in prompt if isinstance(p, int)]
     if len(ids) < len(prompt):
         raise wire.Refusal(400, "the simulator answers one prompt a request.", param="prompt")
-    return tokens.decode(ids), len(ids)
+    return [tokens.piece(i) for i in ids]

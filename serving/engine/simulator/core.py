@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Sequence as Seq
 from types import TracebackType
 
+from serving.engine.simulator.kv import Held, KvCache
 from serving.engine.simulator.metrics import Metrics
 from serving.engine.simulator.sins import Sins
 
@@ -31,23 +33,33 @@ class ClientGone(Exception):
 class Core:
     """Admits requests first come, first served, while a slot and their KV room are free.
 
-    A request holds prompt + max_tokens tokens of `kv_tokens` from admission to its end: unlike vLLM, which grows and
-    preempts, so that a test can count on who waits.
+    A request holds prompt + max_tokens tokens of `kv` from admission to its end: unlike vLLM, which grows and
+    preempts, so that a test can count on who waits. Prompts are computed one after the other, `prefill_s` a token, but for
+    what is in the cache; then the first token takes `ttft_s`.
     """
 
     def __init__(
-        self, *, slots: int, kv_tokens: int, ttft_s: float, itl_s: float, sins: Sins, metrics: Metrics
+        self,
+        *,
+        slots: int,
+        kv: KvCache,
+        ttft_s: float,
+        itl_s: float,
+        sins: Sins,
+        metrics: Metrics,
+        prefill_s: float = 0.0,
     ) -> None:
         self.slots = slots
-        self.kv_tokens = kv_tokens
+        self.kv = kv
         self.ttft_s = ttft_s
+        self.prefill_s = prefill_s
         self.itl_s = itl_s
         self.grid_s = min(_GRID_S, itl_s / 100)
         self.sins = sins
         self.metrics = metrics
         self.running: set[Sequence] = set()
         self.waiting: dict[Sequence, None] = {}  # a FIFO that forgets a member in O(1)
-        self.kv_used = 0
+        self._prefilling_until = 0.0  # loop time
         self.frozen = False
         self.dead = False
         self._told = (0, 0, 0.0)
@@ -55,15 +67,23 @@ class Core:
             running=lambda: self._load()[0], waiting=lambda: self._load()[1], kv_usage=lambda: self._load()[2]
         )
 
-    def sequence(self, prompt_tokens: int, max_tokens: int, choices: int = 1) -> Sequence:
-        """A generation to be used as a context manager: inside it counts as waiting or running. Its choices run in step and
-        count as one request, where vLLM schedules each by itself."""
-        return Sequence(self, prompt_tokens, max_tokens, choices)
+    def sequence(self, prompt_tokens: int, max_tokens: int, blocks: Seq[int] = (), choices: int = 1) -> Sequence:
+        """A generation to be used as a context manager: inside it counts as waiting or running. `blocks`: its prompt's
+        whole blocks, for the cache. Its choices run in step and count as one request, where vLLM schedules each by itself."""
+        return Sequence(self, prompt_tokens, max_tokens, blocks, choices)
+
+    def prefill(self, tokens: int) -> float:
+        """Computes so much of a prompt after all that were admitted before; the loop time at which that is done."""
+        now = asyncio.get_running_loop().time()
+        self._prefilling_until = max(now, self._prefilling_until) + tokens * self.prefill_s
+        return self._prefilling_until
 
     def _load(self) -> tuple[int, int, float]:
-        """Running, waiting, share of the KV room: as the core said last, so a core that stands still says no more."""
+        """Running, waiting, share of the KV room: as the core said last, so a core that stands still says no more. Prompts take
+        their room little by little, as those do that vLLM computes in chunks."""
         if not self.frozen:
-            self._told = len(self.running), len(self.waiting), self.kv_used / self.kv_tokens
+            still = sum(seq.prompt_left() for seq in self.running)
+            self._told = len(self.running), len(self.waiting), (self.kv.used - still) / self.kv.tokens
         return self._told
 
     def die(self) -> None:
@@ -89,17 +109,18 @@ class Core:
         self.waiting.pop(seq, None)
         if seq in self.running:
             self.running.discard(seq)
-            self.kv_used -= seq.held
+            assert seq.held is not None
+            self.kv.free(seq.held)
         self._admit()
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.slots:
             seq = next(iter(self.waiting))
-            if self.kv_used + seq.held > self.kv_tokens:
+            seq.held = self.kv.take(seq.blocks, seq.prompt_tokens, seq.choices * seq.max_tokens)
+            if seq.held is None:
                 return
             del self.waiting[seq]
             self.running.add(seq)
-            self.kv_used += seq.held
             seq.begin()
 
 
@@ -107,15 +128,17 @@ class Sequence:
     """One generation. `next()` hands out its tokens as they fall due on a schedule fixed at admission, so that a late
     wake-up does not push later tokens back."""
 
-    def __init__(self, core: Core, prompt_tokens: int, max_tokens: int, choices: int) -> None:
+    def __init__(self, core: Core, prompt_tokens: int, max_tokens: int, blocks: Seq[int], choices: int) -> None:
         self._core = core
-        self._choices = choices
+        self.choices = choices
         self.prompt_tokens = prompt_tokens
         self.max_tokens = max_tokens
-        self.held = prompt_tokens + choices * max_tokens
+        self.blocks = blocks
+        self.held: Held | None = None
         self.sent = 0
         self._arrived = self._last = asyncio.get_running_loop().time()
         self._started: float | None = None
+        self._first_due = 0.0
         self._failed: Exception | None = None
         self._wake: asyncio.Future[None] | None = None
 
@@ -128,13 +151,32 @@ class Sequence:
 
     def begin(self) -> None:
         """Called by the core at admission."""
+        core = self._core
         self._started = asyncio.get_running_loop().time()
+        self._first_due = core.prefill(self.prompt_tokens - self.cached) + core.ttft_s
         self._settle()
+
+    @property
+    def cached(self) -> int:
+        """Tokens of its prompt that were in the cache; 0 before it is admitted."""
+        return 0 if self.held is None else self.held.cached
+
+    @property
+    def kept(self) -> int:
+        """Tokens of its prompt that are in the cache now and were not before."""
+        return 0 if self.held is None else max(0, len(self.blocks) * self._core.kv.block_tokens - self.held.cached)
 
     def fail(self, error: Exception) -> None:
         """End the generation: the pending or the next `next()` raises `error`."""
         self._failed = self._failed or error
         self._settle()
+
+    def prompt_left(self) -> float:
+        """Tokens of the prompt that are not computed yet."""
+        if self.sent or self._started is None or self._first_due <= self._started:
+            return 0.0
+        done = (asyncio.get_running_loop().time() - self._started) / (self._first_due - self._started)
+        return (self.prompt_tokens - self.cached) * max(0.0, 1.0 - done)
 
     async def next(self) -> range:
         """Indexes of the tokens due, one at least, all that are due when the caller comes late; empty at the end."""
@@ -157,11 +199,6 @@ class Sequence:
         if core.frozen:
             await self._until(None)
 
-    @property
-    def _first_due(self) -> float:
-        assert self._started is not None
-        return self._started + self._core.ttft_s
-
     def _due_by(self, now: float) -> int:
         """Tokens due until `now`, one more than `sent` at least: a timer may fire a little early."""
         core = self._core
@@ -173,12 +210,13 @@ class Sequence:
     def _count(self, tokens: range, now: float) -> None:
         metrics, self.sent = self._core.metrics, tokens.stop
         if tokens.start == 0:
-            metrics.first_token(self.prompt_tokens, now - self._arrived)
+            metrics.first_token(self.prompt_tokens, self.cached, now - self._arrived)
         else:
             metrics.inter_token.observe(now - self._last)
         self._last = now
-        made = len(tokens) * self._choices
-        metrics.tokens(made + (self.prompt_tokens if tokens.start == 0 else 0), made)
+        computed = self.prompt_tokens - self.cached if tokens.start == 0 else 0
+        made = len(tokens) * self.choices
+        metrics.tokens(made + computed, made)
 
     def finish(self, reason: str) -> None:
         """Count the request as answered. One whose client left is not counted, as in vLLM."""
@@ -187,7 +225,7 @@ class Sequence:
         self._core.metrics.finished(
             reason,
             prompt_tokens=self.prompt_tokens,
-            tokens=self.sent * self._choices,
+            tokens=self.sent * self.choices,
             waited_s=started - self._arrived,
             ran_s=now - started,
         )

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
+from serving.engine.simulator.kv import KvCache
+
 _LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 _TTFT = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
@@ -14,13 +16,12 @@ _TTFT = (
 _ITL = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _STEP = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _REASONS = ("stop", "length", "abort", "error", "repetition")
-_BLOCK = 16
 
 
 class Metrics:
     """One engine's series, in the registry it is given."""
 
-    def __init__(self, registry: CollectorRegistry, model_name: str, max_model_len: int, kv_tokens: int) -> None:
+    def __init__(self, registry: CollectorRegistry, model_name: str, max_model_len: int, kv: KvCache) -> None:
         self._registry = registry
         self._labels = (model_name, "0")
         ProcessCollector(registry=registry)
@@ -29,9 +30,9 @@ class Metrics:
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Number of prefill tokens processed.")
         self._generation_tokens = self._counter("vllm:generation_tokens", "Number of generation tokens processed.")
         self._preemptions = self._counter("vllm:num_preemptions", "Cumulative number of preemption from the engine.")
-        # Every prompt is looked up and none is found: there is no prefix cache in here.
         self._queries = self._counter("vllm:prefix_cache_queries", "Prefix cache queries, in tokens.")
         self._hits = self._counter("vllm:prefix_cache_hits", "Prefix cache hits, in tokens.")
+        self._cached = self._counter("vllm:prompt_tokens_cached", "Number of cached prompt tokens.")
         success = Counter(
             "vllm:request_success",
             "Count of successfully processed requests.",
@@ -49,8 +50,9 @@ class Metrics:
         self._prompt_size = self._histogram("vllm:request_prompt_tokens", "Prompt tokens a request.", sizes)
         self._answer_size = self._histogram("vllm:request_generation_tokens", "Answer tokens a request.", sizes)
 
-        info = {"block_size": str(_BLOCK), "num_gpu_blocks": str(kv_tokens // _BLOCK), "engine": "0"}
-        info["kv_cache_size_tokens"] = str(kv_tokens)
+        size = kv.block_tokens
+        info = {"block_size": str(size), "num_gpu_blocks": str(kv.tokens // size), "engine": "0"}
+        info["kv_cache_size_tokens"] = str(kv.tokens)
         Gauge(
             "vllm:cache_config_info", "Information of the LLMEngine CacheConfig", list(info), registry=registry
         ).labels(**info).set(1)
@@ -75,9 +77,11 @@ class Metrics:
         by_reason.labels(*self._labels, "capacity").set_function(waiting)
         by_reason.labels(*self._labels, "deferred").set(0)
 
-    def first_token(self, prompt_tokens: int, ttft_s: float) -> None:
+    def first_token(self, prompt_tokens: int, cached: int, ttft_s: float) -> None:
         self._prompt_tokens.inc(prompt_tokens)
         self._queries.inc(prompt_tokens)
+        self._hits.inc(cached)
+        self._cached.inc(cached)
         self._ttft.observe(ttft_s)
 
     def tokens(self, step: int, generated: int) -> None:

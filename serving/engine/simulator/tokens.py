@@ -7,7 +7,7 @@ those bytes read as a number, so that `/detokenize` needs no vocabulary.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from hashlib import blake2b
 
 _PIECE = re.compile(rb"\s?[^\s]{1,6}|\s")
@@ -24,26 +24,42 @@ eagle earth east echo elm ember engine even fable falcon fern field finch flame 
 
 def encode(text: str) -> list[int]:
     """Token ids of `text`; `decode` gives back the same text."""
-    return [int.from_bytes(b"\1" + piece) for piece in _pieces(text)]
+    return [int.from_bytes(b"\1" + found) for found in pieces(text)]
 
 
 def decode(ids: Iterable[int]) -> str:
-    """Text of `ids`. Like vLLM, an id that stands for nothing gives no text."""
-    known = (i.to_bytes(8).lstrip(b"\0") for i in ids if 1 < i < 2 * _MAX_ID)
-    return b"".join(raw[1:] for raw in known if raw[0] == 1).decode(errors="replace")
+    """Text of `ids`."""
+    return text(piece(i) for i in ids)
 
 
-def count(text: str) -> int:
-    """Number of tokens of `text`."""
-    return len(_pieces(text))
+def piece(token: int) -> bytes:
+    """The bytes of one id. Like vLLM, an id that stands for nothing gives no text."""
+    raw = token.to_bytes(8).lstrip(b"\0") if 1 < token < 2 * _MAX_ID else b""
+    return raw[1:] if raw[:1] == b"\1" else b""
+
+
+def text(pieces: Iterable[bytes]) -> str:
+    """What the tokens of those bytes say together."""
+    return b"".join(pieces).decode(errors="replace")
 
 
 def strings(text: str) -> list[str]:
     """The tokens of `text` as text, for `return_token_strs`."""
-    return [piece.decode(errors="replace") for piece in _pieces(text)]
+    return [found.decode(errors="replace") for found in pieces(text)]
 
 
-def _pieces(text: str) -> list[bytes]:
+def blocks(pieces: Sequence[bytes], size: int, of: Hashable) -> list[int]:
+    """Names of the whole blocks of `size` tokens, each of all before it too and of what must be the same beside the text; of
+    one process."""
+    chain, found = hash(of), []
+    for end in range(size, len(pieces) + 1, size):
+        chain = hash((chain, *pieces[end - size : end]))
+        found.append(chain)
+    return found
+
+
+def pieces(text: str) -> list[bytes]:
+    """The tokens of `text`, each as its bytes."""
     # JSON may carry half a surrogate pair, which UTF-8 cannot.
     return _PIECE.findall(text.encode(errors="replace"))
 

@@ -6,6 +6,7 @@ import json
 import re
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -47,6 +48,7 @@ class Generation(msgspec.Struct, kw_only=True):
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    cache_salt: str | None = None
 
 
 class ChatRequest(Generation, kw_only=True):
@@ -202,13 +204,21 @@ class Reply:
     id: str
     model: str
     prompt_tokens: int
+    cache: Callable[[], tuple[int, int]] | None  # how many were in the cache, and are new there; None: nobody is told
     created: int
 
     @classmethod
-    def new(cls, dialect: Dialect, request_id: str | None, model: str, prompt_tokens: int) -> Reply:
+    def new(
+        cls,
+        dialect: Dialect,
+        request_id: str | None,
+        model: str,
+        prompt_tokens: int,
+        cache: Callable[[], tuple[int, int]] | None,
+    ) -> Reply:
         """vLLM builds the answer's id from the X-Request-Id header, whether or not it echoes the header."""
         base = request_id if request_id is not None else uuid.uuid4().hex[:16]
-        return cls(dialect, dialect.id_prefix + base, model, prompt_tokens, int(time.time()))
+        return cls(dialect, dialect.id_prefix + base, model, prompt_tokens, cache, int(time.time()))
 
     def full(self, texts: list[str], tokens: int, reason: str) -> dict[str, Any]:
         """The body of an answer that is not streamed: a choice for each text, `tokens` in all of them."""
@@ -228,10 +238,21 @@ class Reply:
                 "prompt_tokens": self.prompt_tokens,
                 "total_tokens": self.prompt_tokens + tokens,
                 "completion_tokens": tokens,
-                "prompt_tokens_details": None,
+                "prompt_tokens_details": None if self.cache is None else self._details(*self.cache()),
                 "completion_tokens_details": None,
             },
         } | dict.fromkeys((*self.dialect.body_nulls, "kv_transfer_params", "ec_transfer_params", "metrics"))
+
+    def _details(self, cached: int, kept: int) -> dict[str, int | None]:
+        created = kept if self.dialect is CHAT else None  # completions do not tell
+        return {"cached_tokens": cached, "created_cache_tokens": created, "multimodal_tokens": None}
+
+    def details(self) -> bytes:
+        """The same in a stream, where nulls are left out."""
+        if self.cache is None:
+            return b""
+        told = {k: v for k, v in self._details(*self.cache()).items() if v is not None}
+        return b',"prompt_tokens_details":' + msgspec.json.encode(told)
 
     def _said(self, text: str) -> dict[str, Any]:
         if self.dialect is COMPLETION:
@@ -247,6 +268,7 @@ class Events:
         self.usage_wanted = force_usage or bool(options and options.include_usage)
         self._continuous = force_usage or bool(self.usage_wanted and options and options.continuous_usage_stats)
         self._prompt = reply.prompt_tokens
+        self._details = reply.details
         self._dialect = reply.dialect
         head = {"id": reply.id, "object": reply.dialect.chunk_object, "created": reply.created, "model": reply.model}
         self._head = b"data: " + msgspec.json.encode(head)[:-1] + b',"choices":['
@@ -274,7 +296,7 @@ class Events:
 
     def usage(self, count: int) -> bytes:
         """The event between the last token and DONE, for those who asked."""
-        return self._head + b"]" + self._usage(count) + b"}" + self._fingerprint + b"}\n\n"
+        return self._head + b"]" + self._usage(count) + self._details() + b"}" + self._fingerprint + b"}\n\n"
 
     def _before(self, choice: int) -> bytes:
         return self._first if choice == 0 else self._head + b'{"index":%d,' % choice + self._dialect.before

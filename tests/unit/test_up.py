@@ -1,0 +1,77 @@
+"""What `steelyard up` makes of a catalog on a cluster that runs: what surges, and how many gateways stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving.catalog.spec import Catalog, ModelSpec
+from serving.cli import up
+from serving.cli.cluster import Room
+from serving.fleet import manifest
+from serving.fleet.endpoint import GATEWAY_APP
+
+
+def config(*, nodes: int = 1, gateways: int = 1, slots: int = 8) -> dict[str, Any]:
+    version = {
+        "version": "a",
+        "weights": {"source": "/w"},
+        "engine": {"args": {"max-num-seqs": slots}},
+        "resources": {"gpus": 2, "accelerator": "H100"},
+    }
+    spec = {"name": "m", "versions": [version], "placement": {"labels": {"region": "eu"}}}
+    catalog = Catalog((ModelSpec.model_validate(spec),), {"m": Path("/")})
+    return manifest.serve_config(catalog, gateways=gateways, nodes=nodes, locate=lambda source, base: Path(source))
+
+
+def served(of: dict[str, Any]) -> dict[str, Any]:
+    return {app["name"]: app for app in of["applications"]}
+
+
+FULL = {"CPU": 8.0, "GPU": 2.0, "accelerator_type:H100": 1.0}
+EU = {"region": "eu"}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "surges"),
+    [
+        ([Room(FULL, EU)], True),
+        ([Room({}, EU), Room(FULL, EU)], True),
+        ([Room(FULL | {"GPU": 1.0}, EU), Room(FULL | {"GPU": 1.0}, EU)], False),
+        ([Room(FULL, {})], False),
+        ([Room({"CPU": 8.0, "GPU": 2.0, "accelerator_type:H200": 1.0}, EU)], False),
+        ([], False),
+    ],
+)
+def test_a_new_replica_starts_first_where_a_node_has_room_for_it(nodes: list[Room], surges: bool) -> None:
+    wanted = config(slots=9)
+    assert up.surge(wanted, served(config()), nodes) == ([] if surges else ["m@a"])
+    assert served(wanted)["m@a"]["deployments"][0]["max_surge_percent"] == (100 if surges else 0)
+
+
+def test_who_is_not_replaced_is_not_named() -> None:
+    assert up.surge(config(), served(config()), []) == up.surge(config(), {}, []) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "steered_to", "now", "kept"),
+    [
+        ({"nodes": 3}, 3, {"nodes": 2}, 3),  # a node has just died: the keeper knows when
+        ({"nodes": 2}, 2, {"nodes": 3}, 3),
+        ({"nodes": 2, "gateways": 2}, 4, {"nodes": 2, "gateways": 1}, 2),  # somebody wants fewer
+    ],
+)
+def test_gateways_are_not_taken_away_because_a_node_is(
+    before: dict[str, int], steered_to: int, now: dict[str, int], kept: int
+) -> None:
+    wanted = config(**now)
+    up.keep_gateways(wanted, served(config(**before)), steered_to)
+    assert served(wanted)[GATEWAY_APP]["deployments"][0]["num_replicas"] == kept
+
+
+def test_the_first_up_has_as_many_gateways_as_it_asks_for() -> None:
+    wanted = config(nodes=2)
+    up.keep_gateways(wanted, {}, 0)
+    assert served(wanted)[GATEWAY_APP]["deployments"][0]["num_replicas"] == 2

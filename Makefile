@@ -14,7 +14,7 @@ PYTEST := $(PY) -m pytest
 TWO := -n 2 --dist loadscope --no-loadscope-reorder
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
-.PHONY: help install serve up down status test test-fast lint format soak bench-overhead bench-scale gpu-check observe dashboards chart chart-docs images lock clean deploy deploy-upgrade deploy-remove wheelhouse
+.PHONY: help install serve up down status test test-fast lint format soak bench-overhead bench-scale chaos gpu-check observe dashboards chart chart-docs images lock clean deploy deploy-upgrade deploy-remove wheelhouse
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ bench-overhead: install ## the stack against the raw engine: table, .steelyard/b
 
 bench-scale: install ## queue, admission and scaling over simulated engines: table, .steelyard/bench/scale.json, exit 1 when a bar is missed
 	$(PY) -m bench.scale $(ARGS)
+
+chaos: install ## one fault at a time under open streams: table, .steelyard/bench/chaos.json, exit 1 when a bar is missed
+	$(PY) -m bench.chaos $(ARGS)
 
 gpu-check: ## where there is a GPU: its figures under known loads, then the stack against the raw engine with an 8B-shaped model
 	$(if $(wildcard .venv/bin/python),$(PY),$(PYTHON)) -m pytest -q tests/gpu/test_gpu_figures.py

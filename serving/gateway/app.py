@@ -230,6 +230,10 @@ class Gateway:
                 metrics.retried(failed)
                 failed = ""
             upstream = await self._slot(x, line, model, metrics, ticket, keep_alive, again)
+            if charge.blown:  # while it waited, engines died with the same request inside
+                line.release(ticket)
+                metrics.rejected(RequestCrashedEngine.code, ticket.class_)
+                raise _crashed(charge)
             x.line.replica = upstream.endpoint.id
             settle = line.release
             metrics.running.inc()

@@ -107,11 +107,11 @@ class Charge:
     def __init__(self, fuse: Fuse, version_id: str, path: str, adapter: str | None, fields: Mapping[str, Any]) -> None:
         self._fuse = fuse
         self._of = version_id, path, adapter, fields
-        self._print = fingerprint(*self._of) if fuse.armed else ""
+        self._print = ""
 
     @property
     def blown(self) -> bool:
-        return bool(self._print) and self._fuse.blown(self._print)
+        return self._fuse.armed and self._fuse.blown(self.print)
 
     @property
     def print(self) -> str:

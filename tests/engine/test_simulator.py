@@ -128,6 +128,16 @@ def test_a_core_that_dies_takes_everybody_along() -> None:
         eventually("nobody is left", lambda: engine.load() == (0, 0))
 
 
+def test_sins_can_be_changed_while_it_runs() -> None:
+    with simulator() as engine:
+        assert engine.post("/-/sins", {"names": ["returns_500"]}).status == 200
+        assert engine.post(CHAT, ask()).status == 500
+        refused = engine.post("/-/sins", {"names": ["sloth"]})
+        assert (refused.status, "sloth" in refused.body.decode()) == (400, True)
+        assert engine.post("/-/sins", {"names": []}).status == 200
+        assert engine.post(CHAT, ask()).status == 200
+
+
 def test_lingers_stays_silent_after_sigterm_until_its_clients_leave() -> None:
     with simulator("--sim-sins", "lingers") as engine:
         with engine.stream(CHAT, ask(stream=True, max_tokens=4000), timeout_s=1) as stream:
@@ -171,6 +181,20 @@ def test_an_answer_has_as_many_tokens_as_it_says() -> None:
         body = engine.post(CHAT, ask(max_tokens=500)).json()
         count = engine.post("/tokenize", {"prompt": body["choices"][0]["message"]["content"]}).json()["count"]
         assert count == body["usage"]["completion_tokens"] == 500
+
+
+def test_choices_differ_and_come_beside_each_other() -> None:
+    with simulator() as engine:
+        body = engine.post(CHAT, ask(n=2)).json()
+        first, second = (choice["message"]["content"] for choice in body["choices"])
+        assert first != second and first == said(engine)
+        assert body["usage"]["completion_tokens"] == 12
+        streamed = {0: "", 1: ""}
+        for event in engine.post(CHAT, ask(n=2, stream=True)).events()[:-1]:
+            for choice in event["choices"]:
+                streamed[choice["index"]] += choice["delta"]["content"]
+        assert streamed == {0: first, 1: second}
+        assert engine.post(CHAT, ask(n=0)).status == 400
 
 
 def test_an_answer_without_max_tokens_stops_by_itself() -> None:

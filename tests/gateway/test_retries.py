@@ -126,6 +126,22 @@ async def test_a_prompt_that_kills_engines_takes_no_innocent_with_it(
     assert not front.gateway.fleet.fuse.blown("anything") and len(front.gateway.fleet.fuse.told()) == 1
 
 
+async def test_the_same_request_that_waited_is_not_tried_when_its_fuse_has_blown(
+    front: Front, room: EngineRoom
+) -> None:
+    first, second, third = (room.start(sins="dies_on_prompt", slots=1) for _ in range(3))
+    front.serve(first)
+    guilty = [asyncio.create_task(front.ask(body=chat("SIM_DIE"))) for _ in range(4)]
+    await eventually("the first engine died", lambda: not first.process.alive)  # type: ignore[union-attr]
+    front.table(second)
+    await eventually("the second engine died", lambda: not second.process.alive)  # type: ignore[union-attr]
+    front.table(third)
+    answers: list[Answer] = await asyncio.gather(*guilty)
+    assert {a.error["code"] for a in answers} == {"request_crashed_engine"}
+    assert third.process is not None and third.process.alive
+    assert (await front.ask(body=chat("hello"))).status == 200
+
+
 async def test_streams_cut_by_the_death_of_their_engine_count_and_then_the_request_is_refused(front: Front) -> None:
     said = b'data: {"choices":[{"index":0,"delta":{"content":"so far"}}]}\n\n'
     async with recorded(said, 0.01, cut=True) as one, recorded(said, 0.01, cut=True) as two:

@@ -62,6 +62,7 @@ class App:
             "/metrics": {"GET": self._metrics},
             "/version": {"GET": self._version},
             "/load": {"GET": self._server_load},
+            "/-/sins": {"POST": self._take_sins},
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -105,8 +106,9 @@ class App:
         if request.stream_options and not request.stream:
             message = "Stream options can only be defined when `stream=True`. (parameter=stream_options)"
             raise wire.Refusal(400, message, param="stream_options")
-        if request.n not in (None, 1):
-            raise wire.Refusal(400, f"the simulator answers n=1 only, got {request.n}.")
+        choices = 1 if request.n is None else request.n
+        if choices < 1:
+            raise wire.bad_value(f"n must be at least 1, got {choices}.", "n", choices)
         model = self._models.resolve(request.model)
         if self._core.dead:
             raise wire.engine_dead()
@@ -117,10 +119,10 @@ class App:
 
         identity = self._models.identity(model)
         blocks = tokens.blocks(pieces, self._prefix_block, (identity, request.cache_salt)) if self._prefix_block else []
-        answer = tokens.Answer(identity, prompt)
+        answers = [tokens.Answer(identity, prompt, choice) for choice in range(choices)]
         self._load += self._track_load
         try:
-            with self._core.sequence(prompt_tokens, granted, blocks) as sequence:
+            with self._core.sequence(prompt_tokens, granted, blocks, choices) as sequence:
                 reply = wire.Reply.new(
                     dialect,
                     exchange.header(b"x-request-id"),
@@ -132,9 +134,9 @@ class App:
                 try:
                     if request.stream:
                         events = wire.Events(reply, request.stream_options, self._force_usage)
-                        await _stream(exchange, sequence, answer, events, reason)
+                        await _stream(exchange, sequence, answers, events, reason)
                     else:
-                        await _full(exchange, sequence, answer, reply, reason)
+                        await _full(exchange, sequence, answers, reply, reason)
                 finally:
                     watch.cancel()
         finally:
@@ -178,20 +180,30 @@ class App:
     async def _server_load(self, exchange: Exchange) -> None:
         await exchange.json(200, {"server_load": self._load})
 
+    async def _take_sins(self, exchange: Exchange) -> None:
+        """From now on this engine sins as the body says: `bench.chaos` turns one engine of a running stack bad."""
+        told = wire.parse(await _json_body(exchange), wire.SinsRequest)
+        try:
+            self._sins = self._core.sins = Sins(frozenset(told.names), told.after)
+        except ValueError as error:
+            raise wire.Refusal(400, str(error)) from None
+        await exchange.json(200, {"sins": sorted(told.names)})
+
 
 async def _stream(
-    exchange: Exchange, sequence: Sequence, answer: tokens.Answer, events: wire.Events, reason: str
+    exchange: Exchange, sequence: Sequence, answers: list[tokens.Answer], events: wire.Events, reason: str
 ) -> None:
     """The 200 goes out before the wait for a slot, like vLLM's; after it, failure can only be said in an event."""
     await exchange.start_stream()
     last = sequence.max_tokens - 1
+    choices = range(len(answers))
     try:
         while due := await sequence.next():
-            if due.start == 0 and (opening := events.opening()):
+            if due.start == 0 and (opening := b"".join([events.opening(c) for c in choices])):
                 await exchange.write(opening)
-            chunk = b"".join([events.token(answer.token(i), i + 1) for i in due if i != last])
+            chunk = b"".join([events.token(answers[c].token(i), i + 1, c) for i in due if i != last for c in choices])
             if due.stop > last:
-                chunk += events.last(answer.token(last), last + 1, reason)
+                chunk += b"".join([events.last(answers[c].token(last), last + 1, reason, c) for c in choices])
             await exchange.write(chunk)
     except EngineDead:
         await exchange.write(wire.dead_event())
@@ -201,15 +213,20 @@ async def _stream(
     except ShutDown:
         # What a stopped vLLM does, and looks like a good end to whoever does not read the finish reason.
         reason = "abort"
-        await exchange.write((b"" if sequence.sent else events.opening()) + events.last(b"", sequence.sent, reason))
+        for c in choices:
+            await exchange.write(
+                (b"" if sequence.sent else events.opening(c)) + events.last(b"", sequence.sent, reason, c)
+            )
     sequence.finish(reason)
     if events.usage_wanted:
-        await exchange.write(events.usage(sequence.sent))
+        await exchange.write(events.usage(sequence.sent * len(answers)))
     await exchange.write(wire.DONE)
     await exchange.write(b"", more=False)
 
 
-async def _full(exchange: Exchange, sequence: Sequence, answer: tokens.Answer, reply: wire.Reply, reason: str) -> None:
+async def _full(
+    exchange: Exchange, sequence: Sequence, answers: list[tokens.Answer], reply: wire.Reply, reason: str
+) -> None:
     try:
         while await sequence.next():
             pass
@@ -218,7 +235,8 @@ async def _full(exchange: Exchange, sequence: Sequence, answer: tokens.Answer, r
     except ShutDown:
         reason = "abort"
     sequence.finish(reason)
-    await exchange.json(200, reply.full(answer.text(sequence.sent), sequence.sent, reason))
+    texts = [answer.text(sequence.sent) for answer in answers]
+    await exchange.json(200, reply.full(texts, sequence.sent * len(answers), reason))
 
 
 async def _fail_when_gone(exchange: Exchange, sequence: Sequence) -> None:

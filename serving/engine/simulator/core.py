@@ -67,10 +67,10 @@ class Core:
             running=lambda: self._load()[0], waiting=lambda: self._load()[1], kv_usage=lambda: self._load()[2]
         )
 
-    def sequence(self, prompt_tokens: int, max_tokens: int, blocks: Seq[int] = ()) -> Sequence:
+    def sequence(self, prompt_tokens: int, max_tokens: int, blocks: Seq[int] = (), choices: int = 1) -> Sequence:
         """A generation to be used as a context manager: inside it counts as waiting or running. `blocks`: its prompt's
-        whole blocks, for the cache."""
-        return Sequence(self, prompt_tokens, max_tokens, blocks)
+        whole blocks, for the cache. Its choices run in step and count as one request, where vLLM schedules each by itself."""
+        return Sequence(self, prompt_tokens, max_tokens, blocks, choices)
 
     def prefill(self, tokens: int) -> float:
         """Computes so much of a prompt after all that were admitted before; the loop time at which that is done."""
@@ -116,7 +116,7 @@ class Core:
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.slots:
             seq = next(iter(self.waiting))
-            seq.held = self.kv.take(seq.blocks, seq.prompt_tokens, seq.max_tokens)
+            seq.held = self.kv.take(seq.blocks, seq.prompt_tokens, seq.choices * seq.max_tokens)
             if seq.held is None:
                 return
             del self.waiting[seq]
@@ -128,8 +128,9 @@ class Sequence:
     """One generation. `next()` hands out its tokens as they fall due on a schedule fixed at admission, so that a late
     wake-up does not push later tokens back."""
 
-    def __init__(self, core: Core, prompt_tokens: int, max_tokens: int, blocks: Seq[int]) -> None:
+    def __init__(self, core: Core, prompt_tokens: int, max_tokens: int, blocks: Seq[int], choices: int) -> None:
         self._core = core
+        self.choices = choices
         self.prompt_tokens = prompt_tokens
         self.max_tokens = max_tokens
         self.blocks = blocks
@@ -214,7 +215,8 @@ class Sequence:
             metrics.inter_token.observe(now - self._last)
         self._last = now
         computed = self.prompt_tokens - self.cached if tokens.start == 0 else 0
-        metrics.tokens(len(tokens) + computed, len(tokens))
+        made = len(tokens) * self.choices
+        metrics.tokens(made + computed, made)
 
     def finish(self, reason: str) -> None:
         """Count the request as answered. One whose client left is not counted, as in vLLM."""
@@ -223,7 +225,7 @@ class Sequence:
         self._core.metrics.finished(
             reason,
             prompt_tokens=self.prompt_tokens,
-            tokens=self.sent,
+            tokens=self.sent * self.choices,
             waited_s=started - self._arrived,
             ran_s=now - started,
         )

@@ -11,7 +11,8 @@
     lingers            told to stop, it says nothing more to its open streams and stays until their clients leave: what
                        vLLM does when it kills its core before the core could abort them
 
-N is `--sim-sin-after` (tokens); 0 strikes before the first token.
+N is `--sim-sin-after` (tokens); 0 strikes before the first token. `POST /-/sins {"names": [...], "after": N}` changes the
+sins of an engine that runs; the door demands its secret there as everywhere.
 """
 
 from __future__ import annotations

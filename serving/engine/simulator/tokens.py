@@ -70,12 +70,14 @@ def render_chat(messages: Sequence[tuple[str, str]]) -> str:
 
 
 class Answer:
-    """The made-up answer to one prompt: token `i` depends on who answers, what was asked and `i`, on nothing else."""
+    """The made-up answer to one prompt: token `i` depends on who answers, what was asked, which of its `n` choices it is
+    and `i`, on nothing else."""
 
     __slots__ = ("_seed",)
 
-    def __init__(self, identity: str, prompt: str) -> None:
-        asked = blake2b(f"{identity}\0{prompt}".encode(errors="replace"), digest_size=8)
+    def __init__(self, identity: str, prompt: str, choice: int = 0) -> None:
+        whose = f"{identity}\0{choice}" if choice else identity
+        asked = blake2b(f"{whose}\0{prompt}".encode(errors="replace"), digest_size=8)
         self._seed = int.from_bytes(asked.digest())
 
     def token(self, i: int) -> bytes:

@@ -72,6 +72,13 @@ class DetokenizeRequest(msgspec.Struct):
     model: str | None = None
 
 
+class SinsRequest(msgspec.Struct):
+    """Not vLLM's: see `sins.py`."""
+
+    names: list[str]
+    after: int = 8
+
+
 # -- errors
 
 
@@ -213,15 +220,18 @@ class Reply:
         base = request_id if request_id is not None else uuid.uuid4().hex[:16]
         return cls(dialect, dialect.id_prefix + base, model, prompt_tokens, cache, int(time.time()))
 
-    def full(self, text: str, tokens: int, reason: str) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
+    def full(self, texts: list[str], tokens: int, reason: str) -> dict[str, Any]:
+        """The body of an answer that is not streamed: a choice for each text, `tokens` in all of them."""
         end = {"logprobs": None, "finish_reason": reason, "stop_reason": None, "token_ids": None}
         return {
             "id": self.id,
             "object": self.dialect.object,
             "created": self.created,
             "model": self.model,
-            "choices": [{"index": 0} | self._said(text) | end | dict.fromkeys(self.dialect.choice_nulls)],
+            "choices": [
+                {"index": i} | self._said(text) | end | dict.fromkeys(self.dialect.choice_nulls)
+                for i, text in enumerate(texts)
+            ],
             "service_tier": None,
             "system_fingerprint": FINGERPRINT,
             "usage": {
@@ -262,31 +272,34 @@ class Events:
         self._dialect = reply.dialect
         head = {"id": reply.id, "object": reply.dialect.chunk_object, "created": reply.created, "model": reply.model}
         self._head = b"data: " + msgspec.json.encode(head)[:-1] + b',"choices":['
-        self._before = self._head + b'{"index":0,' + reply.dialect.before
+        self._first = self._head + b'{"index":0,' + reply.dialect.before
         self._fingerprint = b',"system_fingerprint":' + msgspec.json.encode(FINGERPRINT)
 
-    def opening(self) -> bytes:
+    def opening(self, choice: int = 0) -> bytes:
         """What precedes the first token: chat announces the role, completions nothing."""
         if not self._dialect.opening:
             return b""
         usage = self._running_usage(0) if self._continuous else b""
         nulls = b',"prompt_token_ids":null,"prompt_text":null}\n\n'
-        return self._head + b'{"index":0,' + self._dialect.opening + usage + nulls
+        return self._head + b'{"index":%d,' % choice + self._dialect.opening + usage + nulls
 
-    def token(self, text: bytes, count: int) -> bytes:
-        """A token that another follows; `count` tokens have been generated with it."""
+    def token(self, text: bytes, count: int, choice: int = 0) -> bytes:
+        """A token that another follows; `count` tokens of its choice have been generated with it."""
         usage = self._running_usage(count) if self._continuous else b""
-        return self._before + text + self._dialect.after + usage + b"}\n\n"
+        return self._before(choice) + text + self._dialect.after + usage + b"}\n\n"
 
-    def last(self, text: bytes, count: int, reason: str) -> bytes:
+    def last(self, text: bytes, count: int, reason: str, choice: int = 0) -> bytes:
         """The last token; it carries the finish reason. The fingerprint moves on to the usage event if there is one."""
         usage = self._running_usage(count) if self._continuous else b""
         seal = b"" if self.usage_wanted else self._fingerprint
-        return self._before + text + self._dialect.last % reason.encode() + seal + usage + b"}\n\n"
+        return self._before(choice) + text + self._dialect.last % reason.encode() + seal + usage + b"}\n\n"
 
     def usage(self, count: int) -> bytes:
         """The event between the last token and DONE, for those who asked."""
         return self._head + b"]" + self._usage(count) + self._details() + b"}" + self._fingerprint + b"}\n\n"
+
+    def _before(self, choice: int) -> bytes:
+        return self._first if choice == 0 else self._head + b'{"index":%d,' % choice + self._dialect.before
 
     def _running_usage(self, count: int) -> bytes:
         return self._usage(count) + self._dialect.usage_details + b"}"

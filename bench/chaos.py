@@ -1,0 +1,161 @@
+"""One fault at a time under open streams: `python -m bench.chaos` (`make chaos`), about a minute for each.
+
+The stack as it is deployed: two gateways, four replicas over simulated engines, and clients that keep 200 answers under
+way, of a fixed mix: chat, chat with tools, JSON schema, completions, two choices at once, not streamed; short ones, and long
+ones of `--long-s`. Every answer is compared with what it had to be. For each fault a row says
+
+    in flight    requests under way when it struck           off victim   failed, and had nothing to do with what was hit
+    on victim    of them on what was hit                     silent       ended as if whole, and were not
+    retried      whole, though they had to be tried again    wrong        words that were not to come
+    typed        ended with an error event                   unsent       failed before a byte of the answer
+    cut          by a gateway that was killed itself         detect, full seconds until out of the table; whole again
+
+docs/failure.md says what each fault is and what is promised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import procs, report, sides
+from bench.client import ROOT
+from bench.faults import ROWS, STUCK_TIMEOUT_S
+from bench.fleet import Fleet
+from bench.play import GATEWAYS, ITL_S, REPLICAS, Found, Stage
+from bench.report import Report
+from bench.scene import Watch
+from bench.simulated import simulated
+
+OUT = ROOT / ".steelyard" / "bench" / "chaos.json"
+SPARE = 1.25  # slots of three replicas over streams: the fourth may go
+DETECT_S = {"death": 2.0, "hang": 7.0}  # a hang: 4 s without a step, looked for twice a second, on a busy machine
+_COUNTS = {
+    "off_victim_failed": "off_victim_failed",
+    "silent_ends": "silent",
+    "wrong_texts": "wrong",
+    "unsent_failed": "unsent_failed",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Play the rows that the options ask for; the exit code is 1 when a bar is missed."""
+    procs.exit_on_sigterm()
+    options = _options(argv)
+    say = report.teller(sys.stderr if options.json else sys.stdout)
+    names = options.only or [name for name, row in ROWS.items() if row.quick or not options.quick]
+    streams = options.streams or (60 if options.quick else 200)
+    long_s = options.long_s or (12.0 if options.quick else 30.0)
+    rows: list[Found] = []
+    try:
+        play(names, streams, long_s, say, rows)
+    finally:  # what was found until somebody ended it
+        result = Report(machine=report.machine())
+        judge(result, rows, len(names))
+        result.samples.extend(asdict(row) for row in rows)
+        if not options.json:
+            console = Console()
+            console.width = max(console.width, 150)
+            console.print(table(rows))
+        code = report.finish(result, options.out, as_json=options.json)
+    return code
+
+
+def play(names: Sequence[str], streams: int, long_s: float, say: Callable[[str], None], rows: list[Found]) -> None:
+    """All of them on one stack, each found added to `rows`."""
+    model = catalog(streams, long_s)
+    settings = {"STEELYARD_GATEWAYS": str(GATEWAYS), "STEELYARD_READY_TIMEOUT_S": "120"}
+    with (
+        tempfile.TemporaryDirectory(prefix="sy-") as folder,
+        sides.stack([model], "sim", Path(folder), **settings) as side,
+    ):
+        say(f"starting {REPLICAS} replicas and {GATEWAYS} gateways for {len(names)} faults under {streams} streams")
+        try:
+            sides.wait_ready(side, sides.START_TIMEOUT_S)
+        except procs.StartFailed as error:
+            say(str(error))
+            return
+        fleet = Fleet(side)
+        with Watch(fleet, model["name"]) as watch:
+            stage = Stage(fleet, model, watch, streams, long_s, say)
+            for name in names:
+                rows.append(stage.play(name, ROWS[name]))
+                say(_sentence(rows[-1]))
+
+
+def catalog(streams: int, long_s: float) -> dict[str, Any]:
+    """The model file. `dies_on_prompt` is a sin that only the poison row's prompts wake."""
+    slots = int(streams * SPARE / (REPLICAS - 1)) + 1
+    args = {"max-num-seqs": slots, "sim-ttft-ms": 100, "sim-itl-ms": ITL_S * 1e3, "sim-start-s": 1.0}
+    bounds = {"min": REPLICAS, "max": REPLICAS, "target_ongoing": slots}
+    model = simulated("chaos", args | {"sim-sins": "dies_on_prompt"}, bounds, {"max_wait_s": 60}, drain_s=long_s + 30)
+    model["versions"][0]["stuck_timeout_s"] = STUCK_TIMEOUT_S
+    return model
+
+
+def judge(result: Report, rows: Sequence[Found], asked: int) -> None:
+    """The bars. A row that was not played, or could not show what it should, is in trouble."""
+    troubles = asked - len(rows) + sum(bool(row.trouble) for row in rows)
+    result.judge("rows_in_trouble", float(troubles), "", "==", 0.0)
+    for bar, count in _COUNTS.items():
+        result.judge(bar, float(sum(getattr(row, count) for row in rows)), "", "==", 0.0)
+    for kind, limit in DETECT_S.items():
+        times = [row.detect_s for row in rows if ROWS[row.fault].detects == kind]
+        if times:
+            worst = None if None in times else max(s for s in times if s is not None)
+            result.judge(f"detect_{kind}_s", worst, "s", "<", limit)
+    for row in rows:
+        if row.fault == "poison":
+            result.judge("poison_deaths_per_fingerprint", max(row.deaths, default=None), "", "<=", 2.0)
+        if row.fault == "saturation":
+            result.judge("false_positives", sum(row.verdicts.values()), "", "==", 0.0)
+
+
+def table(rows: Sequence[Found]) -> Table:
+    out = Table()
+    out.add_column("fault", no_wrap=True)
+    heads = ("in flight", "on victim", "retried", "typed", "cut", "off victim", "silent", "wrong", "unsent")
+    for head in (*heads, "detect s", "full s"):
+        out.add_column(head, justify="right")
+    out.add_column("verdicts")
+    for row in rows:
+        said = (row.in_flight, row.on_victim, row.retried, row.typed, row.cut)
+        bad = (row.off_victim_failed, row.silent, row.wrong, row.unsent_failed)
+        times = ["" if s is None else f"{s:.1f}" for s in (row.detect_s, row.full_s)]
+        verdicts = ", ".join(f"{k} {v:.0f}" for k, v in row.verdicts.items())
+        counts = [*map(str, said), *(f"[red]{n}[/]" if n else "0" for n in bad)]
+        out.add_row(row.fault, *counts, *times, f"[red]{row.trouble}[/]" if row.trouble else verdicts)
+    return out
+
+
+def _sentence(row: Found) -> str:
+    spoilt = {bar: n for bar, count in _COUNTS.items() if (n := getattr(row, count))}
+    return f"{row.fault}: {row.trouble or 'played'}, {row.answers} answers{f', {spoilt}' if spoilt else ''}"
+
+
+def _options(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.chaos",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"rows: {', '.join(ROWS)}",
+    )
+    parser.add_argument("--only", action="append", choices=list(ROWS), metavar="ROW", help="this row; repeatable")
+    parser.add_argument("--quick", action="store_true", help="three rows, fewer and shorter streams")
+    parser.add_argument("--streams", type=int, help="answers under way (default 200, quick 60)")
+    parser.add_argument("--long-s", type=float, help="length of long streams in seconds (default 30, quick 12)")
+    parser.add_argument("--out", type=Path, default=OUT, help="where the JSON goes")
+    parser.add_argument("--json", action="store_true", help="print the JSON instead of the tables")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

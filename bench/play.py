@@ -1,0 +1,213 @@
+"""One row of `bench.chaos`: the stack whole, a crowd under way, a fault, the stack whole again, and what became of every
+answer."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bench import mix, procs
+from bench.crowd import Crowd
+from bench.faults import Row
+from bench.fleet import Fleet
+from bench.mix import Witness
+from bench.scene import EVERY, Scene, Victims, Watch, logged, up
+
+REPLICAS, GATEWAYS = 4, 2
+ITL_S = 0.2
+_WHOLE_BY_ITSELF_S, _WHOLE_BEFORE_S = 10.0, 120.0
+_SHORT_TOKENS = (8, 24)
+_LONG_SHARE = 0.3
+_BEGUN = 0.8  # of the crowd have had a byte before the fault strikes
+_SETTLE_S = 3.0
+_HANGS_S = 180.0  # beyond the length of long streams: a request that is not answered then has failed
+_KEPT = 5  # answers that were not whole, of each verdict, for whoever must find out why
+# What the gateways wrote down of each request, by its id.
+Lines = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass
+class Found:
+    """One row of the table. Seconds are None where nothing was to go, or nothing came back. `verdicts`: of replicas'
+    watches against their engines, by cause. `trouble`: why the row shows less than it should."""
+
+    fault: str
+    in_flight: int = 0
+    on_victim: int = 0
+    off_victim_failed: int = 0
+    retried: int = 0
+    typed: int = 0
+    cut: int = 0
+    silent: int = 0
+    wrong: int = 0
+    unsent_failed: int = 0
+    answers: int = 0
+    detect_s: float | None = None
+    full_s: float | None = None
+    verdicts: dict[str, float] = field(default_factory=dict)
+    deaths: list[float] = field(default_factory=list)
+    odd: list[dict[str, Any]] = field(default_factory=list)
+    trouble: str = ""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stack, and how much load a row puts on it."""
+
+    fleet: Fleet
+    model: dict[str, Any]
+    watch: Watch
+    streams: int
+    long_s: float
+    say: Callable[[str], None]
+
+    def play(self, name: str, row: Row) -> Found:
+        """One row. What goes wrong in it is said in it, and is no reason not to play the next."""
+        found = Found(name)
+        try:
+            self._play(row, found)
+        except (procs.StartFailed, OSError, LookupError) as error:
+            found.trouble = found.trouble or f"{type(error).__name__}: {error}"
+        return found
+
+    def _play(self, row: Row, found: Found) -> None:
+        if not self.watch.until(REPLICAS, GATEWAYS, _WHOLE_BY_ITSELF_S):
+            up(self.fleet, self.model)  # ends every pause of replicas that the rows before have failed again and again
+        if not self.watch.until(REPLICAS, GATEWAYS, _WHOLE_BEFORE_S):
+            raise procs.StartFailed(f"not whole before it: {self.watch.now()}")
+        verdicts = self._verdicts()
+        side = self.fleet.side
+        with Crowd(side.base_url, side.headers, self._clients(found.fault, row), self.long_s + _HANGS_S) as crowd:
+            scene = Scene(self.fleet, self.model, crowd, self.watch, self.say)
+            under_way(crowd, row.over)
+            struck, in_flight = time.monotonic(), {w.request_id for w in crowd.open()}
+            victims = Victims(leaves=False)
+            try:
+                victims = row.strike(scene)
+                self._see(row, victims, found)
+            except (procs.StartFailed, OSError, LookupError) as error:
+                found.trouble = f"{type(error).__name__}: {error}"
+                scene.up()  # its own model file again, for the rows that follow
+            answers = crowd.stop()
+        time.sleep(_SETTLE_S)  # the gateways' last lines, and the directory's
+        lines = logged(scene.state_dir)
+        at = victims.at if victims.replicas or victims.ports else struck
+        count(answers, victims, lines, in_flight, at, found)
+        found.odd.extend(_odd(answers, lines))
+        found.deaths = victims.deaths
+        found.verdicts = {k: v - verdicts.get(k, 0.0) for k, v in self._verdicts().items() if v > verdicts.get(k, 0.0)}
+
+    def _see(self, row: Row, victims: Victims, found: Found) -> None:
+        """Until the fault was noticed, and everything is as it was."""
+        victims.wait()
+        time.sleep(max(0.0, victims.at + victims.settle_s - time.monotonic()))
+        if victims.leaves:
+            found.detect_s = self._gone_after(victims, row.recover_s)
+        if not self.watch.until(REPLICAS, GATEWAYS, row.recover_s):
+            found.trouble = f"not whole again within {row.recover_s:g} s: {self.watch.now()}"
+        elif found.detect_s is not None:
+            gone = victims.at + found.detect_s
+            back = self.watch.first(gone, lambda replicas, gateways: (replicas, gateways) == (REPLICAS, GATEWAYS))
+            found.full_s = back and found.detect_s + back
+        if victims.leaves and found.detect_s is None:
+            found.trouble = found.trouble or "nobody noticed"
+
+    def _gone_after(self, victims: Victims, within_s: float) -> float | None:
+        """Seconds until a replica, or where none was hit a gateway, was out of the table."""
+        while True:
+            gone = self.watch.first(
+                victims.at,
+                lambda replicas, gateways: replicas < REPLICAS if victims.replicas else gateways < GATEWAYS,
+            )
+            if gone is not None or time.monotonic() > victims.at + within_s:
+                return gone
+            time.sleep(0.2)
+
+    def _clients(self, name: str, row: Row) -> list[tuple[int, Iterator[mix.Ask]]]:
+        """Clients with short requests, and with long ones; none is like one of another row, or the fuse would remember it."""
+        model = str(self.model["name"])
+        expect, n = mix.simulated(model, "v1"), int(self.streams * row.over)
+        low, high = _SHORT_TOKENS
+        tokens, long = int(self.long_s / ITL_S), int(n * _LONG_SHARE)
+        return [
+            (n - long, mix.asks(model, expect, f"{name} s", lambda number: low + number * 5 % (high - low + 1))),
+            (long, mix.asks(model, expect, f"{name} l", lambda number: tokens - number % 10, streamed=True)),
+        ]
+
+    def _verdicts(self) -> dict[str, float]:
+        """Verdicts against replicas so far, by state and cause."""
+        found: Counter[str] = Counter()
+        name = "steelyard_replica_faults_total"
+        for labels, value in self.fleet.metrics().series(name, model=str(self.model["name"])):
+            found[f"{labels['state'].lower()} {labels['cause']}"] += int(value)
+        return dict(found)
+
+
+def under_way(crowd: Crowd, over: float) -> None:
+    """Until most of what fits is being answered, and a while longer, so that it has spread."""
+    deadline = time.monotonic() + 30.0
+    while crowd.begun() < crowd.size * _BEGUN / over and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(_SETTLE_S)
+
+
+def count(
+    answers: Iterable[Witness], victims: Victims, lines: Lines, in_flight: set[str], at: float, found: Found
+) -> None:
+    """The counts of a row. `at`: when the fault struck."""
+    found.in_flight = len(in_flight)
+    for witness in answers:
+        found.answers += 1
+        if witness.ask.poison:
+            _count_poison(witness, found)
+            continue
+        line = lines.get(witness.request_id, {})
+        by_gateway = witness.port in victims.ports and witness.due <= at < witness.end
+        on = by_gateway or line.get("replica") in victims.replicas or EVERY in victims.replicas
+        again = witness.again or int(line.get("attempts") or 0) > 1
+        found.on_victim += witness.request_id in in_flight and (on or again) and EVERY not in victims.replicas
+        _count(witness, on, by_gateway, again, found)
+
+
+def _count(witness: Witness, on: bool, by_gateway: bool, again: bool, found: Found) -> None:
+    verdict = witness.verdict()
+    if verdict == "ok":
+        found.retried += again
+        return
+    found.off_victim_failed += not on
+    if verdict == "refused" or (not witness.body and verdict in ("cut", "silent")):
+        found.unsent_failed += 1
+    elif verdict == "cut" and by_gateway:
+        found.cut += 1
+    else:  # a gateway that lives has an error event to say
+        field = "silent" if verdict == "cut" else verdict
+        setattr(found, field, getattr(found, field) + 1)
+
+
+def _count_poison(witness: Witness, found: Found) -> None:
+    """It is to be refused by its name, or to end in an error event if its answer had begun."""
+    verdict = witness.verdict()
+    found.unsent_failed += verdict == "refused" and witness.told().code != "request_crashed_engine"
+    found.silent += verdict not in ("refused", "typed")
+
+
+def _odd(answers: Iterable[Witness], lines: Lines) -> Iterator[dict[str, Any]]:
+    kept: Counter[str] = Counter()
+    for witness in answers:
+        verdict = witness.verdict()
+        kept[verdict] += 1
+        if verdict != "ok" and kept[verdict] <= _KEPT:
+            yield {
+                "verdict": verdict,
+                "kind": witness.ask.kind,
+                "error": witness.error,
+                "code": witness.told().code,
+                "status": witness.status,
+                "after_s": witness.end - witness.due,
+                "again": witness.again,
+                "last": bytes(witness.body[-200:]).decode(errors="replace"),
+                "log": dict(lines.get(witness.request_id, {})),
+            }

@@ -55,7 +55,7 @@ def top(
     with one_line_errors():
         settings = load_settings(state_dir=state_dir)
         with _Source(settings) as source:
-            if once or as_json or not sys.stdout.isatty():
+            if once or as_json or not source.out.isatty():
                 source.look()
                 time.sleep(interval)
                 source.look()
@@ -153,16 +153,16 @@ class _Source:
 
 def _live(source: _Source, interval: float) -> None:
     console = Console(file=source.out, highlight=False)
-    with _keys() as quit_within, Live(console=console, screen=True, auto_refresh=False) as live:
+    quit_it = contextlib.suppress(KeyboardInterrupt)
+    with quit_it, _keys() as quit_within, Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
-            began = time.monotonic()
             trouble = ""
             try:
                 source.look()
             except OperatorError as e:
                 trouble = str(e)
             live.update(view(source.frame(), source.url, time.time(), trouble), refresh=True)
-            if quit_within(max(interval - (time.monotonic() - began), 0.2)):
+            if quit_within(interval):  # after each scrape, however long it took: never more than one a second
                 return
 
 

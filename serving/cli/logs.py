@@ -74,6 +74,9 @@ class Line(msgspec.Struct, frozen=True):
         return f"{at} {self.level:<7} {self.source:<{_NAME_SHOWN}} {self.text}"
 
 
+_GROWING = ("*.jsonl", "up.log", "engines/*/*.log")
+_ROTATED = ("*.jsonl.[0-9]*", "engines/*/*.log.[0-9]*")
+
 Wanted = Callable[[bytes, str], bool]
 Target = Annotated[
     str, typer.Argument(help="MODEL, MODEL@VERSION, an adapter, or a request's id.", metavar="MODEL|REQUEST_ID")
@@ -231,6 +234,7 @@ class Folder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._patterns = (*_GROWING, *_ROTATED)
         self._tails: dict[int, Tail] = {}  # by inode: a file that is renamed meanwhile is not read twice
 
     def serves(self, name: str) -> bool:
@@ -254,17 +258,15 @@ class Folder:
             tail.close()
 
     def _look(self, since: float) -> None:
-        for path in sorted(self._files()):
+        # Afterwards a numbered one is only the new name, or a copy, of what is read already.
+        patterns, self._patterns = self._patterns, _GROWING
+        for path in sorted(path for pattern in patterns for path in self._folder.glob(pattern)):
             try:
                 found = path.stat()
                 if found.st_ino not in self._tails and found.st_mtime >= since:
                     self._tails[found.st_ino] = Tail(path, self._source(path))
             except FileNotFoundError:  # rotated away since it was listed
                 continue
-
-    def _files(self) -> Iterator[Path]:
-        for pattern in ("*.jsonl", "*.jsonl.[0-9]*", "up.log", "engines/*/*.log", "engines/*/*.log.[0-9]*"):
-            yield from self._folder.glob(pattern)
 
     def _source(self, path: Path) -> str:
         return re.sub(r"\.(jsonl|log)(\.\d+)?$", "", str(path.relative_to(self._folder)))

@@ -34,7 +34,8 @@ _CLOSE_S = 5.0
 # stays but what they are.
 _SECRET = re.compile(
     r"""(sk-steelyard-[0-9a-f]{8}-)[A-Za-z0-9_-]+
-      | ((?i:x-steelyard-secret|x-api-key|authorization)["']?\s*[:=]\s*b?["']?(?:(?i:bearer|basic)\s+)?)(?!sk-steelyard-|(?i:bearer|basic)\s)[^\s"',]+
+      | ((?i:x-steelyard-secret|x-api-key|authorization)["']?\s*[:=]\s*b?["']?(?:(?i:bearer|basic)\s+)?)
+        (?!sk-steelyard-|(?i:bearer|basic)\s)[^\s"',]+
       | (\bhf_)[A-Za-z0-9]{20,}
       | ((?<=://)[^\s/:@]*:)[^\s/@]+(?=@)""",
     re.X,

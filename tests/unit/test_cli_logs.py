@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from serving.cli.logs import Folder, wanted_by
 from serving.cli.main import app
+from serving.engine import process
 from serving.telemetry.logs import RequestLine, RequestLog, setup
 
 NOON = datetime(2026, 11, 1, 12).timestamp()
@@ -148,3 +149,25 @@ def test_a_file_is_followed_through_its_rotation_and_its_truncation(tmp_path: Pa
     path.write_text(line() + "\n")
     assert new() == [4]
     folder.close()
+
+
+def test_an_engines_log_is_cut_where_it_grows_and_old_ones_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "LOG_BYTES", 100)
+    monkeypatch.setattr(process, "LOGS_KEPT", 2)
+    path = tmp_path / "a.0.log"
+    with path.open("ab") as engine:
+        engine.write(b"x" * 100)
+        engine.flush()
+        process.rotate(path)
+        assert path.stat().st_size == 100
+        engine.write(b"y")
+        engine.flush()
+        process.rotate(path)
+        engine.write(b"z")
+    assert (path.read_bytes(), (tmp_path / "a.0.log.1").read_bytes()) == (b"z", b"x" * 100 + b"y")
+    assert (tmp_path / "a.0.log.1").stat().st_mode & 0o077 == 0
+    for age, name in enumerate(("b.0.log", "c.0.log")):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (NOON - age, NOON - age))
+    process.forget_old_logs(tmp_path)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.0.log", "a.0.log.1", "b.0.log"]

@@ -234,7 +234,7 @@ class Folder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._patterns = (*_GROWING, *_ROTATED)
+        self._patterns: tuple[str, ...] = (*_GROWING, *_ROTATED)
         self._tails: dict[int, Tail] = {}  # by inode: a file that is renamed meanwhile is not read twice
 
     def serves(self, name: str) -> bool:

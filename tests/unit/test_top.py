@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
+import socket
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
 from rich.console import Console
+from typer.testing import CliRunner
 
 from serving.cli.frame import Frame, frame, read
-from serving.cli.top import view
+from serving.cli.main import app
+from serving.cli.top import _pressed, view
 from serving.fleet.endpoint import Endpoint, Failure, Snapshot, State, VersionFacts
 from serving.fleet.history import Change
 from serving.telemetry.metrics import GatewayMetrics, expose_up, merge, set_all
@@ -177,3 +183,33 @@ def test_a_frame_is_plain_data(shown: Frame) -> None:
     import msgspec
 
     assert json.loads(json.dumps(msgspec.to_builtins(shown)))["versions"][1]["slots"] == 16
+
+
+def test_what_an_operator_can_mend_is_one_line(tmp_path: Path) -> None:
+    def said() -> str:
+        found = CliRunner().invoke(app, ["top", "--once", "--state-dir", str(tmp_path)])
+        assert (found.exit_code, found.stdout) == (1, "")
+        return found.stderr
+
+    assert said().startswith(f"error: cannot read the API key {tmp_path}/api-key")
+    (tmp_path / "api-key").write_text("sk-steelyard-x")
+    (tmp_path / "api-key").chmod(0o600)
+    with socket.socket() as taken, pytest.MonkeyPatch.context() as env:  # bound and not listening: refused
+        taken.bind(("127.0.0.1", 0))
+        env.setenv("STEELYARD_PORT", str(taken.getsockname()[1]))
+        assert re.fullmatch(
+            r"error: no gateway answers at http://127\.0\.0\.1:\d+: .*refused.*`steelyard up`\n", said()
+        )
+
+
+def test_q_ends_it_and_other_keys_do_not() -> None:
+    ours, theirs = os.pipe()
+    try:
+        os.write(theirs, b"x")
+        assert not _pressed(ours, 0.01)
+        os.write(theirs, b"Q")
+        assert _pressed(ours, 5.0)
+        os.close(theirs)
+        assert _pressed(ours, 5.0)
+    finally:
+        os.close(ours)

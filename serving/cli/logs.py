@@ -10,6 +10,7 @@ import heapq
 import json
 import os
 import re
+import resource
 import sys
 import time
 from collections import deque
@@ -317,6 +318,8 @@ def run(settings: Settings, target: str, *, follow: bool, since: str | None, err
     if running is not None and running.role != "one":
         where = f"{running.role} {running.node_address or ''}".strip()
         print(f"the logs of this node alone ({where}); run it on the others for theirs", file=sys.stderr)
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)  # all are open at once, one for each start of an engine
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     folder = Folder(settings.log_dir)
     try:
         wanted = wanted_by(target, a_model=folder.serves(target))

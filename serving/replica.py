@@ -40,6 +40,7 @@ from serving.errors import EngineError, WeightsError
 from serving.fleet import directory
 from serving.fleet.endpoint import Endpoint, State, advance
 from serving.settings import inherited_environment, load_settings
+from serving.telemetry import logs
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class EngineReplica:
     def __init__(self, spec: dict[str, Any]) -> None:
         self.spec = msgspec.convert(spec, EngineSpec)
         self._settings = load_settings()
+        self._process_log = logs.setup("replica", self._settings.log_dir)
         self._secret = self._settings.secret()
         self._knobs = Knobs()
         self._host = ray.util.get_node_ip_address()
@@ -132,6 +134,7 @@ class EngineReplica:
         await self._announce()
         if self._http is not None:
             await self._http.close()
+        await asyncio.to_thread(self._process_log.close)
 
     # -- start ---------------------------------------------------------------------------------------------------
 

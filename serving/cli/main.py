@@ -18,8 +18,10 @@ from rich.table import Table
 from serving import __version__
 from serving.catalog import store
 from serving.cli import bounds, cluster, doctor, keys, node, up
+from serving.cli.logs import logs
 from serving.cli.scale import scale_app
 from serving.cli.term import one_line_errors
+from serving.cli.top import top
 from serving.errors import OperatorError
 from serving.fleet import endpoint, manifest
 from serving.fleet.endpoint import GATEWAY_APP, Snapshot, quarantines
@@ -34,6 +36,8 @@ app = typer.Typer(
 app.add_typer(keys.app, name="keys")
 app.add_typer(node.app, name="node")
 app.add_typer(scale_app, name="scale")
+app.command()(logs)
+app.command()(top)
 
 Models = Annotated[str | None, typer.Option(help="Folder of model files, one file, or a comma list.")]
 ProfileOption = Annotated[str | None, typer.Option(help="cpu, gpu or sim; by default what this machine has.")]

@@ -396,6 +396,11 @@ def _print_ready(catalog: Catalog, settings: Settings, say: Say, took_s: float, 
         say("Ctrl-C stops everything.")
 
 
+def address(settings: Settings) -> str:
+    """The URL of this node's gateways."""
+    return _url(_as_running(settings, cluster.read_cluster_file(settings)))
+
+
 def _url(settings: Settings) -> str:
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
     return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import select
+import shutil
 import signal
 import subprocess
 import threading
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 
 ENGINE_MARK = "STEELYARD_ENGINE_MARK"  # on every process of an engine: `<state folder>:<replica id>`
 STACK_MARK = "STEELYARD_STACK_MARK"  # on every process of Ray's: `<state folder>:ray`
+LOG_BYTES = 64 * 1024 * 1024
+LOGS_KEPT = 100  # starts of one version on this node whose logs stay
 _TELLING = ("Error", "error:", "Exception", "CUDA out of memory", "Killed", "No space left", "ValidationError")
 _NOISE = ("RuntimeError: Engine core initialization failed", "Traceback (most recent", "EngineDeadError", "raise ")
 
@@ -51,6 +54,7 @@ class EngineProcess:
     def start(self) -> None:
         """Spawns the process and returns at once; raises EngineError when it cannot even be spawned."""
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        forget_old_logs(self.log_path.parent)
         self._thread.start()
         self._spawned.wait()
         if self._spawn_error is not None:
@@ -122,6 +126,7 @@ class EngineProcess:
                     return watched[fd][1]
                 if child.poll() is not None:
                     return "the engine's server ended"
+                rotate(self.log_path)
                 before = len(watched)
                 for pid, name in _main_children(child.pid):
                     add(pid, f"the engine's {name} ended")
@@ -181,6 +186,25 @@ def _marked(mark: str, prefix: bool) -> list[int]:
                     if part in entries or (prefix and part.startswith(entries)):
                         found.append(int(name))
     return found
+
+
+def rotate(path: Path) -> None:
+    """A log over `LOG_BYTES` becomes `<path>.1` and begins anew. The engine holds the file and cannot be asked to open
+    another, so it is copied and cut; it appends, and what it writes between the two is lost."""
+    with contextlib.suppress(OSError):  # a full disk must not end the supervision
+        if path.stat().st_size > LOG_BYTES:
+            with open(path, "rb") as log, open(f"{path}.1", "wb", opener=_private) as old:
+                shutil.copyfileobj(log, old, 1 << 20)
+            os.truncate(path, 0)
+
+
+def forget_old_logs(folder: Path) -> None:
+    """Leaves the `LOGS_KEPT` logs that were written last: every start makes one."""
+    with contextlib.suppress(OSError):  # another replica forgets at the same time
+        logs = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
+        for path in logs[:-LOGS_KEPT]:
+            for old in (path, path.with_name(path.name + ".1")):
+                old.unlink(missing_ok=True)
 
 
 def telling_lines(path: Path, limit: int = 3) -> str:

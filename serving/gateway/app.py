@@ -368,6 +368,8 @@ class Gateway:
                 _count_streamed(x, reply, metrics)
             if meter.ttft_s is not None:
                 x.line.ttft_ms = round(meter.ttft_s * 1e3, 3)
+            if (itl_s := meter.itl_s) is not None:
+                x.line.itl_p50_ms, x.line.itl_max_ms = round(itl_s[0] * 1e3, 3), round(itl_s[1] * 1e3, 3)
 
     async def _stream(self, x: Exchange, route: Route, reply: Reply, meter: StreamMeter) -> None:
         """Bytes as they come. After the first one left, trouble is one error event and the end."""
@@ -656,18 +658,26 @@ class _UnstreamedUsage(msgspec.Struct):
     input_tokens_details: _Details | None = None
 
 
+class _Choice(msgspec.Struct):
+    finish_reason: str | None = None
+
+
 class _Unstreamed(msgspec.Struct):
     usage: _UnstreamedUsage | None = None
+    choices: tuple[_Choice, ...] = ()
+    stop_reason: str | None = None
 
 
-_decode_usage = msgspec.json.Decoder(_Unstreamed).decode
+_decode_answer = msgspec.json.Decoder(_Unstreamed).decode
 
 
 def _count_unstreamed(x: Exchange, reply: Reply, metrics: ModelMetrics) -> None:
     if reply.status != 200 or reply.body is None:
         return
     with contextlib.suppress(msgspec.MsgspecError):
-        usage = _decode_usage(reply.body).usage
+        answer = _decode_answer(reply.body)
+        x.line.finish = answer.choices[-1].finish_reason if answer.choices else answer.stop_reason
+        usage = answer.usage
         if usage is not None:
             prompt = usage.prompt_tokens if usage.prompt_tokens is not None else usage.input_tokens
             completion = usage.completion_tokens if usage.completion_tokens is not None else usage.output_tokens
@@ -682,6 +692,7 @@ def _count_streamed(x: Exchange, reply: Reply, metrics: ModelMetrics) -> None:
     assert scan is not None
     if reply.finished and not scan.died:
         x.line.prompt_tokens, x.line.completion_tokens = scan.usage.prompt, scan.usage.completion
+        x.line.finish = scan.finish
         metrics.used(scan.usage.prompt, scan.usage.completion, scan.usage.cached)
     else:
         x.line.aborted_tokens = scan.tokens

@@ -33,6 +33,9 @@ _MAYBE_ERROR = b"error"  # in all frames but the last: one search for most event
 _USAGE_EVENT = b'"choices":[]'
 _USAGE_MARK = b'_tokens":'
 _TOKEN, _UNFINISHED = b'data: {"id"', b'"finish_reason":null'
+# Why an answer ended. OpenAI's events have a `stop_reason` beside it, which may be the client's own stop string.
+_FINISHED = b'"finish_reason":"'
+_FINISH, _STOP = re.compile(rb'"finish_reason":"(\w{1,40})"'), re.compile(rb'"stop_reason":"(\w{1,40})"')
 _COUNTS = re.compile(rb'"(prompt_tokens|input_tokens|completion_tokens|output_tokens|cached_tokens)":\s*(\d+)')
 
 
@@ -81,7 +84,7 @@ class StreamScan:
 
     __slots__ = (
         *("complete", "died", "error", "events", "usage"),
-        *("_ends", "_mark", "_opening", "_tail", "_usage_by_option", "_withhold"),
+        *("_ends", "_finish", "_mark", "_opening", "_tail", "_usage_by_option", "_withhold"),
     )
 
     def __init__(self, route: Route, *, withhold_usage: bool) -> None:
@@ -96,6 +99,13 @@ class StreamScan:
         self.complete = False  # the route's end was seen
         self.died = False  # the engine's error frame was seen: nothing from it on was returned
         self.error = b""  # that frame
+        self._finish = b""  # the last piece that may say why
+
+    @property
+    def finish(self) -> str | None:
+        """Why the engine ended the answer, in its own word; None where it did not say. Of several choices, the last one's."""
+        found = (_FINISH if self._usage_by_option else _STOP).findall(self._finish)
+        return found[-1].decode() if found else None
 
     @property
     def tokens(self) -> int:
@@ -121,10 +131,13 @@ class StreamScan:
                 return b""
         if _MAYBE_ERROR in data or _ABORTED in data:
             data = self._until_error(data)
+        if self._usage_by_option and _FINISHED in data:
+            self._finish = data
         if self._mark in data:
             if self._usage_by_option:
                 data = self._usage_event(data)
             else:
+                self._finish = data
                 self.usage.read(data)
         if not self.complete:
             # At the start of a line only: elsewhere the same words may be generated text.

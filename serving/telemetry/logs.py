@@ -30,8 +30,16 @@ _MAX_PROCESSES = 256
 _MAX_TEXT = 16_384
 _CLOSE_S = 5.0
 
-# A key that strays into a message (an exception that shows headers) keeps its public id only.
-_SECRET = re.compile(r"(sk-steelyard-[0-9a-f]{8})-[A-Za-z0-9_-]+")
+# A key that strays into a message (an exception that shows headers) keeps its public id only; of other secrets nothing
+# stays but what they are.
+_SECRET = re.compile(
+    r"""(sk-steelyard-[0-9a-f]{8}-)[A-Za-z0-9_-]+
+      | ((?i:x-steelyard-secret|x-api-key|authorization)["']?\s*[:=]\s*b?["']?(?:(?i:bearer|basic)\s+)?)
+        (?!sk-steelyard-|(?i:bearer|basic)\s)[^\s"',]+
+      | (\bhf_)[A-Za-z0-9]{20,}
+      | ((?<=://)[^\s/:@]*:)[^\s/@]+(?=@)""",
+    re.X,
+)
 
 
 class RequestLine(msgspec.Struct, kw_only=True, gc=False):
@@ -56,11 +64,14 @@ class RequestLine(msgspec.Struct, kw_only=True, gc=False):
     attempts: int = 0
     queue_ms: float | None = None
     ttft_ms: float | None = None
+    itl_p50_ms: float | None = None  # as exact as the metric's buckets
+    itl_max_ms: float | None = None
     e2e_ms: float | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     aborted_tokens: int | None = None  # of an answer without an end, handed out until then, as its events tell
     events: int = 0
+    finish: str | None = None  # why the engine ended the answer, in its own word: stop, length, tool_calls, ...
     client_gone: bool = False
 
 
@@ -276,7 +287,12 @@ class _Lines:
 def _clean(text: str) -> str:
     # Lone surrogates (undecodable bytes in a path or header) would make the encoder refuse the whole line.
     cut = text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT] + "..."
-    return _SECRET.sub(r"\1-***", cut).encode("utf-8", "backslashreplace").decode()
+    return masked(cut).encode("utf-8", "backslashreplace").decode()
+
+
+def masked(text: str) -> str:
+    """The text without the secrets in it."""
+    return _SECRET.sub(lambda found: f"{next(filter(None, found.groups()), '')}***", text)
 
 
 def _claim(directory: Path, name: str) -> tuple[Path, FileLock]:

@@ -14,8 +14,9 @@ import importlib.metadata
 import platform
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import accumulate
 
 from prometheus_client import (
     CollectorRegistry,
@@ -93,18 +94,33 @@ class _ItlHistogram(Collector):
         yield HistogramMetricFamily(self.name, "", labels=["model", "version"])
 
 
+def quantile(q: float, bounds: Sequence[float], cumulative: Sequence[float]) -> float:
+    """The `q` quantile of a histogram, as Prometheus's `histogram_quantile` reads it: evenly spread within a bucket, and
+    the last finite bound for what lies beyond it. `cumulative[i]` observations were at most `bounds[i]`, the last of which
+    is infinity; NaN without any."""
+    total = cumulative[-1] if cumulative else 0
+    if total <= 0:
+        return float("nan")
+    at = bisect_left(cumulative, q * total)
+    if bounds[at] == float("inf"):
+        return bounds[at - 1] if at else float("nan")
+    low, below = (bounds[at - 1], cumulative[at - 1]) if at else (0.0, 0)
+    return low + (bounds[at] - low) * (q * total - below) / (cumulative[at] - below)
+
+
 class StreamMeter:
     """Times of one stream, kept per request and added to the shared metrics once, by `flush`.
 
     `started` and `now` are of one monotonic clock, in seconds.
     """
 
-    __slots__ = ("_counts", "_events", "_flushed", "_gaps", "_last", "_metrics", "_started", "first_at")
+    __slots__ = ("_counts", "_events", "_flushed", "_gaps", "_last", "_longest", "_metrics", "_started", "first_at")
 
     def __init__(self, metrics: ModelMetrics, gaps: _Gaps, events: Counter, started: float) -> None:
         self._metrics, self._gaps, self._events = metrics, gaps, events
         self._started = self._last = started
         self._counts = [0] * (len(ITL_S) + 1)
+        self._longest = 0.0
         self._flushed = False
         self.first_at: float | None = None
 
@@ -113,7 +129,10 @@ class StreamMeter:
         if self.first_at is None:
             self.first_at = self._last = now
             return
-        self._counts[bisect_left(ITL_S, now - self._last)] += 1
+        gap = now - self._last
+        self._counts[bisect_left(ITL_S, gap)] += 1
+        if gap > self._longest:
+            self._longest = gap
         self._last = now
 
     @property
@@ -125,6 +144,15 @@ class StreamMeter:
     def ttft_s(self) -> float | None:
         """Seconds from the start to the first chunk; None before it."""
         return None if self.first_at is None else self.first_at - self._started
+
+    @property
+    def itl_s(self) -> tuple[float, float] | None:
+        """Median and longest gap between two chunks, seconds; None before the second chunk. The median is read from the
+        histogram's buckets, so it is as exact as they are narrow; the longest is exact."""
+        if not any(self._counts):
+            return None
+        median = quantile(0.5, [*ITL_S, float("inf")], list(accumulate(self._counts)))
+        return min(median, self._longest), self._longest
 
     def flush(self) -> None:
         """The stream ended, however it did: add it to the metrics. A second call adds nothing."""

@@ -132,7 +132,7 @@ def known(text: str, whole: str) -> None:
             return
         assert name in command.commands, f"steelyard {whole}"
         command = command.commands[name]
-    options = {o for p in command.params for o in p.opts} | {"--help", "-h"}
+    options = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help", "-h"}
     if command.name != "doctor":  # its file knows its own
         assert {w.partition("=")[0] for w in words if w.startswith("--")} <= options, f"steelyard {whole}"
 

@@ -71,6 +71,8 @@ async def test_what_the_gateway_withholds_it_counts(gateway: Front) -> None:
     line = await gateway.line(answer.headers["x-request-id"])
     assert (line["completion_tokens"], line["prompt_tokens"] > 0, line["stream"]) == (6, True, True)
     assert line["events"] == len(events(answer.body))
+    assert line["finish"] in ("stop", "length")
+    assert 0 < line["itl_p50_ms"] <= line["itl_max_ms"] <= line["e2e_ms"]
     assert gateway.metric("steelyard_tokens_total", model="tiny", kind="completion") == 6
     assert gateway.metric("steelyard_stream_events_total", model="tiny") > 0
 
@@ -79,6 +81,7 @@ async def test_whole_answers_are_counted_too(gateway: Front) -> None:
     answer = await gateway.ask(body=chat())
     line = await gateway.line(answer.headers["x-request-id"])
     assert (line["completion_tokens"], line["stream"], line["events"]) == (6, False, 0)
+    assert (line["finish"], line["itl_max_ms"]) == (answer.json()["choices"][0]["finish_reason"], None)
     assert gateway.metric("steelyard_tokens_total", model="tiny", kind="completion") == 6
 
 

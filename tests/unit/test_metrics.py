@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.telemetry.metrics import ITL_S, TTFT_S, GatewayMetrics, merge, set_all, slo_verdict, unrested_gauges
+from serving.telemetry.metrics import (
+    ITL_S,
+    TTFT_S,
+    GatewayMetrics,
+    merge,
+    quantile,
+    set_all,
+    slo_verdict,
+    unrested_gauges,
+)
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -259,3 +268,21 @@ def test_merge_round_trips_through_the_parser(
     got = series(merge([(added, text)]))
     assert got.keys() == wanted.keys()
     assert all(math.isclose(got[key], wanted[key]) for key in wanted)
+
+
+def test_the_median_gap_is_of_the_buckets_and_the_longest_is_exact(metrics: GatewayMetrics) -> None:
+    meter = metrics.of("tiny", "v1").stream(0.0)
+    meter.chunk(1.0)
+    assert meter.itl_s is None
+    for now in (1.005, 1.010, 1.015, 4.0):
+        meter.chunk(now)
+    assert meter.itl_s is not None
+    median, longest = meter.itl_s
+    assert 0.004 <= median <= 0.006 and longest == pytest.approx(2.985)
+
+
+def test_a_quantile_is_read_as_prometheus_reads_it() -> None:
+    assert quantile(0.5, [1.0, 2.0, math.inf], [2, 4, 4]) == 1.0
+    assert quantile(0.75, [1.0, 2.0, math.inf], [2, 4, 4]) == 1.5
+    assert quantile(0.99, [1.0, 2.0, math.inf], [0, 0, 3]) == 2.0
+    assert math.isnan(quantile(0.5, [1.0, math.inf], [0, 0]))

@@ -13,7 +13,7 @@ from serving.engine.simulator.__main__ import _KEEP_ALIVE_S
 from serving.errors import EngineBroken
 from serving.gateway.connection import IDLE_S
 from serving.gateway.relay import MAX_EVENT_BYTES, StreamScan, error_event
-from serving.gateway.routes import SERVED
+from serving.gateway.routes import SERVED, Route
 
 CHAT = SERVED["/v1/chat/completions"]
 RESPONSES = SERVED["/v1/responses"]
@@ -90,6 +90,24 @@ def test_single_tokens_are_told_cheaply_and_treated_alike(end: bytes) -> None:
         assert fed(scan, *chunks) == tokens + (DONE if ok else b"")
         assert (scan.events, scan.complete, scan.died) == (4 + ok, ok, not ok)
         assert scan.usage.completion == (2 if ok else None)
+
+
+@pytest.mark.parametrize(
+    ("route", "stream", "why"),
+    [
+        (CHAT, token("so") + token("", finish_reason="length", stop_reason=None) + USAGE + DONE, "length"),
+        (CHAT, token("so") + token("", finish_reason="stop", stop_reason="secret") + USAGE + DONE, "stop"),
+        (CHAT, token(END_SLY) + token('"finish_reason":"no"') + DONE, None),
+        (MESSAGES, MESSAGE, "end_turn"),
+    ],
+)
+def test_why_an_answer_ended_is_the_engines_word_and_never_the_clients(
+    route: Route, stream: bytes, why: str | None
+) -> None:
+    for chunks in cuts(stream):
+        scan = StreamScan(route, withhold_usage=True)
+        fed(scan, *chunks)
+        assert scan.finish == why
 
 
 def test_whoever_asked_for_usage_gets_every_byte() -> None:

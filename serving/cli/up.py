@@ -312,7 +312,12 @@ def _wait(
     next_line = 0.0
     unhealthy: dict[str, float] = {}  # since when
     while stop is None or not stop.is_set():
-        table = cluster.snapshot()
+        try:
+            table = cluster.snapshot()
+        except cluster.ClusterError:  # it starts beside everything else on a machine that is busy with that
+            if time.monotonic() > deadline:
+                raise
+            continue
         for e in table.endpoints:
             if e.state is State.FAILED and e.version_id in wanted and e.started_at >= began - 1:
                 raise EngineError(e.reason)

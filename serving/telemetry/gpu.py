@@ -5,7 +5,7 @@ the time between two rounds. The utilisation that NVML is known for says only th
 decode loop, and is named so. docs/gpu.md tells what each figure means.
 
 What a GPU or a driver does not have has no series. A GPU that answers nothing is `steelyard_gpu_up 0`; its GPUs and
-the driver are looked for again until they are back. Every series says which replica of which version holds its GPU.
+the driver are looked for again until they are back. Every gauge says which replica of which version holds its GPU.
 """
 
 from __future__ import annotations
@@ -43,15 +43,21 @@ _HOST_PID_NAMESPACE = "pid:[4026531836]"  # the kernel's fixed number of the fir
 
 
 class Figure(NamedTuple):
-    """One family. Its labels come after those of `UNIT`."""
+    """One family. Its labels come after those of `UNIT`, and of `HOLDER` where it has them."""
 
     help: str
     kind: str = "gauge"  # or counter
     labels: tuple[str, ...] = ()
 
+    @property
+    def held(self) -> bool:
+        """Whether its series name the holder. A counter is the GPU's own: a series that ended when its holder died of
+        what it counts, and began again under another one, would show no increase."""
+        return self.kind == "gauge"
 
-# Which GPU or MIG instance, by UUID, and who holds it; several holders are joined by commas, empty is nobody.
-UNIT = ("gpu", "index", "mig", "name", "model", "version", "replica")
+
+UNIT = ("gpu", "index", "mig", "name")  # which GPU or MIG instance, by UUID
+HOLDER = ("model", "version", "replica")  # several are joined by commas, empty is nobody
 
 FIGURES: dict[str, Figure] = {
     "steelyard_gpu_up": Figure("1 while the GPU answers, 0 when it is lost or its driver is away."),
@@ -732,21 +738,19 @@ class GpuTelemetry:
         families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
         for name, figure in FIGURES.items():
             kind = CounterMetricFamily if figure.kind == "counter" else GaugeMetricFamily
-            families[name] = kind(name, figure.help, labels=[*UNIT, *figure.labels])
+            families[name] = kind(name, figure.help, labels=[*UNIT, *(HOLDER if figure.held else ()), *figure.labels])
         for shown in self._current():
             holders = self._holders.get(shown.uuid, ())
-            unit = [
-                shown.uuid,
-                shown.index,
-                shown.mig,
-                shown.name,
+            unit = [shown.uuid, shown.index, shown.mig, shown.name]
+            holder = [
                 ",".join(sorted({h.model for h in holders})),
                 ",".join(sorted({h.version for h in holders})),
                 ",".join(h.replica for h in holders),
             ]
-            families["steelyard_gpu_up"].add_metric(unit, float(shown.up))
+            families["steelyard_gpu_up"].add_metric([*unit, *holder], float(shown.up))
             for (name, labels), value in shown.values.items():
-                families[name].add_metric([*unit, *labels], value)
+                who = holder if FIGURES[name].held else []
+                families[name].add_metric([*unit, *who, *labels], value)
         yield from (f for f in families.values() if f.samples)
         yield GaugeMetricFamily(
             "steelyard_gpu_driver_up", "1 while this node's GPU driver answers.", value=float(self._page.driver)

@@ -183,8 +183,21 @@ def test_each_series_names_who_holds_its_gpu() -> None:
     node = Node(gpus=8).run(4, of("a", "0", "1"), of("b", "GPU-00000002"), of("c", "7", "9"))
     held = {own["index"]: own["replica"] for n, own, _ in node.series() if n == "steelyard_gpu_sm_active_ratio"}
     assert held == {"0": "a@v#1", "1": "a@v#1", "2": "b@v#1", "7": "c@v#1", "3": "", "4": "", "5": "", "6": ""}
-    unjoined = [n for n, own, _ in node.series() if own.get("index") == "0" and own["model"] != "a"]
-    assert not unjoined
+    of_0 = {n: own.get("model") for n, own, _ in node.series() if own.get("index") == "0"}
+    assert of_0 == {n: None if n.endswith("_total") else "a" for n in of_0}
+
+
+def test_a_counter_goes_on_when_its_gpu_changes_hands() -> None:
+    node = Node(gpus=1, events=(Event(at=9, gpu=0, xid=94, figures={"ecc_uncorrected": 2}),))
+    counted: list[list[dict[str, str]]] = []
+    for holders in ((of("a", "0"),), (), (of("a", "0", replica="a@v#2"),)):
+        node.run(12, *holders)
+        counted.append(
+            [own for n, own, _ in node.series() if n.endswith(("ecc_errors_total", "throttled_seconds_total"))]
+        )
+    assert counted[0] == counted[1] == counted[2] != []
+    assert node.one("steelyard_gpu_xid_errors_total", xid="94") == 1
+    assert node.one("steelyard_gpu_ecc_errors_total", severity="uncorrected", scope="volatile") == 2
 
 
 def test_an_engine_counts_gpus_as_ray_and_nvml_do() -> None:

@@ -45,7 +45,10 @@ class GpuExporter:
         self._node = ray.util.get_node_ip_address()
         self._secret = settings.secret()
         self._directory = directory.Client()
-        self._telemetry = GpuTelemetry(from_settings(settings.nvml_script))
+        here = ray.get_runtime_context().get_node_id()
+        node = next((n for n in ray.nodes() if n["NodeID"] == here), None)
+        counted = int(node["Resources"].get("GPU", 0)) if node else 0
+        self._telemetry = GpuTelemetry(from_settings(settings.nvml_script), expected=counted)
         self._replicas: dict[str, Endpoint] = {}
         threading.Thread(target=self._live, name="gpu-exporter", daemon=True).start()
 

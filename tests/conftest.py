@@ -11,7 +11,9 @@ HEAVY = ("engine", "ray", "gpu", "slow")
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.pluginmanager.hasplugin("xdist"):  # one at a time, and nobody knows the marker: `make gpu-check`
+        return
     for item in items:
         heavy = any(item.get_closest_marker(name) for name in HEAVY)
         item.add_marker(pytest.mark.xdist_group("machine" if heavy else str(Path(item.nodeid.split("::")[0]))))

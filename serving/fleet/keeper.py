@@ -10,6 +10,7 @@ config passes through here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Collection, Iterable, Mapping
@@ -74,13 +75,14 @@ def _set_exporters(started: dict[str, float]) -> None:
 
     from serving.fleet.directory import NAMESPACE  # it imports this
 
-    if not any(map(_has_gpus, ray.nodes())):
+    if not started and not any(map(_has_gpus, ray.nodes())):
         return
     nodes = {n["NodeID"] for n in staying() if _has_gpus(n)}
     names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == NAMESPACE]
     running = {n.removeprefix(_EXPORTER) for n in names if n.startswith(_EXPORTER)}
     for node in running - nodes:  # Ray ends a leaving node when the last actor is gone from it
-        ray.kill(ray.get_actor(_EXPORTER + node, namespace=NAMESPACE))
+        with contextlib.suppress(ValueError):  # it has just ended
+            ray.kill(ray.get_actor(_EXPORTER + node, namespace=NAMESPACE))
     for node in due_exporters(nodes, running, started, time.monotonic()):
         _start_exporter(node)
         log.info("a GPU exporter for node %s", node)

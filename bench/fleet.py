@@ -116,9 +116,9 @@ class Metrics:
     def replicas(self, model: str, *states: str) -> int:
         """Replicas of the model in these states (all, without any), as a gateway of the stack sees them."""
         seen: dict[str, float] = {}
-        for labels, value in self.series("steelyard_replicas", model=model):
+        for labels, value in self.series("steelyard_replicas", model=model, component="gateway"):
             if not states or labels["state"] in states:
-                seen[labels["gateway"]] = seen.get(labels["gateway"], 0.0) + value
+                seen[labels["instance"]] = seen.get(labels["instance"], 0.0) + value
         return int(max(seen.values(), default=0.0))
 
     def engines(self, name: str, model: str) -> dict[str, float]:

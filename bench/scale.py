@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import subprocess
 import sys
 import tempfile
 import time
@@ -132,8 +131,8 @@ def measure(part: Part, fleets: list[Fleet], bench: Bench, asked: Asked, result:
     run = partial(part.run, bench, *fleets, asked, BARS, result)
     try:
         run()
-    except (procs.StartFailed, subprocess.TimeoutExpired, OSError) as error:
-        bench.say(f"{', '.join(part.bars)}: {error}")
+    except Exception as error:  # also a fault of the bench's own: minutes of other parts are not to be lost by it
+        bench.say(f"{', '.join(part.bars)}: {type(error).__name__}: {error}")
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:

@@ -182,7 +182,9 @@ OVERVIEW = Dashboard(
         stat("First token, p95", "s", quantile(0.95, "steelyard_ttft_seconds", MODEL)),
         stat("Tokens made", "short", rate("steelyard_tokens_total", MODEL + MADE), "Each second."),
         stat("Waiting", "short", f"sum (steelyard_requests_waiting{{{MODEL}}})"),
-        stat("Alerts firing", "short", or_zero('count (ALERTS{alertname=~"Steelyard.+",alertstate="firing"})')),
+        stat(
+            "Alerts firing", "short", or_zero(f'count (ALERTS{{{JOB},alertname=~"Steelyard.+",alertstate="firing"}})')
+        ),
         Panel(
             "Requests by status",
             "reqps",
@@ -193,7 +195,7 @@ OVERVIEW = Dashboard(
         Panel(
             "Error budget burn",
             "short",
-            {f"{{{{model}}}} {w}": f'model:steelyard_slo_burn:rate{w}{{model=~"$model"}}' for w in ("5m", "1h")},
+            {f"{{{{model}}}} {w}": f"model:steelyard_slo_burn:rate{w}{{{MODEL}}}" for w in ("5m", "1h")},
             "1 spends the budget exactly within its period. 14.4 over an hour wakes somebody.",
         ),
         Panel(
@@ -250,10 +252,7 @@ MODELS = Dashboard(
         Panel(
             "Error budget burn",
             "short",
-            {
-                f"{{{{model}}}} {w}": f'model:steelyard_slo_burn:rate{w}{{model=~"$model"}}'
-                for w in ("5m", "1h", "6h", "3d")
-            },
+            {f"{{{{model}}}} {w}": f"model:steelyard_slo_burn:rate{w}{{{MODEL}}}" for w in ("5m", "1h", "6h", "3d")},
         ),
         stack(
             *("Rejections", "reqps", "steelyard_rejections_total", VERSION, "reason"),
@@ -346,7 +345,8 @@ ENGINES = Dashboard(
     ),
 )
 
-_RESERVED = rate("steelyard_gpu_seconds_total", GPU + ',state="reserved"', "model, version")
+# Tokens are counted in gateways, whatever node made them: what is divided by them is of all nodes too.
+_RESERVED = rate("steelyard_gpu_seconds_total", JOB + ',state="reserved"', "model, version")
 _IDLE = rate("steelyard_gpu_seconds_total", GPU + ',state="idle"', "model, version")
 _MADE = rate("steelyard_tokens_total", JOB + MADE, "model, version")
 
@@ -367,9 +367,9 @@ GPUS = Dashboard(
             "Cost of a million tokens",
             "currencyUSD",
             f"1e6 * $price / 3600 * {_RESERVED} / {_MADE}",
-            "Completion tokens, over all reserved GPU time.",
+            "Completion tokens, over all reserved GPU time of all nodes.",
         ),
-        by_version("Tokens a GPU-second", "short", f"{_MADE} / {_RESERVED}"),
+        by_version("Tokens a GPU-second", "short", f"{_MADE} / {_RESERVED}", "Of all nodes."),
         by_gpu("Power", "watt", f"steelyard_gpu_power_watts{{{GPU}}}"),
         Row("What they do"),
         by_gpu(

@@ -229,26 +229,28 @@ def ask_directory(method: str, *args: Any) -> Any:
 
 def deployed_apps() -> dict[str, dict[str, Any]]:
     """Application -> its part of the Serve config, as it was applied last."""
-    import ray
-    from ray.serve.context import _get_global_client
-
-    client = _get_global_client(raise_if_no_controller_running=False)
-    if client is None:
-        return {}
-    found = ray.get(client._controller.get_app_configs.remote(), timeout=10)
+    found = _ask_controller("get_app_configs") or {}
     return {name: schema.model_dump(exclude_unset=True) for name, schema in found.items()}
 
 
 def target_counts() -> dict[str, int]:
     """Application -> replicas that Serve steers its deployment to."""
+    found = (_ask_controller("get_serve_instance_details") or {"applications": {}})["applications"]
+    return {n: sum(d["target_num_replicas"] for d in a["deployments"].values()) for n, a in found.items()}
+
+
+def _ask_controller(method: str) -> Any:
+    """One call of Serve's controller; None while there is none."""
     import ray
     from ray.serve.context import _get_global_client
 
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is None:
-        return {}
-    found = ray.get(client._controller.get_serve_instance_details.remote(), timeout=10)["applications"]
-    return {n: sum(d["target_num_replicas"] for d in a["deployments"].values()) for n, a in found.items()}
+        return None
+    try:
+        return ray.get(getattr(client._controller, method).remote(), timeout=10)
+    except (ray.exceptions.RayError, TimeoutError) as e:
+        raise ClusterError(f"Serve does not answer: {type(e).__name__}", "try again in a moment") from None
 
 
 def app_statuses() -> dict[str, tuple[str, str]]:

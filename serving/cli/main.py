@@ -135,13 +135,14 @@ def status(state_dir: State = None, as_json: Json = False) -> None:
 
 
 def _troubles(table: Snapshot) -> Iterator[str]:
-    """A line for everything that is not as it should be: replicas, quarantines, prompts that end engines."""
+    """A line for everything that is not as it should be: replicas and quarantines."""
     now = time.time()
+    ready = {e.version_id for e in table.endpoints if e.state is endpoint.State.READY}
     for e in table.endpoints:
         if e.state in (endpoint.State.SUSPECT, endpoint.State.FAILED):
             yield f"{e.id} is {e.state}: {e.reason}\n"
     for version, facts in sorted(table.versions.items()):
-        for where, (until, crashes) in quarantines(facts, now).items():
+        for where, (until, crashes) in quarantines(facts, now, alone=version not in ready).items():
             yield (
                 f"{version} is quarantined on {where} for {until - now:.0f} s: {len(crashes)} failures, "
                 f"the last: {crashes[-1].reason}\n"

@@ -18,7 +18,7 @@ from serving.cli import bounds, cluster, up
 from serving.cli.bounds import Bounds
 from serving.cli.simulate import simulate
 from serving.cli.term import one_line_errors
-from serving.errors import ClusterError, OperatorError
+from serving.errors import OperatorError
 from serving.fleet import manifest, serve_policy
 from serving.fleet.directory import unpack
 from serving.fleet.endpoint import GATEWAY_APP
@@ -91,7 +91,7 @@ def set_(
             bounds.write(settings, kept | {name: new})
             try:
                 _apply(apps, name, new)
-            except ClusterError:
+            except Exception:
                 bounds.write(settings, kept)
                 raise
         said = f"{name}: {new.min} to {new.max} replicas (before: {old.min} to {old.max})"
@@ -110,16 +110,18 @@ def reset(
         _refuse_if_managed(settings, model)
         with _on_head(settings):
             apps, kept = cluster.deployed_apps(), bounds.read(settings)
-            name = _version(apps, model)
+            name = model if model in kept else _version(apps, model)
             if name not in kept:
                 raise OperatorError(f"{name} has no bounds of its own", "`steelyard scale set` gives some")
             catalog = up.load_catalog(settings)
             found = {f"{m.name}@{v.version}": v.scaling for m, v in catalog.versions()}.get(name)
-            if found is None:
+            if found is None and name in apps:
                 raise OperatorError(f"{settings.models} has no {name}", "name its catalog with --models")
+            if name in apps and found is not None:
+                _apply(apps, name, Bounds(min=found.min, max=found.max))
             bounds.write(settings, {n: b for n, b in kept.items() if n != name})
-            _apply(apps, name, Bounds(min=found.min, max=found.max))
-    print(f"{name}: {found.min} to {found.max} replicas, as its model file says")
+    back = f"{found.min} to {found.max} replicas, as its model file says" if found else "its bounds are forgotten"
+    print(f"{name}: {back}" + ("" if name in apps else "; it is not served"))
 
 
 # -- what is asked and told ----------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from serving.catalog.spec import Catalog
 from serving.cli import bounds, cluster
 from serving.cli.cluster import write_private
 from serving.engine.probe import check_arguments
-from serving.errors import EngineError, OperatorError, PortTaken
+from serving.errors import ClusterError, EngineError, OperatorError, PortTaken
 from serving.fleet import manifest
 from serving.fleet.endpoint import GATEWAY_APP, Snapshot, State
 from serving.gateway.keys import create_key
@@ -314,7 +314,7 @@ def _wait(
     while stop is None or not stop.is_set():
         try:
             table = cluster.snapshot()
-        except cluster.ClusterError:  # it starts beside everything else on a machine that is busy with that
+        except ClusterError:  # it starts beside everything else on a machine that is busy with that
             if time.monotonic() > deadline:
                 raise
             continue

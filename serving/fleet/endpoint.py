@@ -157,19 +157,23 @@ def retry_delay_s(facts: VersionFacts) -> float:
     return _doubling_s(facts.failures)
 
 
-def quarantined_until(facts: VersionFacts, spec: str, node: str, now: float) -> float:
+def quarantined_until(facts: VersionFacts, spec: str, node: str, now: float, *, alone: bool = False) -> float:
     """Epoch seconds until which the engine of that digest stays away from that node, where it failed while it served as often
-    as three times in ten minutes; 0 when it may start."""
+    as three times in ten minutes; 0 when it may start. `alone`: no replica of the version is ready."""
     there = [c for c in facts.crashes if c.spec == spec and c.node == node and now - c.at < CRASH_WINDOW_S]
     until = there[-1].at + _doubling_s(len(there)) if there else 0.0
+    if alone and there:
+        until = min(until, facts.crashes[-1].at + ALONE_LONGEST_S)
     return until if until > now else 0.0
 
 
-def quarantines(facts: VersionFacts, now: float) -> dict[str, tuple[float, tuple[Failure, ...]]]:
+def quarantines(
+    facts: VersionFacts, now: float, *, alone: bool = False
+) -> dict[str, tuple[float, tuple[Failure, ...]]]:
     """Node -> until when some engine of the version is quarantined there (epoch seconds), and its failures."""
     found = {}
     for spec, node in {(c.spec, c.node) for c in facts.crashes}:
-        until = quarantined_until(facts, spec, node, now)
+        until = quarantined_until(facts, spec, node, now, alone=alone)
         if until:
             found[node] = until, tuple(c for c in facts.crashes if (c.spec, c.node) == (spec, node))
     return found

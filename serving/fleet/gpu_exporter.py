@@ -14,6 +14,7 @@ import hmac
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,6 +30,7 @@ from serving.telemetry.nvml import from_settings
 log = logging.getLogger(__name__)
 
 EVERY_S = 2.0  # a round: below 1 % of a core for eight GPUs
+AGAIN_AFTER_S = 10.0  # what ends it may do so again, and each start costs a second of a core
 OLD_S = 6.0  # without the directory for so long, nobody knows what runs
 
 
@@ -43,7 +45,10 @@ class GpuExporter:
         self._node = ray.util.get_node_ip_address()
         self._secret = settings.secret()
         self._directory = directory.Client()
-        self._telemetry = GpuTelemetry(from_settings(settings.nvml_script))
+        here = ray.get_runtime_context().get_node_id()
+        node = next((n for n in ray.nodes() if n["NodeID"] == here), None)
+        counted = int(node["Resources"].get("GPU", 0)) if node else 0
+        self._telemetry = GpuTelemetry(from_settings(settings.nvml_script), expected=counted)
         self._replicas: dict[str, Endpoint] = {}
         threading.Thread(target=self._live, name="gpu-exporter", daemon=True).start()
 
@@ -53,7 +58,8 @@ class GpuExporter:
         except BaseException:
             log.exception("the GPU exporter of %s ended", self._node)
             self._process_log.close()
-            os._exit(1)  # Ray starts it again
+            time.sleep(AGAIN_AFTER_S)
+            os._exit(1)  # Ray starts it again, at once
 
     async def _run(self) -> None:
         url, _ = await listen(self._node, self._secret, self._telemetry.text)

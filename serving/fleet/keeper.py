@@ -10,7 +10,9 @@ config passes through here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import time
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -20,7 +22,10 @@ log = logging.getLogger(__name__)
 
 CHECK_EVERY_S = 1.0  # of the nodes: a call to the control store
 EXPORTERS_CHECK_EVERY_S = 2.0  # likewise; a leaving node waits for its exporter no longer
+EXPORTER_AGAIN_AFTER_S = 30.0  # one that did not start, e.g. with a bad script
 SERVE_CHECK_EVERY_S = 10.0  # of Serve's count when no node came or went: somebody may have applied another config
+
+_EXPORTER = "gpu-exporter-"  # and Ray's id of the node
 
 
 def wanted(nodes: int, per_node: int) -> int:
@@ -50,11 +55,11 @@ async def keep_gateways() -> None:
 
 async def keep_gpu_exporters() -> None:
     """Keeps an exporter on every node with GPUs that is alive and not leaving."""
-    exporters: dict[str, Any] = {}  # by Ray's id of the node
+    started: dict[str, float] = {}  # by Ray's id of the node
     troubled = False
     while True:
         try:
-            await asyncio.to_thread(_set_exporters, exporters)
+            await asyncio.to_thread(_set_exporters, started)
             troubled = False
         except Exception as e:  # the control store is away or slow: asked again in a moment
             if not troubled:
@@ -63,31 +68,47 @@ async def keep_gpu_exporters() -> None:
         await asyncio.sleep(EXPORTERS_CHECK_EVERY_S)
 
 
-def _set_exporters(exporters: dict[str, Any]) -> None:
+def _set_exporters(started: dict[str, float]) -> None:
+    """Ray says which there are: a directory that was restarted did not start those that run, and one whose start failed is
+    gone from the names, while its handle would look as before."""
     import ray
 
-    if not exporters and not any(map(_has_gpus, ray.nodes())):
+    from serving.fleet.directory import NAMESPACE  # it imports this
+
+    if not started and not any(map(_has_gpus, ray.nodes())):
         return
     nodes = {n["NodeID"] for n in staying() if _has_gpus(n)}
-    for node in exporters.keys() - nodes:  # Ray ends a leaving node when the last actor is gone from it
-        ray.kill(exporters.pop(node))
-    for node in nodes - exporters.keys():
-        exporters[node] = _exporter(node)
+    names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == NAMESPACE]
+    running = {n.removeprefix(_EXPORTER) for n in names if n.startswith(_EXPORTER)}
+    for node in running - nodes:  # Ray ends a leaving node when the last actor is gone from it
+        with contextlib.suppress(ValueError):  # it has just ended
+            ray.kill(ray.get_actor(_EXPORTER + node, namespace=NAMESPACE))
+    for node in due_exporters(nodes, running, started, time.monotonic()):
+        _start_exporter(node)
         log.info("a GPU exporter for node %s", node)
+
+
+def due_exporters(nodes: Collection[str], running: Collection[str], started: dict[str, float], now: float) -> list[str]:
+    """Nodes that get an exporter now; `started` remembers when each got its last one."""
+    for node in started.keys() - set(nodes):
+        del started[node]
+    due = [n for n in nodes if n not in running and now - started.get(n, float("-inf")) >= EXPORTER_AGAIN_AFTER_S]
+    started.update(dict.fromkeys(due, now))
+    return due
 
 
 def _has_gpus(node: Mapping[str, Any]) -> bool:
     return bool(node["Alive"] and node["Resources"].get("GPU", 0) > 0)
 
 
-def _exporter(node: str) -> Any:
+def _start_exporter(node: str) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from serving.fleet import directory, gpu_exporter  # one tells the other, and the directory imports this
 
     options = {
-        "name": f"gpu-exporter-{node}",
+        "name": _EXPORTER + node,
         "namespace": directory.NAMESPACE,
         "lifetime": "detached",
         "get_if_exists": True,
@@ -95,7 +116,7 @@ def _exporter(node: str) -> Any:
         "num_cpus": 0,
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
     }
-    return ray.remote(gpu_exporter.GpuExporter).options(**options).remote()
+    ray.remote(gpu_exporter.GpuExporter).options(**options).remote()
 
 
 def staying_nodes() -> frozenset[str]:

@@ -5,7 +5,7 @@ the time between two rounds. The utilisation that NVML is known for says only th
 decode loop, and is named so. docs/gpu.md tells what each figure means.
 
 What a GPU or a driver does not have has no series. A GPU that answers nothing is `steelyard_gpu_up 0`; its GPUs and
-the driver are looked for again until they are back. Every series says which replica of which version holds its GPU.
+the driver are looked for again until they are back. Every gauge says which replica of which version holds its GPU.
 """
 
 from __future__ import annotations
@@ -43,15 +43,21 @@ _HOST_PID_NAMESPACE = "pid:[4026531836]"  # the kernel's fixed number of the fir
 
 
 class Figure(NamedTuple):
-    """One family. Its labels come after those of `UNIT`."""
+    """One family. Its labels come after those of `UNIT`, and of `HOLDER` where it has them."""
 
     help: str
     kind: str = "gauge"  # or counter
     labels: tuple[str, ...] = ()
 
+    @property
+    def held(self) -> bool:
+        """Whether its series name the holder. A counter is the GPU's own: a series that ended when its holder died of
+        what it counts, and began again under another one, would show no increase."""
+        return self.kind == "gauge"
 
-# Which GPU or MIG instance, by UUID, and who holds it; several holders are joined by commas, empty is nobody.
-UNIT = ("gpu", "index", "mig", "name", "model", "version", "replica")
+
+UNIT = ("gpu", "index", "mig", "name")  # which GPU or MIG instance, by UUID
+HOLDER = ("model", "version", "replica")  # several are joined by commas, empty is nobody
 
 FIGURES: dict[str, Figure] = {
     "steelyard_gpu_up": Figure("1 while the GPU answers, 0 when it is lost or its driver is away."),
@@ -297,7 +303,8 @@ class Page(NamedTuple):
 class GpuTelemetry:
     """`round` is called by one thread at a time, everything else by any."""
 
-    def __init__(self, nvml: Nvml, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, nvml: Nvml, clock: Callable[[], float] = time.monotonic, expected: int = 0) -> None:
+        """`expected`: GPUs that Ray counts here, so that one which was lost before this began is missed."""
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._nvml = nvml
         self._clock = clock
@@ -306,7 +313,9 @@ class GpuTelemetry:
         self._retry_s = REOPEN_FIRST_S
         self._why = ""  # the driver is away; said once
         self._gpus: list[Gpu] = []
-        self._order: list[str] = []  # UUIDs of physical GPUs by index, which one that is lost keeps
+        self._expected = expected
+        self._order: list[str] = []  # UUIDs of physical GPUs by index, which one that is lost keeps; "" was never seen
+        self._gaps: tuple[int, ...] = ()  # places of GPUs that were lost before they were seen
         self._known: dict[str, Known] = {}  # UUID of a unit -> what it is
         self._driver = ""
         self._events: Handle | None = None
@@ -329,9 +338,9 @@ class GpuTelemetry:
         now = self._clock()
         try:
             missing = {k.physical for k in self._known.values()} - {g.whole.uuid for g in self._gpus if not g.lost}
-            if self._open and missing and now >= self._retry_at:
+            if self._open and (missing or self._gaps) and now >= self._retry_at:
                 self._close()
-            if self._open and not missing:
+            if self._open and not missing and not self._gaps:
                 self._retry_s = REOPEN_FIRST_S
             if not self._open and now >= self._retry_at:
                 self._retry_at, self._retry_s = now + self._retry_s, min(2 * self._retry_s, REOPEN_LONGEST_S)
@@ -348,13 +357,23 @@ class GpuTelemetry:
         self._driver = self._nvml.nvmlSystemGetDriverVersion()
         self._gpus = []
         self._events = self._maybe_events()
-        for index in range(self._nvml.nvmlDeviceGetCount()):
+        count = self._nvml.nvmlDeviceGetCount()
+        self._order += [""] * (max(count, self._expected) - len(self._order))
+        lost = False
+        for index in range(count):
             try:
-                self._gpus.append(self._found(index))
+                self._gpus.append(self._found(index, whole=count == len(self._order)))
             except pynvml.NVMLError as e:
                 if e.value in _AWAY:
                     raise
+                lost |= e.value in _LOST
                 self._say("", f"GPU {index}", e)  # the others are worth as much
+        if any(g.has_mig for g in self._gpus):  # Ray counts instances
+            self._expected = 0
+            while self._order and not self._order[-1]:
+                self._order.pop()
+        lost |= len(self._gpus) < self._expected  # without either, it is one that this user may not see
+        self._gaps = tuple(i for i, uuid in enumerate(self._order) if not uuid) if lost else ()
         self._open = True
         self._slow_at = float("-inf")
         if self._why:
@@ -365,13 +384,19 @@ class GpuTelemetry:
                 del self._known[uuid]
             self._known |= {u.uuid: Known(u.index, gpu.whole.uuid, u.mig, u.name, u.share) for u in gpu.units}
 
-    def _found(self, index: int) -> Gpu:
+    def _found(self, index: int, whole: bool) -> Gpu:
+        """`whole`: the driver counts all that there are; it counts anew when one is lost."""
         handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
         uuid = self._nvml.nvmlDeviceGetUUID(handle)
-        if uuid not in self._order:  # the driver counts anew when one is lost
-            self._order.append(uuid)
-        whole = Unit(str(self._order.index(uuid)), uuid, self._nvml.nvmlDeviceGetName(handle), handle)
-        gpu = Gpu(whole, [whole])
+        if uuid not in self._order:
+            place = index if whole else self._minor(handle, index)
+            free = [i for i, known in enumerate(self._order) if not known]
+            if free:
+                self._order[place if place in free else free[0]] = uuid
+            else:
+                self._order.append(uuid)
+        unit = Unit(str(self._order.index(uuid)), uuid, self._nvml.nvmlDeviceGetName(handle), handle)
+        gpu = Gpu(unit, [unit])
         mode = self._maybe(gpu, "mig", lambda: self._nvml.nvmlDeviceGetMigMode(handle))
         if mode is not None and mode[0] == pynvml.NVML_DEVICE_MIG_ENABLE:
             gpu.units = list(self._instances(gpu))
@@ -379,11 +404,20 @@ class GpuTelemetry:
         gpu.gpm = bool(support is not None and support.isSupportedDevice)
         if not gpu.gpm and ("", "gpm", 0) not in self._said:
             self._said.add(("", "gpm", 0))
-            log.info("%s has no GPM figures: all that is known of its activity is that a kernel ran", whole.name)
+            log.info("%s has no GPM figures: all that is known of its activity is that a kernel ran", unit.name)
         if self._events is not None:
             with contextlib.suppress(pynvml.NVMLError):
                 self._nvml.nvmlDeviceRegisterEvents(handle, pynvml.nvmlEventTypeXidCriticalError, self._events)
         return gpu
+
+    def _minor(self, handle: Handle, otherwise: int) -> int:
+        """The number of its device file: as the index while none is lost, and the same when one is."""
+        try:
+            return self._nvml.nvmlDeviceGetMinorNumber(handle)
+        except pynvml.NVMLError as e:
+            if e.value in _AWAY:
+                raise
+            return otherwise
 
     def _instances(self, gpu: Gpu) -> Iterator[Unit]:
         most = self._nvml.nvmlDeviceGetMaxMigDeviceCount(gpu.whole.handle)
@@ -646,12 +680,14 @@ class GpuTelemetry:
 
     def resolve(self, ids: Sequence[str]) -> list[str]:
         """UUIDs of the units that Ray calls so: by index in the order of the bus, or by (a part of) the UUID."""
-        known = dict(self._known)  # a round may go on beside this
-        by_index = list(known) if any(k.mig for k in known.values()) else self._order
+        known, order = dict(self._known), list(self._order)  # a round may go on beside this
+        by_index = order
+        if any(k.mig for k in known.values()):  # a GPU that came back is known anew, at its old place
+            by_index = sorted(known, key=lambda uuid: order.index(known[uuid].physical))
         found = []
         for i in ids:
             if i.isdigit():
-                found += [by_index[int(i)]] if int(i) < len(by_index) else []
+                found += [uuid for uuid in by_index[int(i) : int(i) + 1] if uuid]
             else:
                 found += [uuid for uuid in known if uuid.startswith(i)]
         return found
@@ -709,6 +745,7 @@ class GpuTelemetry:
         for uuid, known in self._known.items():
             if uuid not in seen:
                 shown.append(Shown(uuid, known.index, known.mig, known.name, False, self._xid_values(uuid)))
+        shown += [Shown("", str(i), "", "", False, {}) for i in self._gaps]
         self._page = Page(now, self._open, tuple(shown), dict(self._seconds))
 
     def _xid_values(self, uuid: str) -> Values:
@@ -732,21 +769,19 @@ class GpuTelemetry:
         families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
         for name, figure in FIGURES.items():
             kind = CounterMetricFamily if figure.kind == "counter" else GaugeMetricFamily
-            families[name] = kind(name, figure.help, labels=[*UNIT, *figure.labels])
+            families[name] = kind(name, figure.help, labels=[*UNIT, *(HOLDER if figure.held else ()), *figure.labels])
         for shown in self._current():
             holders = self._holders.get(shown.uuid, ())
-            unit = [
-                shown.uuid,
-                shown.index,
-                shown.mig,
-                shown.name,
+            unit = [shown.uuid, shown.index, shown.mig, shown.name]
+            holder = [
                 ",".join(sorted({h.model for h in holders})),
                 ",".join(sorted({h.version for h in holders})),
                 ",".join(h.replica for h in holders),
             ]
-            families["steelyard_gpu_up"].add_metric(unit, float(shown.up))
+            families["steelyard_gpu_up"].add_metric([*unit, *holder], float(shown.up))
             for (name, labels), value in shown.values.items():
-                families[name].add_metric([*unit, *labels], value)
+                who = holder if FIGURES[name].held else []
+                families[name].add_metric([*unit, *who, *labels], value)
         yield from (f for f in families.values() if f.samples)
         yield GaugeMetricFamily(
             "steelyard_gpu_driver_up", "1 while this node's GPU driver answers.", value=float(self._page.driver)

@@ -369,7 +369,7 @@ class GatewayMetrics:
         )
         self.key_expiry = Gauge(
             "steelyard_key_expiry_timestamp_seconds",
-            f"When a key expires, Unix time: of the {KEYS_SHOWN} soonest of those that are good now.",
+            f"When a key expires, Unix time: of the {KEYS_SHOWN} soonest, those that expired within the last day among them.",
             ["key"],
             registry=registry,
         )

@@ -281,6 +281,9 @@ class ScriptedNvml:
         gpu, instance = self._gpu("nvmlDeviceGetUUID", handle), self._instance(handle)
         return gpu.uuid if instance is None else instance[2]
 
+    def nvmlDeviceGetMinorNumber(self, handle: Handle) -> int:
+        return self._gpu("nvmlDeviceGetMinorNumber", handle).index
+
     def nvmlDeviceGetName(self, handle: Handle) -> str:
         self._gpu("nvmlDeviceGetName", handle)
         instance = self._instance(handle)

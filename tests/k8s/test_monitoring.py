@@ -70,11 +70,13 @@ def test_rules_are_those_of_the_repository_for_this_releases_job() -> None:
     found = chart.of("multi-model")
     (rule,) = chart.kind(found, "PrometheusRule")
     assert rule["metadata"]["labels"]["release"] == "kube-prometheus-stack"
+    job = scrape(found)["spec"]["jobName"]
+    assert job == f"{chart.NAMESPACE}-steelyard", "another namespace's release of the same name is another job"
     wanted = []
     for name in ("recording", "alerts"):
-        wanted += yaml.safe_load((chart.ROOT / "deploy" / "observability" / f"{name}.yml").read_text())["groups"]
-    assert rule["spec"]["groups"] == wanted, "the release's job has the name that the rules look for"
-    assert scrape(found)["spec"]["jobName"] == "steelyard"
+        text = (chart.ROOT / "deploy" / "observability" / f"{name}.yml").read_text()
+        wanted += yaml.safe_load(text.replace('job="steelyard"', f'job="{job}"'))["groups"]
+    assert rule["spec"]["groups"] == wanted
 
 
 def test_rules_of_a_release_of_another_name_look_for_its_job() -> None:
@@ -84,7 +86,7 @@ def test_rules_of_a_release_of_another_name_look_for_its_job() -> None:
     (config,) = yaml.safe_load_all(rendered["steelyard/templates/scrapeconfig.yaml"])
     job = config["spec"]["jobName"]
     asked = [r["expr"] for group in rule["spec"]["groups"] for r in group["rules"]]
-    assert job == "llm-steelyard" and not any('job="steelyard"' in expr for expr in asked)
+    assert job == f"{chart.NAMESPACE}-llm-steelyard" and not any('job="steelyard"' in expr for expr in asked)
     assert sum(f'job="{job}"' in expr for expr in asked) > 20
 
 

@@ -105,8 +105,12 @@ def test_rules_ask_for_series_that_there_are() -> None:
     for group in (*RULES["recording"], *RULES["alerts"]):
         for rule in group["rules"]:
             assert asked(rule["expr"]) <= known, rule
-            selected = re.findall(r"(?:steelyard_|vllm:)\w+(\{[^}]*\})?", re.sub(r"model\w*:[\w:]+", "", rule["expr"]))
-            assert all('job="steelyard"' in s for s in selected), f"{rule}: a selector without the job"
+            selected = re.findall(
+                r"(?<![\w:])(?:(?:steelyard_|vllm:|model\w*:)[\w:]+|up)(?![\w:])(\{[^}]*\})?", rule["expr"]
+            )
+            assert selected and all('job="steelyard"' in s for s in selected), f"{rule}: a selector without the job"
+            grouped = re.findall(r"\b(?:by|on) \(([^)]*)\)", rule["expr"])
+            assert all(g.startswith("job") for g in grouped), f"{rule}: two clusters in one Prometheus become one"
 
 
 def test_dashboards_are_fresh() -> None:
@@ -143,6 +147,8 @@ def test_dashboards_ask_for_series_that_there_are(name: str) -> None:
     for panel in panels(LOADED[name]):
         for target in panel["targets"]:
             assert asked(target["expr"]) <= known, panel["title"]
+            selected = re.findall(r"(?:steelyard_|vllm:|model\w*:|ALERTS)[\w:]*(\{[^}]*\})?", target["expr"])
+            assert all('job="$job"' in s for s in selected), f"{panel['title']}: a selector without the job"
 
 
 def test_every_series_that_processes_have_is_in_the_documentation() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 
 from bench import contention, scale
 from bench.contention import Script, growth_mib, retry_factors, served_by_party, waiting_shares, waits_s
@@ -16,18 +17,26 @@ from bench.plan import Asked
 from bench.recording import Recording
 from bench.report import Report
 from bench.stream import Answer
+from serving.fleet.endpoint import Target
+from serving.telemetry.metrics import GatewayMetrics, merge
 
 TTFT_S = contention.TTFT_MS / 1e3
-EXPOSITION = """
-steelyard_replicas{gateway="g1",model="busy",version="v1",state="READY"} 3
-steelyard_replicas{gateway="g1",model="busy",version="v1",state="DRAINING"} 1
-steelyard_replicas{gateway="g2",model="busy",version="v1",state="READY"} 2
-steelyard_replicas{gateway="g1",model="other",version="v1",state="READY"} 9
-vllm:num_requests_running{replica="a",model="busy"} 8
-vllm:num_requests_running{replica="b",model="busy"} 0
-vllm:num_requests_waiting{replica="a",model="busy"} 2
-vllm:num_requests_waiting{replica="b",model="busy"} 0
-"""
+
+
+def exposition() -> str:
+    """What `/metrics` says of two gateways and two engines."""
+    texts = []
+    for name, ready, draining in (("g1", 3, 1), ("g2", 2, 0)):
+        metrics = GatewayMetrics(CollectorRegistry())
+        metrics.replicas.labels("busy", "v1", "READY").set(ready)
+        metrics.replicas.labels("busy", "v1", "DRAINING").set(draining)
+        metrics.replicas.labels("other", "v1", "READY").set(9)
+        texts.append((Target(id=f"gateway#{name}", component="gateway", url="", node="n1").joined, metrics.text()))
+    for replica, running, waiting in (("a", 8, 2), ("b", 0, 0)):
+        text = f'vllm:num_requests_running{{model_name="x"}} {running}\nvllm:num_requests_waiting{{model_name="x"}} {waiting}\n'
+        labels = {"model": "busy", "version": "v1", "replica": replica}
+        texts.append((Target(id=replica, component="engine", url="", node="n1", labels=labels).joined, text))
+    return merge(texts)
 
 
 def served(due: float, waited: float, party: int = 0) -> Answer:
@@ -99,7 +108,7 @@ def test_streams_on_those_that_go_are_what_the_busiest_do_not_carry() -> None:
 
 
 def test_metrics_are_read_by_name_and_label() -> None:
-    metrics = Metrics(EXPOSITION)
+    metrics = Metrics(exposition())
     assert metrics.replicas("busy") == 4
     assert metrics.replicas("busy", "READY") == 3
     assert metrics.replicas("nobody") == 0
@@ -124,15 +133,16 @@ def test_every_bar_belongs_to_one_part() -> None:
     assert [name for part in scale.PARTS for name in part.bars] == list(scale.BARS)
 
 
-def test_a_part_that_fails_misses_its_own_bars_and_no_others() -> None:
+@pytest.mark.parametrize("error", [OSError("gone"), KeyError("gateway")])
+def test_a_part_that_fails_misses_its_own_bars_and_no_others(error: Exception) -> None:
     def breaks(*_: Any) -> None:
-        raise OSError("gone")
+        raise error
 
     said: list[str] = []
     bench = type("Bench", (), {"say": staticmethod(said.append)})
     part = scale.Part(("fairness_gap",), breaks, (), ())
     scale.measure(part, [], bench, Asked(quick=False, only=frozenset()), Report())  # type: ignore[arg-type]
-    assert said == ["fairness_gap: gone"]
+    assert said == [f"fairness_gap: {type(error).__name__}: {error}"]
 
 
 def test_recordings_keep_status_promise_and_party() -> None:

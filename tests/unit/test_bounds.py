@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import stat
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from serving.catalog.spec import Catalog, ModelSpec
-from serving.cli import bounds, cluster, scale
+from serving.cli import bounds, cluster, scale, up
 from serving.cli.bounds import Bounds
 from serving.errors import OperatorError
 from serving.fleet import manifest
@@ -58,6 +59,41 @@ def test_bounds_set_at_run_time_are_served_as_a_later_up_serves_them(settings: S
     assert apps == served(bounds.laid_over(of_file, settings)[0])
     scale.set_bounds(apps, "m@a", Bounds(min=0, max=2))
     assert apps == served(of_file), "and nothing is lost on the way back"
+
+
+@pytest.fixture
+def on_head(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """A head that serves `m@a` and `m@b`, and takes no other config."""
+
+    def refuses(*_: Any) -> None:
+        raise TimeoutError("Serve")
+
+    monkeypatch.setattr(scale, "_on_head", contextlib.nullcontext)
+    monkeypatch.setattr(scale, "_apply", refuses)
+    monkeypatch.setattr(cluster, "deployed_apps", lambda: served(catalog(min=1, max=2)))
+    monkeypatch.setattr(up, "load_catalog", lambda _: catalog(min=1, max=2))
+    return settings
+
+
+def test_bounds_that_were_not_applied_are_not_kept(on_head: Settings) -> None:
+    with pytest.raises(TimeoutError):
+        scale.set_("m@a", min_=2, state_dir=on_head.state_dir)
+    assert bounds.read(on_head) == {}
+    kept = {"m@a": Bounds(min=2, max=2)}
+    bounds.write(on_head, kept)
+    with pytest.raises(TimeoutError):
+        scale.reset("m@a", state_dir=on_head.state_dir)
+    assert bounds.read(on_head) == kept
+
+
+def test_bounds_of_a_version_that_left_the_catalog_can_be_forgotten(
+    on_head: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = {"m@a": Bounds(min=2, max=2)}
+    bounds.write(on_head, kept | {"old@v": Bounds(min=2, max=3)})
+    scale.reset("old@v", state_dir=on_head.state_dir)
+    assert bounds.read(on_head) == kept
+    assert capsys.readouterr().out == "old@v: its bounds are forgotten; it is not served\n"
 
 
 def test_commands_that_change_what_is_served_take_turns(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

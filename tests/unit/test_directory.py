@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -327,15 +328,20 @@ def test_what_a_gateway_saw_of_engines_that_died_is_told_at_once() -> None:
     assert not table.announce_gateway(died, 0)
 
 
-def test_status_names_what_is_wrong() -> None:
-    table = Table(0)
+def test_status_names_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.cli.main.time", SimpleNamespace(time=lambda: 1000.0))
+    table = Table(0, lambda: 1000.0)
     table.announce(endpoint("odd", State.SUSPECT, reason="stuck: no step for 4.0 s with 2 inside", fault="stuck"), 0)
     for i in range(3):
         crashed(table, f"r{i}")
     table.announce(endpoint("r0", State.STOPPED), 0)
     lines = list(_troubles(table.snapshot(0)))
     assert lines[0] == "odd is SUSPECT: stuck: no step for 4.0 s with 2 inside\n"
-    assert lines[-1].startswith("m@v is quarantined on n1 for ") and "3 failures, the last: stuck: no step" in lines[-1]
+    assert lines[-1].startswith("m@v is quarantined on n1 for 5 s: 3 failures, the last: stuck: no step"), (
+        "nobody serves"
+    )
+    table.announce(endpoint("well", node="n2"), 0)
+    assert "m@v is quarantined on n1 for 10 s" in "".join(_troubles(table.snapshot(0)))
 
 
 def test_start_times_and_changes_outlive_the_directory(tmp_path: Path) -> None:

@@ -33,10 +33,10 @@ Series = tuple[str, dict[str, str], float]
 class Node:
     """A scripted node under its exporter, with a clock set by hand."""
 
-    def __init__(self, **script: Any) -> None:
+    def __init__(self, expected: int = 0, **script: Any) -> None:
         self.now = 1000.0
         self.nvml = ScriptedNvml(Script(**{"gpus": 2, **script}), lambda: self.now)
-        self.gpus = GpuTelemetry(self.nvml, lambda: self.now)
+        self.gpus = GpuTelemetry(self.nvml, lambda: self.now, expected)
         self.gpus.round()
         self._read_at, self._read = 0.0, list[Series]()
 
@@ -183,8 +183,21 @@ def test_each_series_names_who_holds_its_gpu() -> None:
     node = Node(gpus=8).run(4, of("a", "0", "1"), of("b", "GPU-00000002"), of("c", "7", "9"))
     held = {own["index"]: own["replica"] for n, own, _ in node.series() if n == "steelyard_gpu_sm_active_ratio"}
     assert held == {"0": "a@v#1", "1": "a@v#1", "2": "b@v#1", "7": "c@v#1", "3": "", "4": "", "5": "", "6": ""}
-    unjoined = [n for n, own, _ in node.series() if own.get("index") == "0" and own["model"] != "a"]
-    assert not unjoined
+    of_0 = {n: own.get("model") for n, own, _ in node.series() if own.get("index") == "0"}
+    assert of_0 == {n: None if n.endswith("_total") else "a" for n in of_0}
+
+
+def test_a_counter_goes_on_when_its_gpu_changes_hands() -> None:
+    node = Node(gpus=1, events=(Event(at=9, gpu=0, xid=94, figures={"ecc_uncorrected": 2}),))
+    counted: list[list[dict[str, str]]] = []
+    for holders in ((of("a", "0"),), (), (of("a", "0", replica="a@v#2"),)):
+        node.run(12, *holders)
+        counted.append(
+            [own for n, own, _ in node.series() if n.endswith(("ecc_errors_total", "throttled_seconds_total"))]
+        )
+    assert counted[0] == counted[1] == counted[2] != []
+    assert node.one("steelyard_gpu_xid_errors_total", xid="94") == 1
+    assert node.one("steelyard_gpu_ecc_errors_total", severity="uncorrected", scope="volatile") == 2
 
 
 def test_an_engine_counts_gpus_as_ray_and_nvml_do() -> None:
@@ -304,6 +317,38 @@ def test_a_lost_gpu_is_down_is_still_paid_for_and_comes_back(caplog: pytest.LogC
     assert caplog.text.count("does not answer any more") == 1
 
 
+@pytest.mark.parametrize("counted", [True, False], ids=["refused", "left out"])
+def test_a_gpu_that_was_lost_before_the_exporter_began_keeps_its_place(
+    counted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if counted:  # the driver has it in its count and refuses it by index
+        monkeypatch.setattr(ScriptedNvml, "nvmlDeviceGetCount", lambda nvml: len(nvml._gpus))
+        monkeypatch.setattr(ScriptedNvml, "nvmlDeviceGetHandleByIndex", lambda nvml, i: nvml._gpus[i].handle)
+    faults = (Event(at=0, gpu=1, lost=True), Event(at=50, gpu=1, lost=False))
+    node = Node(expected=0 if counted else 4, gpus=4, figures=Figures(sm=0.5), events=faults)
+    node.run(10, of("a", "2"), of("b", "1"))
+    assert {own["index"]: v for n, own, v in node.series() if n == "steelyard_gpu_up"} == {
+        **{"0": 1, "2": 1, "3": 1},
+        "1": 0,
+    }
+    assert node.one("steelyard_gpu_sm_active_ratio", model="a", index="2") == 0.5
+    assert node.gpus.resolve(["3"])[0].startswith("GPU-00000003") and node.gpus.resolve(["1"]) == []
+    node.run(200, of("a", "2"), of("b", "1"))
+    assert node.all("steelyard_gpu_up") == [1] * 4
+    assert node.one("steelyard_gpu_sm_active_ratio", model="b", index="1") == 0.5
+
+
+def test_a_mig_instance_keeps_its_number_when_a_gpu_was_away() -> None:
+    faults = (Event(at=10, gpu=0, lost=True), Event(at=50, gpu=0, lost=False))
+    node = Node(expected=4, gpus=2, mig=((7, 1), (3, 2)), events=faults)
+    before = node.gpus.resolve(["0", "1", "2", "3"])
+    node.run(40)
+    assert node.gpus.resolve(["0", "1", "2", "3"]) == before
+    node.run(200)
+    assert node.gpus.resolve(["0", "1", "2", "3"]) == before
+    assert len(set(before)) == 4 and node.all("steelyard_gpu_up") == [1] * 6
+
+
 def test_a_driver_that_restarts_is_found_again(caplog: pytest.LogCaptureFixture) -> None:
     node = Node(events=(Event(at=5, driver=False), Event(at=40, driver=True)))
     with caplog.at_level(logging.INFO, telemetry.__name__):
@@ -411,7 +456,7 @@ def test_the_driver_has_every_function_that_the_script_plays() -> None:
 
 def test_a_round_of_eight_gpus_costs_little() -> None:
     """Our own part of it: less than 1 % of a core, with room for a slow machine and the driver's part."""
-    node = Node(**{"gpus": 8, "figures": NODES["h200x8"].figures}).run(20)
+    node = Node(gpus=8, figures=NODES["h200x8"].figures).run(20)
     began = time.process_time()
     node.run(100, *(of("m", str(i), replica=f"m#{i}") for i in range(8)))
     assert (time.process_time() - began) / 50 < 0.01 * EVERY_S

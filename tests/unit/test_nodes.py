@@ -177,6 +177,18 @@ def test_gateways_become_fewer_once_serve_knows_whose_node_is_gone(
     assert bool(keeper.strays(found, {"stays"})) is waits
 
 
+def test_a_gpu_exporter_that_did_not_start_is_started_again_but_not_in_a_loop() -> None:
+    started: dict[str, float] = {}
+    due = lambda running, now, nodes=("a", "b"): keeper.due_exporters(nodes, running, started, now)  # noqa: E731
+    assert sorted(due([], 0.0)) == ["a", "b"]
+    assert due(["a"], 2.0) == due(["a"], 28.0) == []
+    assert due(["a"], 30.0) == ["b"] and due(["a"], 32.0) == []
+    assert due([], 40.0) == ["a"], "one that ran and is gone"
+    assert due(["a"], 41.0, ("a",)) == [] and due(["a"], 42.0) == ["b"], (
+        "a node that left and came back waits for nothing"
+    )
+
+
 def test_keys_of_the_head_open_another_node_until_they_are_revoked(tmp_path: Path) -> None:
     head, copy = tmp_path / "keys.json", tmp_path / "copy.json"
     key, token = keys.create_key(head, name="a", scopes=["infer:*"], now=NOW)

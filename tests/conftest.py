@@ -1,5 +1,5 @@
-"""Two processes at once (`make test`): what starts Ray, engines or machines runs in one, one after the other; the rest beside
-it, whole files at a time. Two engines at once on two cores would make each other late."""
+"""Two processes at once (`make test`): what deploys and clusters machines runs in one, what starts engines in the other, each one
+after the other, and then the rest, whole files at a time. Two engines at once on two cores would make each other late."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+MACHINES = ("tests/deploy/", "tests/fleet/")
 LIGHT = ("tests/unit/", "tests/gateway/", "tests/k8s/")
 
 
@@ -17,6 +18,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return nodeid.split("::")[0] if nodeid.startswith(LIGHT) else "machine"
+            if nodeid.startswith(LIGHT):
+                return nodeid.split("::")[0]
+            return "machines" if nodeid.startswith(MACHINES) else "engines"
 
     return Scheduling(config, log)

@@ -39,8 +39,9 @@ _MOVING = (
     *(_ITERATIONS, "vllm:generation_tokens_total", "vllm:prompt_tokens_total", "vllm:prefix_cache_queries_total"),
     *("vllm:num_preemptions_total", _RUNNING, _WAITING, _KV),
 )
-# Of all the engine's series only these: the whole text costs 10 ms of its event loop, this a fraction of one.
-VITALS_QUERY = "&".join(f"name[]={name}" for name in (*_MOVING, _AWAKE))
+# Of all the engine's series only these: the whole text costs 10 ms of its event loop, this a fraction of one. The slash leads
+# past vLLM's first handler of /metrics, which knows no names, to prometheus_client's own.
+VITALS_PATH = "/metrics/?" + "&".join(f"name[]={name}" for name in (*_MOVING, _AWAKE))
 _SAMPLE = re.compile(rf"^({'|'.join(map(re.escape, (*_MOVING, _AWAKE)))})(?:\{{(.*)\}})? (\S+)$", re.M)
 
 

@@ -91,7 +91,7 @@ class Watch:
         if idle and now - self._counted_at < IDLE_EVERY_S:
             return None
         with contextlib.suppress(*_TROUBLE):
-            async with asyncio.timeout(LOOK_S), self._http.get(f"{self._url}/metrics?{stats.VITALS_QUERY}") as r:
+            async with asyncio.timeout(LOOK_S), self._http.get(self._url + stats.VITALS_PATH) as r:
                 found = stats.vitals(await r.text()) if r.status == 200 else None
             self._counted_at, self._counted_entered, self._vitals = now, self._entered, found
             if found is not None:

@@ -143,7 +143,7 @@ def _observed(load: Load, limits: Limits, memory: Memory, now: float) -> tuple[M
     mean = min(mean, judged + OUTLIER * _noise(memory))  # what has fallen further is waited for by the window alone
     if demand == 0 and mean < 0.5:
         mean = 0.0  # less than a request: an exponential mean never gets there by itself
-    learned = _learned(memory, load, demand, _share(gap, watched, SPREAD_S))
+    learned = _learned(memory, load, demand, _share(gap, watched, max(1.0, min(SPREAD_S, limits.scale_down_after_s))))
     memory = msgspec.structs.replace(
         learned,
         seen_at=now,

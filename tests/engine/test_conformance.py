@@ -421,9 +421,9 @@ def test_metrics_have_the_names_and_types_we_read(engine: Engine) -> None:
 
 
 def test_vitals_are_had_alone_and_move_with_every_step(engine: Engine) -> None:
-    before = stats.vitals(engine.get(f"/metrics?{stats.VITALS_QUERY}").body.decode())
+    before = stats.vitals(engine.get(stats.VITALS_PATH).body.decode())
     engine.post(CHAT, chat())
-    page = engine.get(f"/metrics?{stats.VITALS_QUERY}").body.decode()
+    page = engine.get(stats.VITALS_PATH).body.decode()
     assert len([line for line in page.splitlines() if not line.startswith("#")]) <= 12
     after = stats.vitals(page)
     assert before is not None and after is not None

@@ -130,7 +130,9 @@ async def test_a_key_has_so_many_tokens_a_minute(gateway: Front, key: Made) -> N
 async def test_a_refused_request_costs_its_key_nothing(gateway: Front, key: Made) -> None:
     token = key(tokens_per_minute=100)
     for _ in range(5):
-        assert (await gateway.ask(body=chat(max_tokens=60, n=2), key=token)).status == 400
+        assert (
+            await gateway.ask(body=chat(max_tokens=60, stream_options={"include_usage": True}), key=token)
+        ).status == 400
     assert (await gateway.ask(body=chat(max_tokens=60), key=token)).status == 200
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from serving.engine.stats import VITALS_QUERY, kv_tokens, vitals
+from serving.engine.stats import VITALS_PATH, kv_tokens, vitals
 
 
 @pytest.mark.parametrize(
@@ -43,4 +43,4 @@ vllm:engine_sleep_state{engine="0",model_name="m",sleep_state="discard_all"} 0.0
     slept = vitals(text.replace('"awake"} 1.0', '"awake"} 0.0'))
     assert slept is not None and slept.asleep
     assert vitals("process_cpu_seconds_total 1.0\n") is None
-    assert "num_requests_running" in VITALS_QUERY
+    assert "num_requests_running" in VITALS_PATH

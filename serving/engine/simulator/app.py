@@ -60,6 +60,7 @@ class App:
             "/health": {"GET": self._health},
             "/ping": {"GET": self._health, "POST": self._health},
             "/metrics": {"GET": self._metrics},
+            "/metrics/": {"GET": self._metrics},
             "/version": {"GET": self._version},
             "/load": {"GET": self._server_load},
             "/-/sins": {"POST": self._take_sins},

@@ -212,6 +212,11 @@ def down(settings: Settings, say: Say, timeout_s: float = 60.0) -> None:
         raise OperatorError(
             f"pid {pid} did not stop within {timeout_s:g} s", f"kill -9 {pid} ends everything"
         ) from None
+    except (
+        psutil.NoSuchProcess,
+        FileNotFoundError,
+    ):  # it ended in this instant: some kernels have no pidfd of it any more
+        pass
     say("stopped")
 
 

@@ -9,7 +9,7 @@ import pytest
 from tests.stack import ROOT, Stack, stack
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # gone before other packages run
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """What `make serve` starts: the shipped catalog on real vLLM engines."""
     with stack(tmp_path_factory.mktemp("real") / "state", profile="cpu", models=ROOT / "models") as running:

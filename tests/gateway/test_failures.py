@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from serving.fleet.endpoint import State
+from serving.gateway import routing
 from tests.gateway.harness import (
     CHAT,
     SECRET,
@@ -64,7 +65,8 @@ async def test_an_engine_that_refuses_connections_is_passed_over(front: Front, r
     assert front.metric("steelyard_upstream_attempts_total", outcome="connect_error") == 1
 
 
-async def test_it_is_left_alone_for_a_while(front: Front, room: EngineRoom) -> None:
+async def test_it_is_left_alone_for_a_while(front: Front, room: EngineRoom, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "BROKEN_PAUSE_S", 60.0)  # however busy this machine is
     front.serve(refusing(), room.shared())
     for _ in range(5):
         assert (await front.ask(body=chat())).status == 200

@@ -77,7 +77,9 @@ async def spend(gpus: GpuTelemetry) -> None:
 
 async def test_every_query_evaluates_and_has_data(tmp_path: Path) -> None:
     keys, room = Keys.make(tmp_path / "keys.json"), EngineRoom(tmp_path)
-    gpus = GpuTelemetry(ScriptedNvml(Script(gpus=2, events=(Event(at=1, gpu=0, xid=74),)), time.monotonic))
+    gpus = GpuTelemetry(
+        ScriptedNvml(Script(gpus=2, events=tuple(Event(at=s, gpu=0, xid=74) for s in (1, 4, 8, 16))), time.monotonic)
+    )
     known = directory()
 
     async def told() -> str:

@@ -24,7 +24,6 @@ from prometheus_client import CollectorRegistry
 
 from serving.fleet import history, keeper
 from serving.fleet.endpoint import (
-    ALONE_LONGEST_S,
     CRASH_WINDOW_S,
     CRASHES_KEPT,
     Endpoint,
@@ -149,12 +148,8 @@ class Table:
         that node, again and again, while it served."""
         facts, now = self.facts(version_id), self._wall()
         delay_s = facts.failed_at + retry_delay_s(facts) - now if facts.spec == spec else 0.0
-        away_s = quarantined_until(facts, spec, node, now) - now
-        if away_s > 0 and not any(
-            e.version_id == version_id and e.state is State.READY for e, _ in self._endpoints.values()
-        ):
-            away_s = min(away_s, facts.crashes[-1].at + ALONE_LONGEST_S - now)
-        return max(0.0, delay_s, away_s)
+        alone = not any(e.version_id == version_id and e.state is State.READY for e, _ in self._endpoints.values())
+        return max(0.0, delay_s, quarantined_until(facts, spec, node, now, alone=alone) - now)
 
     def quarantined(self) -> dict[tuple[str, str], float]:
         """(version id, node) -> seconds that are left."""

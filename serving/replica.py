@@ -31,12 +31,12 @@ from ray import serve
 
 from serving.catalog import weights
 from serving.engine import command, stats
-from serving.engine.command import EngineSpec
+from serving.engine.command import EngineSpec, Traces
 from serving.engine.door import CLOSE_PATH, SECRET_HEADER, STATUS_PATH
 from serving.engine.health import Judgement, Limits
 from serving.engine.process import EngineProcess
 from serving.engine.watch import Watch, generates
-from serving.errors import EngineError, WeightsError
+from serving.errors import EngineError, OperatorError, WeightsError
 from serving.fleet import directory
 from serving.fleet.endpoint import Endpoint, State, advance
 from serving.settings import inherited_environment, load_settings
@@ -209,6 +209,7 @@ class EngineReplica:
             parent_pid=os.getpid(),
             environ=inherited_environment(),
             sockets=self._settings.runtime_dir,
+            traces=self._traces(),
         )
         folder = self._settings.log_dir / "engines" / self.spec.id
         engine = EngineProcess(cmd, folder / f"{_replica_tag()}.{attempt}.log", self._engine_exited)
@@ -237,6 +238,24 @@ class EngineReplica:
         self._watch = Watch(self._http, url, self.spec.served_names[0], lambda: engine.alive)
         self._tasks.append(asyncio.create_task(self._watch_while_up(self._watch)))
         log.info("%s: ready at %s after %.1f s", self._id, url, time.monotonic() - began)
+
+    def _traces(self) -> Traces | None:
+        """Where the engine's spans go; None where no collector is set."""
+        settings = self._settings
+        if settings.otlp_endpoint is None:
+            return None
+        try:
+            headers = settings.otlp_headers()
+        except OperatorError as e:
+            log.error("%s: its engine is not traced: %s", self._id, e)
+            return None
+        about = {
+            "service.instance.id": self._id,
+            "host.name": self._host,
+            "steelyard.model": self.spec.model,
+            "steelyard.version": self.spec.version,
+        }
+        return Traces(settings.otlp_endpoint, headers, settings.trace_service, about)
 
     async def _until_it_generates(self, engine: EngineProcess, url: str, deadline: float) -> tuple[float, int | None]:
         """Waits for /health, then for one generated token; when it was healthy (monotonic seconds) and the engine's

@@ -8,17 +8,37 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from serving.errors import OperatorError
 
 Profile = Literal["cpu", "gpu", "sim"]
 Role = Literal["one", "head", "worker"]
+
+
+# Of a name, RFC 9110's tokens; of a value, what a header may hold.
+_HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?)[ \t]*")
+_TRACES_PATH = "/v1/traces"
+
+
+def _collector(url: str) -> str:
+    """A collector's base URL, as OTEL_EXPORTER_OTLP_ENDPOINT has it, or where its traces go."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("it is no URL of a collector, like http://collector:4318")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("no user or password in it: put a header into STEELYARD_OTLP_HEADERS_FILE")
+    if parts.query or parts.fragment:
+        raise ValueError("a URL without a query")
+    parts.port  # noqa: B018 - ValueError when it is no port
+    return url.rstrip("/").removesuffix(_TRACES_PATH) + _TRACES_PATH
 
 
 class Settings(BaseSettings):
@@ -61,6 +81,18 @@ class Settings(BaseSettings):
     )
     redis_username: str = Field("", description="of that Redis")
     redis_password_file: Path | None = Field(None, description="file holding the password of that Redis (mode 0600)")
+    otlp_endpoint: Annotated[str, AfterValidator(_collector)] | None = Field(
+        None, description="traces go to this collector, by OTLP over HTTP: http://collector:4318; off without"
+    )
+    otlp_headers_file: Path | None = Field(
+        None, description="file of the headers that the collector asks for, a `name: value` on each line (mode 0600)"
+    )
+    trace_ratio: float = Field(0.1, ge=0, le=1, description="share of requests that are traced")
+    trace_service: str = Field(
+        "steelyard",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$",
+        description="`service.name` of the traces, with -gateway or -engine behind it",
+    )
 
     def resolved(self) -> Settings:
         """The same settings with absolute paths, so that processes with another working directory agree."""
@@ -70,6 +102,8 @@ class Settings(BaseSettings):
         }
         if self.nvml_script is not None and self.nvml_script.endswith((".yaml", ".yml")):
             update["nvml_script"] = str(Path(self.nvml_script).expanduser().resolve())
+        if self.otlp_headers_file is not None:
+            update["otlp_headers_file"] = self.otlp_headers_file.expanduser().resolve()
         return self.model_copy(update=update)
 
     @property
@@ -113,6 +147,20 @@ class Settings(BaseSettings):
         if self.redis_password_file is None:
             return ""
         return read_private(self.redis_password_file, "the Redis password", "correct STEELYARD_REDIS_PASSWORD_FILE")
+
+    def otlp_headers(self) -> dict[str, str]:
+        """What the collector of the traces asks for; empty without a file."""
+        if self.otlp_headers_file is None:
+            return {}
+        fix = "correct STEELYARD_OTLP_HEADERS_FILE"
+        lines = read_private(self.otlp_headers_file, "the collector's headers", fix).splitlines()
+        found = [_HEADER.fullmatch(line) for line in lines if line.strip()]
+        if None in found:  # which one is no secret, what is in it may be
+            raise OperatorError(
+                f"{self.otlp_headers_file}: line {found.index(None) + 1} is no header",
+                "write `name: value` on each line",
+            )
+        return {line[1].lower(): line[2] for line in found if line is not None}
 
 
 def read_private(path: Path, what: str, fix: str) -> str:
@@ -163,6 +211,12 @@ def worker_environment(settings: Settings) -> dict[str, str]:
         env["STEELYARD_NVML_SCRIPT"] = settings.nvml_script
     if settings.api_keys_file is not None:
         env["STEELYARD_API_KEYS_FILE"] = str(settings.api_keys_file)
+    if settings.otlp_endpoint is not None:
+        env["STEELYARD_OTLP_ENDPOINT"] = settings.otlp_endpoint
+        env["STEELYARD_TRACE_RATIO"] = str(settings.trace_ratio)
+        env["STEELYARD_TRACE_SERVICE"] = settings.trace_service
+    if settings.otlp_headers_file is not None:
+        env["STEELYARD_OTLP_HEADERS_FILE"] = str(settings.otlp_headers_file)
     return env
 
 

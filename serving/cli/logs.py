@@ -80,13 +80,16 @@ _ROTATED = ("*.jsonl.[0-9]*", "engines/*/*.log.[0-9]*")
 
 Wanted = Callable[[bytes, str], bool]
 Target = Annotated[
-    str, typer.Argument(help="MODEL, MODEL@VERSION, an adapter, or a request's id.", metavar="MODEL|REQUEST_ID")
+    str,
+    typer.Argument(
+        help="MODEL, MODEL@VERSION, an adapter, or the id of a request or a trace.", metavar="MODEL|REQUEST_ID|TRACE_ID"
+    ),
 ]
 
 
 def wanted_by(target: str, *, a_model: bool) -> Wanted:
     """Whether a line, as it stands in the file of that source, is of `target`: MODEL, MODEL@VERSION, or else (unless
-    `a_model`) an adapter or a request's id, which any process may mention.
+    `a_model`) an adapter or the id of a request or a trace, which any process may mention.
 
     Decided on the bytes: most lines are of something else, and need not be parsed.
     """
@@ -96,7 +99,7 @@ def wanted_by(target: str, *, a_model: bool) -> Wanted:
     if version:
         request = re.compile(rb'"model":"%b","version":"%b"' % (quoted, re.escape(version.encode())))
     else:
-        request = re.compile(rb'"(?:model|adapter|request_id)":"%b"' % quoted)
+        request = re.compile(rb'"(?:model|adapter|request_id|trace_id)":"%b"' % quoted)
     words = [rb"(?<![A-Za-z0-9._-])%b%b" % (quoted, of_version)]
     if not a_model and not version:
         words.append(rb"(?<![A-Za-z0-9_])%b(?![A-Za-z0-9_])" % quoted)  # vLLM puts something before and after an id
@@ -173,6 +176,7 @@ def _text(told: dict[str, Any]) -> str:
     parts.append(f"finish {told['finish']}" if told.get("finish") else None)
     parts.append(f"attempts {told['attempts']}" if (told.get("attempts") or 0) > 1 else None)
     parts.append(f"on {told['replica']}" if told.get("replica") else None)
+    parts.append(f"trace {told['trace_id']}" if told.get("trace_id") else None)
     return "  ".join(part for part in parts if part)
 
 

@@ -230,7 +230,8 @@ def check_engine_arguments(catalog: Catalog, settings: Settings) -> None:
 
 
 def preflight(settings: Settings) -> None:
-    """Port and disk, before the slow things."""
+    """Port, disk and secrets' files, before the slow things."""
+    settings.otlp_headers()
     weights.require_free_disk(settings.state_dir, _FREE_DISK_BYTES, "the state folder")
     with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

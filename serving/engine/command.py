@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import quote
 
 import msgspec
 
@@ -56,6 +57,15 @@ class EngineSpec(msgspec.Struct, frozen=True):
         return int(value) if value.isdigit() else DEFAULT_SLOTS  # nonsense is the engine's to refuse, by name
 
 
+class Traces(msgspec.Struct, frozen=True):
+    """Where an engine's spans go. Of the node, not of the spec: a change rolls no replica, and holds from the next start."""
+
+    endpoint: str
+    headers: dict[str, str]
+    service: str
+    about: dict[str, str] = {}  # resource attributes
+
+
 class Command(msgspec.Struct, frozen=True):
     argv: list[str]
     env: dict[str, str]
@@ -71,6 +81,7 @@ def build(
     parent_pid: int,
     environ: Mapping[str, str],
     sockets: Path | None = None,
+    traces: Traces | None = None,
 ) -> Command:
     """The command of `spec` listening on host:port behind its door. The secret goes by environment, never argv.
     `sockets` is a private folder for the engine's own IPC, by default the system's temporary one."""
@@ -98,7 +109,24 @@ def build(
         # FlashInfer's sampler is compiled when the engine starts, with a CUDA toolkit that a serving machine rarely has.
         env |= {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
         env |= {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "5"}  # gateways keep idle connections a second less
+        if traces is not None and "otlp-traces-endpoint" not in spec.args:
+            argv += ["--otlp-traces-endpoint", traces.endpoint]
+            env |= _tracing(traces, environ)
     return Command(argv, env | spec.env)
+
+
+def _tracing(traces: Traces, environ: Mapping[str, str]) -> dict[str, str]:
+    """For OpenTelemetry inside the engine. The headers are a secret, so they go by environment."""
+    about = ",".join(f"{name}={quote(value)}" for name, value in traces.about.items())
+    return {
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+        "OTEL_EXPORTER_OTLP_TRACES_HEADERS": ",".join(f"{n}={quote(v)}" for n, v in traces.headers.items()),
+        "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT": "3",  # seconds; a collector that is away must not hold up an engine that ends
+        # Spans only under a gateway's: health probes and the engine's own start make none.
+        "OTEL_TRACES_SAMPLER": "parentbased_always_off",
+        "OTEL_SERVICE_NAME": f"{traces.service}-engine",
+        "OTEL_RESOURCE_ATTRIBUTES": ",".join(filter(None, [environ.get("OTEL_RESOURCE_ATTRIBUTES"), about])),
+    }
 
 
 def _kept_pythonpath(environ: Mapping[str, str]) -> list[str]:

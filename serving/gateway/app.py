@@ -55,6 +55,7 @@ from serving.telemetry.metrics import (
     set_all,
     slo_verdict,
 )
+from serving.telemetry.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class Gateway:
         metrics: GatewayMetrics,
         log: RequestLog,
         node: str = "",
+        tracing: Tracing | None = None,
     ) -> None:
         self.id = gateway_id
         self.fleet = Fleet(gateway_id, node)
@@ -93,6 +95,7 @@ class Gateway:
         self.keys = keys
         self._secret = secret
         self._log = log
+        self._tracing = tracing
         self._engines: Engines | None = None
         self._own = OwnRoutes(gateway_id, self.fleet, metrics, secret, lambda: self.draining)
         self.sources = self._own.sources  # name -> exposition of what has no listener of its own
@@ -111,6 +114,8 @@ class Gateway:
             self._engines.close()
         await self._own.stop()
         await asyncio.to_thread(self._log.close)
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -157,6 +162,8 @@ class Gateway:
         await self._own.answer(route, x, key)
 
     async def _generate(self, x: Exchange, route: Route, key: Key) -> None:
+        if self._tracing is not None:
+            self._trace(x, key, self._tracing)
         if self.draining:
             raise ShuttingDown("this gateway is shutting down", retry_after_s=1)
         if self.requests > MAX_REQUESTS:
@@ -240,7 +247,7 @@ class Gateway:
             if ticket.again is not None:
                 ticket.again.sent(upstream.endpoint.id)
             try:
-                reply = await self._open(x, upstream, route, body, withhold_usage, ticket.tokens)
+                reply = await self._open(x, upstream, route, body, withhold_usage, ticket)
                 x.line.attempts += 1
                 if ticket.again is not None:
                     ticket.again.close()
@@ -253,14 +260,14 @@ class Gateway:
                     _count_death(x, charge)
                 elif reply.scan is None or reply.finished:
                     charge.survived()
-                metrics.attempted("died" if reply.scan is not None and reply.scan.died else "ok")
+                _attempted(x, metrics, "died" if reply.scan is not None and reply.scan.died else "ok")
                 return
             except Busy:
-                metrics.attempted("busy")
+                _attempted(x, metrics, "busy")
                 settle, again = line.busy, True
             except Broken as e:
                 x.line.attempts += 1
-                metrics.attempted(e.outcome)
+                _attempted(x, metrics, e.outcome)
                 log.warning("attempt %d failed: %s", x.line.attempts, e, extra={"request_id": x.request_id})
                 settle, again, failed = (line.broken if e.gone else line.failed), True, e.outcome
                 ticket.again = ticket.again or retry.Retry(line.retries, line.trials)
@@ -275,7 +282,7 @@ class Gateway:
                 if e.answered and not line.ready_ids() - ticket.avoid:
                     raise EngineBroken(f"{line.version_id}: its engine answered with an internal error") from None
             except asyncio.CancelledError:
-                metrics.attempted("client_gone" if x.line.client_gone else "timeout")
+                _attempted(x, metrics, "client_gone" if x.line.client_gone else "timeout")
                 raise
             finally:
                 metrics.running.dec()
@@ -293,7 +300,10 @@ class Gateway:
                 "its engine failed, and too many other requests are being tried again", retry_after_s=1
             ) from None
         finally:
-            x.line.queue_ms = round(waited_s * 1e3 + (time.monotonic() - began) * 1e3, 3)
+            now = time.monotonic()
+            x.line.queue_ms = round(waited_s * 1e3 + (now - began) * 1e3, 3)
+            if x.trace is not None:
+                x.trace.step("retry wait", began, now)
 
     async def _slot(
         self,
@@ -330,22 +340,34 @@ class Gateway:
             raise
         finally:
             waiting.dec()
-            x.line.queue_ms = round((x.line.queue_ms or 0.0) + (time.monotonic() - began) * 1e3, 3)
+            now = time.monotonic()
+            x.line.queue_ms = round((x.line.queue_ms or 0.0) + (now - began) * 1e3, 3)
+            if x.trace is not None:
+                x.trace.class_ = ticket.class_
+                x.trace.step("queue", began, now if ticket.upstream is None else ticket.bound_at)
 
     async def _open(
-        self, x: Exchange, upstream: Upstream, route: Route, body: bytes, withhold_usage: bool, tokens: int
+        self, x: Exchange, upstream: Upstream, route: Route, body: bytes, withhold_usage: bool, ticket: Ticket
     ) -> Reply:
         assert self._engines is not None
-        return await self._engines.open(
+        trace = b""
+        if x.trace is not None:
+            e = upstream.endpoint
+            trace = x.trace.sent(e.id, e.node, ticket.bound_at, time.monotonic())
+        reply = await self._engines.open(
             upstream,
             route,
             body,
             x.request_id,
             withhold_usage=withhold_usage,
-            tokens=tokens,
+            trace=trace,
+            tokens=ticket.tokens,
             stream=x.line.stream,
             patient=x.line.attempts + 1 >= MAX_ATTEMPTS,
         )
+        if x.trace is not None:
+            x.trace.answered(time.monotonic(), streamed=reply.scan is not None)
+        return reply
 
     async def _deliver(self, x: Exchange, route: Route, reply: Reply, metrics: ModelMetrics) -> None:
         meter = metrics.stream(x.t0)
@@ -416,6 +438,12 @@ class Gateway:
         x.line.model, x.line.version, x.line.adapter = name.model, name.version, name.adapter
         return name, model
 
+    def _trace(self, x: Exchange, key: Key, tracing: Tracing) -> None:
+        x.trace = tracing.begin(x.headers, trusted=key.allows("trace"))
+        if x.trace is not None:
+            x.line.trace_id = x.trace.id
+            x.trace.step("auth", x.t0, time.monotonic())
+
     async def _failed(self, x: Exchange, error: RequestError) -> None:
         if x.ended:  # all was sent; only the engine's own end is missing
             return
@@ -442,7 +470,8 @@ class Gateway:
         set_all(m.key_expiry, {(key_id,): at for key_id, at in expiries.items()})
 
     def _write_down(self, x: Exchange) -> None:
-        e2e = time.monotonic() - x.t0
+        now = time.monotonic()
+        e2e = now - x.t0
         line = x.line
         line.e2e_ms = round(e2e * 1e3, 3)
         if line.client_gone and not line.status:
@@ -461,6 +490,9 @@ class Gateway:
                 metrics.judged(verdict)
         if route == "other":
             line.route = x.path[:200]
+        if x.trace is not None:
+            assert self._tracing is not None
+            self._tracing.end(x.trace, line, x.method, x.t0, now)
         self._log.write(line)
 
     async def _mind_silence(self) -> None:
@@ -575,6 +607,12 @@ def _ticket(x: Exchange, key: Key, model: ModelConfig, tokens: int) -> Ticket:
             raise BadRequest("`x-steelyard-timeout` is a number of seconds, above 0")
         timeout_s = min(timeout_s, wanted)
     return Ticket(since=x.t0, deadline=x.t0 + timeout_s, key=key.id, rank=rank, weight=float(key.weight), tokens=tokens)
+
+
+def _attempted(x: Exchange, metrics: ModelMetrics, outcome: str) -> None:
+    metrics.attempted(outcome)
+    if x.trace is not None:
+        x.trace.attempted(outcome, time.monotonic())
 
 
 def _count_death(x: Exchange, charge: Charge) -> int:

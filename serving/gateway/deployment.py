@@ -28,6 +28,7 @@ from serving.settings import load_settings
 from serving.telemetry import logs
 from serving.telemetry.logs import RequestLog
 from serving.telemetry.metrics import GatewayMetrics
+from serving.telemetry.tracing import tracing
 
 log = logging.getLogger(__name__)
 
@@ -67,13 +68,15 @@ class GatewayReplica:
         self._keys_of_head = ""  # digest of what was taken last
         if settings.node_role == "worker" and not settings.keys_file.exists():
             keys.adopt(settings.keys_file, b'{"keys": []}')  # nobody enters until the head told who may
+        metrics = GatewayMetrics(CollectorRegistry())
         self.gateway = Gateway(
             gateway_id=self._id,
             keys=KeyRing(settings.keys_file),
             secret=settings.secret(),
-            metrics=GatewayMetrics(CollectorRegistry()),
+            metrics=metrics,
             log=RequestLog(settings.log_dir),
             node=self._node,
+            tracing=tracing(settings, self._id, self._node, metrics),
         )
         self.gateway.sources["directory"] = self._directory_metrics
         self._server: _Server | None = None

@@ -16,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from serving.errors import BadRequest, BodyTooLarge, Dialect, RequestError
 from serving.gateway.routes import dialect_of
 from serving.telemetry.logs import RequestLine
+from serving.telemetry.tracing import Trace
 
 T = TypeVar("T")
 Scope = MutableMapping[str, Any]
@@ -36,7 +37,7 @@ class Exchange:
 
     __slots__ = (
         *("dialect", "headers", "line", "method", "path", "receive", "request_id", "send"),
-        *("ended", "started", "t0", "_scope"),
+        *("ended", "started", "t0", "trace", "_scope"),
     )
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,6 +51,7 @@ class Exchange:
         self.t0 = time.monotonic()
         self.started = False  # the response's status line left
         self.ended = False  # the response's last byte left
+        self.trace: Trace | None = None  # of one that is sampled
         self.line = RequestLine(ts=time.time(), request_id=self.request_id, route=self.path)
 
     @property

@@ -6,8 +6,9 @@ rest: slow password hashes protect guessable secrets, and this one cannot be gue
 A key may have options: its class and weight among those that wait, limits of its own (`OPTIONS`), and whether streams that are
 held long get keep-alives.
 
-Scopes: `infer:*`, `infer:<model>` (all its versions and adapters), `infer:<model>@<version>`, `metrics`, `admin`.
-None implies another. Times are epoch seconds in memory, UTC ISO 8601 in the file.
+Scopes: `infer:*`, `infer:<model>` (all its versions and adapters), `infer:<model>@<version>`, `metrics`, `admin`, `trace` (its
+requests are traced when their `traceparent` says so). None implies another. Times are epoch seconds in memory, UTC ISO 8601
+in the file.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from serving.gateway.order import CLASSES
 from serving.settings import readable_by_others
 
 _TOKEN = re.compile(r"sk-steelyard-([0-9a-f]{8})-[A-Za-z0-9_-]{43}", re.ASCII)
-_SCOPE = re.compile(rf"metrics|admin|infer:(\*|{NAME}(@{VERSION})?)", re.ASCII)
+_SCOPE = re.compile(rf"metrics|admin|trace|infer:(\*|{NAME}(@{VERSION})?)", re.ASCII)
 _NO_DIGEST = "0" * 64
 _MAX_FILE_BYTES = 16 * 1024 * 1024
 _REFUSED = (
@@ -71,7 +72,7 @@ class Key:
     keep_alive: bool = True  # in streams that are held long; without, a failure keeps its status
 
     def allows(self, scope: str) -> bool:
-        """Whether the key covers `metrics`, `admin`, `infer:<model>` or `infer:<model>@<version>`.
+        """Whether the key covers `metrics`, `admin`, `trace`, `infer:<model>` or `infer:<model>@<version>`.
 
         Adapters have no scope of their own: ask for the model they belong to.
         """
@@ -172,11 +173,12 @@ def create_key(
     if not (1 <= len(name) <= 64 and name.isprintable()):
         raise OperatorError(f"{name!r} cannot name a key", "Use 1 to 64 printable characters")
     if not wanted:
-        raise OperatorError("a key needs a scope", "Give infer:<model>, infer:*, metrics or admin")
+        raise OperatorError("a key needs a scope", "Give infer:<model>, infer:*, metrics, admin or trace")
     for scope in sorted(wanted):
         if not _SCOPE.fullmatch(scope):
             raise OperatorError(
-                f"{scope!r} is no scope", "Give infer:<model>, infer:<model>@<version>, infer:*, metrics or admin"
+                f"{scope!r} is no scope",
+                "Give infer:<model>, infer:<model>@<version>, infer:*, metrics, admin or trace",
             )
     if expires_at is not None and expires_at <= now:
         raise OperatorError("the key would be expired already", "Give an expiry in the future")

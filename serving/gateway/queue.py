@@ -45,7 +45,7 @@ class Ticket:
 
     __slots__ = (
         *("adapter", "again", "at", "avoid", "blocks", "cost", "deadline", "key", "place", "rank", "session", "since"),
-        *("suspect", "tokens", "upstream", "weight", "_again_as", "_bound_at", "_future", "_over", "_pending"),
+        *("bound_at", "suspect", "tokens", "upstream", "weight", "_again_as", "_future", "_over", "_pending"),
     )
 
     def __init__(
@@ -75,7 +75,7 @@ class Ticket:
         self._future: asyncio.Future[Upstream] | None = None  # while it waits
         self.place = -1  # among those that wait, for `Order`
         self._again_as = -1  # among those that wait again
-        self._bound_at = 0.0
+        self.bound_at = 0.0
         self._over = False  # bound beyond its gateway's share
         self._pending = 0  # blocks of its prompt that its endpoint has to compute before the first token
 
@@ -266,7 +266,7 @@ class VersionLine:
         """The slot is free again; whoever is next gets it."""
         now = time.monotonic()
         self._unbind(ticket)
-        self._holds.ended(now - ticket._bound_at)
+        self._holds.ended(now - ticket.bound_at)
         if self:
             self.pump(now)
 
@@ -291,14 +291,14 @@ class VersionLine:
         """What came from there was no answer."""
         now = time.monotonic()
         upstream = self._unbind(ticket)
-        upstream.failed(now, not self._closed() - {upstream.endpoint.id}, ticket._bound_at)
+        upstream.failed(now, not self._closed() - {upstream.endpoint.id}, ticket.bound_at)
         if self:
             self.pump(now)
 
     def answered_first(self, ticket: Ticket) -> None:
         """The first event of a stream is here."""
         now = time.monotonic()
-        self._patience.took(now - ticket._bound_at, now)
+        self._patience.took(now - ticket.bound_at, now)
 
     def give_up_on_the_silent(self, now: float) -> int:
         """Attempts without an answer at engines that are suspect or gone, or for longer than any of late, are tried elsewhere
@@ -424,7 +424,7 @@ class VersionLine:
 
     def _bind(self, ticket: Ticket, upstream: Upstream, now: float) -> None:
         upstream.bind(now, ticket.tokens)
-        ticket.upstream, ticket._bound_at = upstream, now
+        ticket.upstream, ticket.bound_at = upstream, now
         if ticket.blocks or ticket.session is not None:
             ticket._pending = len(ticket.blocks) - upstream.remembered.shared(ticket.blocks)
             upstream.pending += ticket._pending
@@ -448,7 +448,7 @@ class VersionLine:
         upstream.pending -= ticket._pending
         ticket._pending = 0
         self.running -= 1
-        self._begun = self._begun - ticket._bound_at if self.running else 0.0
+        self._begun = self._begun - ticket.bound_at if self.running else 0.0
         mine = self._by_key[ticket.at]
         if mine[0] == 1:
             del self._by_key[ticket.at]

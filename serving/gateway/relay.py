@@ -379,6 +379,7 @@ class Engines:
         request_id: str,
         *,
         withhold_usage: bool,
+        trace: bytes = b"",
         tokens: int = 0,
         stream: bool = False,
         patient: bool = True,
@@ -386,14 +387,15 @@ class Engines:
         """Sends the request and returns when the first bytes of a good answer are here.
 
         Raises Busy, or Broken for whatever another replica might do better. The engine's own refusals (4xx) are
-        answers: they come back as a Reply. `tokens`: what the request may take of the KV cache, for the door. Unless `patient`,
-        an engine that says nothing is given up where another one is better (`VersionLine.give_up_on_the_silent`).
+        answers: they come back as a Reply. `trace`: header lines of its trace. `tokens`: what the request may take of the KV
+        cache, for the door. Unless `patient`, an engine that says nothing is given up where another one is better
+        (`VersionLine.give_up_on_the_silent`).
         """
         who = upstream.endpoint.id
         address, host = _address(upstream.endpoint.url)
-        head = b"POST %b HTTP/1.1\r\nhost: %b\r\n%b%b\r\nx-steelyard-tokens: %d\r\ncontent-length: %d\r\n\r\n" % (
+        head = b"POST %b HTTP/1.1\r\nhost: %b\r\n%b%b\r\n%bx-steelyard-tokens: %d\r\ncontent-length: %d\r\n\r\n" % (
             *(route.path.encode(), host, self._common),
-            *(request_id.encode(), tokens, len(body)),
+            *(request_id.encode(), trace, tokens, len(body)),
         )
         kept = self._pool.take(address)
         if kept is not None:

@@ -52,6 +52,7 @@ class RequestLine(msgspec.Struct, kw_only=True, gc=False):
     level: str = "info"
     event: str = "request"
     request_id: str
+    trace_id: str | None = None  # of one whose trace is sampled
     key_id: str | None = None
     model: str | None = None
     version: str | None = None

@@ -373,6 +373,12 @@ class GatewayMetrics:
             ["key"],
             registry=registry,
         )
+        self.trace_spans = Counter(
+            "steelyard_trace_spans_total",
+            "Spans by what became of them: exported, failed (the collector did not take them), dropped (too many waited for it).",
+            ["outcome"],
+            registry=registry,
+        )
         self.itl = _ItlHistogram()
         registry.register(self.itl)
         process_metrics(registry)

@@ -33,8 +33,10 @@ from serving.fleet.endpoint import Endpoint, Snapshot, State, VersionFacts
 from serving.fleet.manifest import gateway_config
 from serving.gateway.app import Gateway
 from serving.gateway.keys import KeyRing, create_key, revoke_key
+from serving.settings import Settings
 from serving.telemetry.logs import RequestLog
 from serving.telemetry.metrics import GatewayMetrics, unrested_gauges
+from serving.telemetry.tracing import tracing
 
 SECRET = "secret-between-gateway-and-doors"
 HOST = "127.0.0.1"
@@ -67,6 +69,7 @@ class Engine:
     endpoint: Endpoint
     process: EngineProcess | None = None
     seen: list[str] = field(default_factory=list)  # paths that a recorded one was asked for
+    headers: list[dict[str, str]] = field(default_factory=list)  # and with which headers
 
     @property
     def url(self) -> str:
@@ -169,9 +172,11 @@ async def recorded(
     for what a simulator does not say."""
 
     seen: list[str] = []
+    asked_with: list[dict[str, str]] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         seen.append(scope["path"])
+        asked_with.append({name.decode(): value.decode() for name, value in scope["headers"]})
         while (await receive()).get("more_body"):
             pass
         headers = [(b"content-type", content_type.encode())]
@@ -192,9 +197,8 @@ async def recorded(
     async with listening(door) as port:
         name = f"recorded-{uuid.uuid4().hex[:8]}"
         url = f"http://{HOST}:{port}"
-        yield Engine(
-            Endpoint(id=name, model=model, version=version, url=url, state=State.READY, slots=slots), seen=seen
-        )
+        endpoint = Endpoint(id=name, model=model, version=version, url=url, state=State.READY, slots=slots)
+        yield Engine(endpoint, seen=seen, headers=asked_with)
 
 
 def refusing(**like: Any) -> Endpoint:
@@ -421,15 +425,19 @@ async def listening(app: Any) -> AsyncIterator[int]:
 
 
 @contextlib.asynccontextmanager
-async def front(keys: Keys, folder: Path) -> AsyncIterator[Front]:
-    """A gateway of its own, with an empty table."""
+async def front(keys: Keys, folder: Path, collector: str = "", ratio: float = 1.0) -> AsyncIterator[Front]:
+    """A gateway of its own, with an empty table. It sends `ratio` of its traces to the OTLP `collector`."""
     request_log = RequestLog(folder)
+    settings = Settings(otlp_endpoint=collector or None, trace_ratio=ratio)
+    metrics = GatewayMetrics(CollectorRegistry())
+    gateway_id = f"gateway#{uuid.uuid4().hex[:8]}"
     gateway = Gateway(
-        gateway_id=f"gateway#{uuid.uuid4().hex[:8]}",
+        gateway_id=gateway_id,
         keys=KeyRing(keys.path),
         secret=SECRET,
-        metrics=GatewayMetrics(CollectorRegistry()),
+        metrics=metrics,
         log=request_log,
+        tracing=tracing(settings, gateway_id, HOST, metrics),
     )
     await gateway.start()
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session, listening(gateway) as port:

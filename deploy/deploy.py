@@ -73,6 +73,7 @@ def _lay_down(fleet: Fleet, catalog: Catalog, release: Release) -> dict[str, str
         place.runtime(target, inventory, release)
         place.write_secrets(target, secrets, have[target.name])
         place.redis_password(target, inventory)
+        place.otlp_headers(target, inventory)
         settings = place.settings(target, inventory, catalog)
         place.models(target, inventory.serve.models)
         digests[target.name] = roll.wanted_digest(settings, secrets, inventory, release)

@@ -33,5 +33,6 @@ serve = {
     "drain_s": 45,  # a stopping machine's requests in progress get so long
     "environment": {"NCCL_SOCKET_IFNAME": "bond0"},  # for engines; no secrets
     # "redis": "10.20.0.5:6379", "redis_password": "redis-password",  # instead of the head's disk
+    # "otlp_endpoint": "http://10.20.0.6:4318", "otlp_headers": "otlp-headers", "trace_ratio": 0.1,  # traces
     # "cluster_name": "rack-7",  # in that Redis; by default a digest of the cluster secret keeps clusters apart
 }

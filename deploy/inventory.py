@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from serving.errors import OperatorError
+from serving.settings import collector_url
 
 NAMES = ("head", "workers", "ssh", "runtime", "serve")
 # What the deploy sets itself: a second value would be ignored, or break the cluster.
@@ -119,6 +120,9 @@ class Serve(Spec):
     cluster_name: str = ""  # keeps clusters of one Redis apart; by default a digest of the cluster secret
     redis_username: str = ""
     redis_password: Path | None = None  # file on this machine
+    otlp_endpoint: str | None = None  # traces go to this collector, by OTLP over HTTP: http://10.0.0.5:4318
+    otlp_headers: Path | None = None  # file on this machine with what it asks for, a `name: value` on each line
+    trace_ratio: float = Field(0.1, ge=0, le=1)  # share of requests that are traced
 
     @field_validator("listen")
     @classmethod
@@ -139,6 +143,16 @@ class Serve(Spec):
             raise ValueError(f"redis_password {self.redis_password}: no such file")
         if not re.fullmatch(r"[A-Za-z0-9._-]*", self.redis_username):
             raise ValueError(f"redis_username {self.redis_username!r}: letters, digits, dots, dashes")
+        return self
+
+    @model_validator(mode="after")
+    def _tracing(self) -> Self:
+        if self.otlp_endpoint is not None:
+            collector_url(self.otlp_endpoint)
+        elif self.otlp_headers is not None:
+            raise ValueError("otlp_headers needs `otlp_endpoint`")
+        if self.otlp_headers is not None and not self.otlp_headers.is_file():
+            raise ValueError(f"otlp_headers {self.otlp_headers}: no such file")
         return self
 
     @field_validator("environment")
@@ -212,7 +226,11 @@ def load(path: Path | None) -> Inventory:
         raise OperatorError(f"{path}: {where}: {told}{more}", "correct it; nothing was changed") from None
 
 
-_PATHS = {"ssh": ("key", "known_hosts"), "runtime": ("wheelhouse",), "serve": ("models", "redis_password")}
+_PATHS = {
+    "ssh": ("key", "known_hosts"),
+    "runtime": ("wheelhouse",),
+    "serve": ("models", "redis_password", "otlp_headers"),
+}
 
 
 def _at(folder: Path, given: dict[str, Any]) -> dict[str, Any]:

@@ -145,6 +145,16 @@ def redis_password(target: Target, inventory: Inventory) -> None:
     write_secrets(target, {"redis-password": value}, {"redis-password": have})
 
 
+def otlp_headers(target: Target, inventory: Inventory) -> None:
+    """What the collector of the traces asks for, on every machine."""
+    source = inventory.serve.otlp_headers
+    if source is None:
+        return
+    value = source.read_text().strip()
+    have = target.ask(f"{_AS_USER} cat {layout.STATE}/otlp-headers 2>/dev/null").text
+    write_secrets(target, {"otlp-headers": value}, {"otlp-headers": have})
+
+
 # -- settings, units, catalog ---------------------------------------------------------------------------------------------
 
 
@@ -173,6 +183,10 @@ def environment(target: Target, inventory: Inventory) -> str:
             values["STEELYARD_CLUSTER_NAME"] = serve.cluster_name
         if serve.redis_password:
             values["STEELYARD_REDIS_PASSWORD_FILE"] = f"{layout.STATE}/redis-password"
+    if serve.otlp_endpoint:
+        values |= {"STEELYARD_OTLP_ENDPOINT": serve.otlp_endpoint, "STEELYARD_TRACE_RATIO": str(serve.trace_ratio)}
+        if serve.otlp_headers:
+            values["STEELYARD_OTLP_HEADERS_FILE"] = f"{layout.STATE}/otlp-headers"
     # In quotes, so that systemd and sh read the same.
     return "".join(f'{k}="{v}"\n' for k, v in (values | dict(sorted(serve.environment.items()))).items())
 

@@ -28,15 +28,13 @@ _HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x21-\x7e](?:[\x20-
 _TRACES_PATH = "/v1/traces"
 
 
-def _collector(url: str) -> str:
-    """A collector's base URL, as OTEL_EXPORTER_OTLP_ENDPOINT has it, or where its traces go."""
+def collector_url(url: str) -> str:
+    """Where traces go, of a collector's base URL, as OTEL_EXPORTER_OTLP_ENDPOINT has it, or of that. Raises ValueError."""
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("it is no URL of a collector, like http://collector:4318")
     if parts.username is not None or parts.password is not None:
-        raise ValueError("no user or password in it: put a header into STEELYARD_OTLP_HEADERS_FILE")
-    if parts.query or parts.fragment:
-        raise ValueError("a URL without a query")
+        raise ValueError("no user or password in it: a collector's secret is a header, in a file")
+    if not parts.hostname or not re.fullmatch(r"https?://[A-Za-z0-9._~%:/\[\]-]+", url):
+        raise ValueError("it is no URL of a collector, like http://collector:4318")
     parts.port  # noqa: B018 - ValueError when it is no port
     return url.rstrip("/").removesuffix(_TRACES_PATH) + _TRACES_PATH
 
@@ -81,7 +79,7 @@ class Settings(BaseSettings):
     )
     redis_username: str = Field("", description="of that Redis")
     redis_password_file: Path | None = Field(None, description="file holding the password of that Redis (mode 0600)")
-    otlp_endpoint: Annotated[str, AfterValidator(_collector)] | None = Field(
+    otlp_endpoint: Annotated[str, AfterValidator(collector_url)] | None = Field(
         None, description="traces go to this collector, by OTLP over HTTP: http://collector:4318; off without"
     )
     otlp_headers_file: Path | None = Field(

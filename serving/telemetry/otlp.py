@@ -186,5 +186,5 @@ class _Complaints(logging.Handler):
 
     def close(self) -> None:
         self._logger.removeHandler(self)
-        self._logger.propagate = not self._logger.handlers
+        self._logger.propagate = True
         super().close()

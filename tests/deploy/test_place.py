@@ -66,8 +66,11 @@ def test_settings_of_head_and_worker(rack):
 def test_every_setting_is_one_that_the_product_reads(rack):
     from serving.settings import Settings
 
-    found = rack('serve = {"redis": "10.0.0.5:6379", "cluster_name": "rack-7"}')
+    found = rack(
+        'serve = {"redis": "10.0.0.5:6379", "cluster_name": "rack-7", "otlp_endpoint": "http://10.0.0.5:4318"}'
+    )
     assert values(place.environment(target(found, "head"), found))["STEELYARD_CLUSTER_NAME"] == "rack-7"
+    assert values(place.environment(target(found, "worker"), found))["STEELYARD_TRACE_RATIO"] == "0.1"
     known = {f"STEELYARD_{name.upper()}" for name in Settings.model_fields}
     for role in ("head", "worker"):
         assert {k for k in values(place.environment(target(found, role), found))} <= known

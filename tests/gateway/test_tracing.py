@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import threading
@@ -10,13 +11,14 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from unittest import mock
 
+import msgspec
 import pytest
 
 from serving.gateway.keys import create_key
 from serving.telemetry import otlp
 from tests import otlp as receiver
 from tests.gateway import harness
-from tests.gateway.harness import HOST, EngineRoom, Front, Keys, chat, endless, eventually, recorded, refusing
+from tests.gateway.harness import EngineRoom, Front, Keys, chat, endless, eventually, recorded, refusing
 from tests.otlp import CLIENT, ERROR, INTERNAL, OK, SERVER, Collector, Span
 
 NAME = "POST /v1/chat/completions"
@@ -74,7 +76,7 @@ async def test_a_stream_is_told_from_its_arrival_to_its_end(
     assert {one(spans, "first byte").parent, one(spans, "stream").parent} == {attempt.id}
     assert (attempt.kind, one(spans, "queue").kind) == (CLIENT, INTERNAL)
     in_turn = [one(spans, n) for n in ("auth", "queue", "pick", "first byte", "stream")]
-    assert all(a.ended <= b.began for a, b in zip(in_turn, in_turn[1:], strict=False))
+    assert all(a.ended <= b.began for a, b in itertools.pairwise(in_turn))
     assert in_turn[0].began == root.began
     assert all(root.began <= s.began <= s.ended <= root.ended for [s] in spans.values())
     line = await traced.line("whole")
@@ -100,9 +102,7 @@ async def test_a_stream_is_told_from_its_arrival_to_its_end(
     assert abs(root.ended - root.began - line["e2e_ms"] * 1e6) < 1e5
 
 
-async def test_an_answer_that_is_no_stream_has_no_stream(
-    traced: Front, room: EngineRoom, collector: Collector
-) -> None:
+async def test_an_answer_that_is_no_stream_has_no_stream(traced: Front, room: EngineRoom, collector: Collector) -> None:
     traced.serve(room.shared())
     assert (await traced.ask(body=chat(model="pirate"), headers={"x-request-id": "flat"})).status == 200
     spans = await trace_of(traced, collector, "flat")
@@ -153,7 +153,9 @@ async def test_whose_word_counts(
     ):
         front.serve(engine)
         given = {} if flag is None else {"traceparent": f"00-{TRACE}-{PARENT}-{flag}"}
-        assert (await front.ask(body=chat(stream=True), key=token, headers={**given, "x-request-id": "r"})).status == 200
+        assert (
+            await front.ask(body=chat(stream=True), key=token, headers={**given, "x-request-id": "r"})
+        ).status == 200
         assert ("traceparent" in engine.headers[0]) is sampled
         trace = (await front.line("r"))["trace_id"]
         assert (trace is not None) is sampled
@@ -198,7 +200,9 @@ async def test_a_full_door_is_an_attempt_and_no_error(traced: Front, room: Engin
     traced.table(_roomier(engine))  # an old word of the directory: the gateway sends two
     asked = [traced.ask(body=chat(), headers={"x-request-id": f"b{i}"}) for i in range(2)]
     assert {a.status for a in await asyncio.gather(*asked)} == {200}
-    outcomes = [[s.about["steelyard.outcome"] for s in (await trace_of(traced, collector, f"b{i}"))["attempt"]] for i in (0, 1)]
+    outcomes = [
+        [s.about["steelyard.outcome"] for s in (await trace_of(traced, collector, f"b{i}"))["attempt"]] for i in (0, 1)
+    ]
     told = max(outcomes, key=len)
     assert told[-1] == "ok"
     assert set(told[:-1]) == {"busy"}
@@ -206,8 +210,6 @@ async def test_a_full_door_is_an_attempt_and_no_error(traced: Front, room: Engin
 
 
 def _roomier(engine: harness.Engine) -> harness.Engine:
-    import msgspec
-
     return harness.Engine(msgspec.structs.replace(engine.endpoint, slots=2), engine.process)
 
 
@@ -218,7 +220,11 @@ async def test_a_refused_request_has_no_attempt(traced: Front, room: EngineRoom,
     spans = await trace_of(traced, collector, "nobody")
     assert sorted(spans) == [NAME, "auth"]
     root = one(spans, NAME)
-    assert (root.status, root.about["error.type"], root.about["http.response.status_code"]) == (OK, "model_not_found", 404)
+    assert (root.status, root.about["error.type"], root.about["http.response.status_code"]) == (
+        OK,
+        "model_not_found",
+        404,
+    )
     assert "gen_ai.request.model" not in root.about
     assert (await traced.ask(body=chat(), key="sk-wrong", headers={"x-request-id": "keyless"})).status == 401
     assert (await traced.line("keyless"))["trace_id"] is None, "who has no key makes us export nothing"
@@ -323,7 +329,9 @@ async def test_a_collector_that_refuses_is_counted(
         await eventually("it failed", lambda: front.metric("steelyard_trace_spans_total", outcome="failed") == 6)
 
 
-async def test_what_waits_at_the_end_is_sent(keys: Keys, tmp_path: Path, collector: Collector, room: EngineRoom) -> None:
+async def test_what_waits_at_the_end_is_sent(
+    keys: Keys, tmp_path: Path, collector: Collector, room: EngineRoom
+) -> None:
     with mock.patch.object(otlp, "EVERY_S", 60.0):
         async with harness.front(keys, tmp_path, collector.url) as front:
             front.serve(room.shared())

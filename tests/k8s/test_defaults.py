@@ -101,6 +101,27 @@ def test_the_copying_container_alone_holds_the_store_s_credentials() -> None:
     assert mounts["weights"]["readOnly"] is True, "an engine never writes weights"
 
 
+def test_traces_go_nowhere_unless_asked_and_the_headers_come_as_a_file() -> None:
+    assert "OTLP" not in str(chart.of(SMALLEST))
+    for where, pod in chart.pods(chart.of("h200-tp8")):
+        if where == "steelyard-test":
+            continue
+        (ray,) = pod["spec"]["containers"]
+        told = {e["name"]: e["value"] for e in ray["env"] if "OTLP" in e["name"] or "TRACE" in e["name"]}
+        assert told == {
+            "STEELYARD_OTLP_ENDPOINT": "https://otel.example:4318",
+            "STEELYARD_TRACE_RATIO": "0.01",
+            "STEELYARD_TRACE_SERVICE": "steelyard",
+            "STEELYARD_OTLP_HEADERS_FILE": "/etc/steelyard/tracing/headers",
+        }
+        (mount,) = [m for m in ray["volumeMounts"] if m["name"] == "tracing"]
+        assert mount == {"name": "tracing", "mountPath": "/etc/steelyard/tracing", "readOnly": True}
+        (volume,) = [v for v in pod["spec"]["volumes"] if v["name"] == "tracing"]
+        assert volume["secret"] == {
+            "secretName": "otel", "defaultMode": 0o400, "items": [{"key": "headers", "path": "headers"}]
+        }  # fmt: skip
+
+
 def test_labels_that_select_do_not_follow_the_chart_s_version() -> None:
     """KubeRay hashes the pod template: a version in it would build a second cluster at every chart release."""
     for where, pod in chart.pods(chart.of(SMALLEST)):

@@ -63,6 +63,12 @@
 {{- fail "faultTolerance.backend is redis and networkPolicy.egress.allow is empty: the head could not reach it; allow it" -}}
 {{- end -}}
 {{- end -}}
+{{- if .Values.tracing.endpoint -}}
+{{- if and .Values.networkPolicy.enabled .Values.networkPolicy.egress.enabled (not .Values.networkPolicy.egress.allow) -}}
+{{- fail "tracing.endpoint is set and networkPolicy.egress.allow is empty: pods could not reach the collector; allow it" -}}
+{{- end -}}
+{{- else if .Values.tracing.existingSecret -}}{{- fail "tracing.existingSecret is set and tracing.endpoint is not: say where the traces go" -}}
+{{- end -}}
 {{- if and .Values.ingress.enabled (not .Values.ingress.hosts) -}}{{- fail "ingress.hosts is empty: name at least one host" -}}{{- end -}}
 {{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) -}}{{- fail "httpRoute.parentRefs is empty: name the Gateway it attaches to" -}}{{- end -}}
 {{- if .Values.monitoring.enabled -}}{{- include "steelyard.monitoringChecks" . -}}

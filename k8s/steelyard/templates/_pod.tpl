@@ -43,6 +43,16 @@ imagePullSecrets:
 - {name: STEELYARD_RAY_ADDRESS, value: auto}
 # `up` and `down` refuse: the RayService is the only writer of the Serve config.
 - {name: STEELYARD_MANAGED_BY, value: rayservice}
+{{- with .Values.tracing }}
+{{- if .endpoint }}
+- {name: STEELYARD_OTLP_ENDPOINT, value: {{ .endpoint | quote }}}
+- {name: STEELYARD_TRACE_RATIO, value: {{ .ratio | quote }}}
+- {name: STEELYARD_TRACE_SERVICE, value: {{ .serviceName | quote }}}
+{{- if .existingSecret }}
+- {name: STEELYARD_OTLP_HEADERS_FILE, value: /etc/steelyard/tracing/headers}
+{{- end }}
+{{- end }}
+{{- end }}
 - {name: HOME, value: /home/steelyard}
 # Weights come from a folder; nothing is looked up on a hub.
 - {name: HF_HUB_OFFLINE, value: "1"}
@@ -78,6 +88,7 @@ imagePullSecrets:
 {{- $root := .root -}}
 {{- $head := eq .role "head" -}}
 {{- $store := $root.Values.weights.objectStore -}}
+{{- $tracing := $root.Values.tracing -}}
 metadata:
   labels:
     {{- include "steelyard.selector" $root | nindent 4 }}
@@ -190,6 +201,9 @@ spec:
         - {name: run, mountPath: /run/steelyard}
         - {name: shm, mountPath: /dev/shm}
         - {name: secrets, mountPath: /etc/steelyard/secrets, readOnly: true}
+        {{- if and $tracing.endpoint $tracing.existingSecret }}
+        - {name: tracing, mountPath: /etc/steelyard/tracing, readOnly: true}
+        {{- end }}
         {{- if and (not $head) (or $root.Values.weights.existingClaim $store.enabled) }}
         - name: weights
           mountPath: {{ $root.Values.weights.mountPath }}
@@ -211,6 +225,14 @@ spec:
         items:
           - {key: cluster-secret, path: cluster-secret}
           - {key: keys.json, path: keys.json}
+    {{- if and $tracing.endpoint $tracing.existingSecret }}
+    - name: tracing
+      secret:
+        secretName: {{ $tracing.existingSecret }}
+        defaultMode: 0400
+        items:
+          - {key: {{ $tracing.key }}, path: headers}
+    {{- end }}
     {{- if not $head }}
     {{- if $root.Values.weights.existingClaim }}
     - name: weights

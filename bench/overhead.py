@@ -22,7 +22,7 @@ from pathlib import Path
 from bench import peers, procs, report, sides
 from bench.client import ROOT, Client
 from bench.paired import Bench, Phase, Ratios, Row, failures, median
-from bench.plan import BARS, ENGINE_BARS, SIMULATED, Plan, add
+from bench.plan import BARS, ENGINE_BARS, SIMULATED, TRACES, Plan, add
 from bench.report import Report
 from bench.sides import START_TIMEOUT_S, EngineUnderTest, Side
 from bench.simulated import over_simulators
@@ -78,9 +78,10 @@ def main(argv: list[str] | None = None) -> int:
         budget_s=options.budget_s,
         only=frozenset(options.only),
         weights=options.weights,
+        traces=options.traces,
         began=time.monotonic(),
     )
-    result = Report(machine=report.machine())
+    result = Report(machine=report.machine() | {"traced_share": plan.traces})
     with tempfile.TemporaryDirectory(prefix="sy-") as folder, Client() as client:
         bench = Bench(client, Path(folder), say)
         for part, names in ((against_raw, ENGINE_BARS), (over_simulators, SIMULATED)):
@@ -103,7 +104,8 @@ def against_raw(bench: Bench, plan: Plan, result: Report) -> None:
     bench.say("starting the raw engine and the stack")
     with contextlib.ExitStack() as up:
         raw = up.enter_context(sides.raw(engine, bench.work))
-        stack = up.enter_context(sides.stack([engine.model_file()], "cpu", bench.work / "one"))
+        traced = up.enter_context(sides.traced(plan.traces, bench.work))
+        stack = up.enter_context(sides.stack([engine.model_file()], "cpu", bench.work / "one", **traced))
         for side in (raw, stack):
             bench.say(f"{side.name} is up after {sides.wait_ready(side, START_TIMEOUT_S):.0f} s")
         result.machine["pinned"] = pin(bench, raw, stack)
@@ -199,6 +201,9 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         "--budget-s", type=float, default=600.0, help="seconds for everything after which no round starts"
     )
     parser.add_argument("--weights", type=Path, help="a model folder instead of the tiny model")
+    parser.add_argument(
+        "--traces", type=float, default=TRACES, help="share of the stack's requests that are traced; 0 is off"
+    )
     parser.add_argument("--out", type=Path, default=OUT, help="where the JSON goes")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
     return parser.parse_args(argv)

@@ -29,6 +29,7 @@ BARS: Bars = {
 ENGINE_BARS = (*list(BARS)[:8], "production")
 SIMULATED = (*list(BARS)[8:], "paced")
 
+TRACES = 0.1  # share of the stack's requests that are traced: the bars hold with what runs in production switched on
 _SIM_RESERVE_S = 130.0
 
 
@@ -51,6 +52,7 @@ class Plan(Asked):
     budget_s: float
     weights: Path | None
     began: float
+    traces: float = TRACES
 
     @property
     def until(self) -> float:

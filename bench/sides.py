@@ -104,6 +104,21 @@ def stack(models: list[dict[str, Any]], profile: str, work: Path, **settings: st
         yield Side("stack", f"http://127.0.0.1:{port}", models[0]["name"], service, headers, state_dir)
 
 
+@contextlib.contextmanager
+def traced(ratio: float, work: Path) -> Iterator[dict[str, str]]:
+    """Settings of a stack that sends so many of its traces to a collector, which forgets them; 0: none, and no collector."""
+    if not ratio:
+        yield {}
+        return
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with Service(
+        [sys.executable, "-m", "bench.swallow", str(port)], _environment({}), work / "collector.log"
+    ) as service:
+        service.wait_until(url, START_TIMEOUT_S)
+        yield {"STEELYARD_OTLP_ENDPOINT": url, "STEELYARD_TRACE_RATIO": str(ratio)}
+
+
 def wait_ready(side: Side, timeout_s: float, look: Callable[[], None] = lambda: None) -> float:
     """Seconds until the side answers; the stack's key is then in its headers. `look` as in `Service.wait_until`."""
     if side.state_dir is None:

@@ -24,7 +24,10 @@ def over_simulators(bench: Bench, plan: Plan, result: Report) -> None:
     """Part 2: the stack with two simulated engines."""
     models = [simulated("streams", _SIM_STREAMS), simulated("paced", _SIM_PACED)]
     bench.say("starting the stack over two simulated engines")
-    with sides.stack(models, "sim", bench.work / "two") as stack:
+    with (
+        sides.traced(plan.traces, bench.work) as traced,
+        sides.stack(models, "sim", bench.work / "two", **traced) as stack,
+    ):
         bench.say(f"up after {sides.wait_ready(stack, START_TIMEOUT_S):.0f} s")
         if plan.wants("idle_pss_mib"):
             idle(stack, plan, result)

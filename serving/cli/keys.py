@@ -38,7 +38,7 @@ def parse_duration(text: str) -> float:
 def create(
     name: Annotated[str, typer.Option(help="Who or what uses the key.")],
     scope: Annotated[
-        list[str], typer.Option(help="infer:MODEL, infer:MODEL@VERSION, infer:*, metrics, admin. Repeat.")
+        list[str], typer.Option(help="infer:MODEL, infer:MODEL@VERSION, infer:*, metrics, admin, trace. Repeat.")
     ],
     expires: Annotated[str | None, typer.Option(help="Lifetime: 90m, 12h, 30d, 8w. Without it: no end.")] = None,
     weight: Annotated[

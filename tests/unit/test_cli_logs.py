@@ -45,7 +45,16 @@ def state(tmp_path: Path) -> Path:
                 replica="tiny@v1#1",
             )
         )
-        log.write(RequestLine(ts=NOON + 4, request_id="req_ab", model="tiny", version="v2", status=200))
+        log.write(
+            RequestLine(
+                ts=NOON + 4,
+                request_id="req_ab",
+                trace_id="4bf92f3577b34da6a3ce929d0e0e4736",
+                model="tiny",
+                version="v2",
+                status=200,
+            )
+        )
         log.write(RequestLine(ts=NOON + 5, request_id="req_c", model="other", version="v1", status=502, level="error"))
     ours = setup("gateway", folder)
     try:
@@ -72,6 +81,11 @@ def told(state: Path, *args: str) -> list[dict[str, object]]:
     found = CliRunner().invoke(app, ["logs", *args, "--json", "--state-dir", str(state)])
     assert found.exit_code == 0, found.output
     return [json.loads(line) for line in found.stdout.splitlines()]
+
+
+def test_a_trace_leads_to_its_request(state: Path) -> None:
+    [line] = told(state, "4bf92f3577b34da6a3ce929d0e0e4736")
+    assert line["request_id"] == "req_ab"
 
 
 def test_a_request_is_its_line_and_every_line_that_carries_its_id(state: Path) -> None:

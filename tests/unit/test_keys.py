@@ -76,6 +76,8 @@ def test_no_text_is_a_key(tmp_path_factory: pytest.TempPathFactory, text: str) -
         (["infer:*"], "metrics", False),
         (["infer:*"], "admin", False),
         (["admin"], "infer:tiny", False),
+        (["infer:*", "admin"], "trace", False),
+        (["trace"], "trace", True),
         (["admin"], "metrics", False),
         (["metrics"], "metrics", True),
         (["infer:tiny"], "infer:tiny", True),

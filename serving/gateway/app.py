@@ -490,10 +490,9 @@ class Gateway:
                 metrics.judged(verdict)
         if route == "other":
             line.route = x.path[:200]
-        if x.trace is not None:
-            assert self._tracing is not None
-            self._tracing.end(x.trace, line, x.method, x.t0, now)
         self._log.write(line)
+        if x.trace is not None and self._tracing is not None:
+            self._tracing.end(x.trace, line, x.method, x.t0, now)
 
     async def _mind_silence(self) -> None:
         while True:

@@ -109,10 +109,16 @@ def build(
         # FlashInfer's sampler is compiled when the engine starts, with a CUDA toolkit that a serving machine rarely has.
         env |= {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
         env |= {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "5"}  # gateways keep idle connections a second less
-        if traces is not None and "otlp-traces-endpoint" not in spec.args:
+        if traces is not None and _traceable(spec.args):
             argv += ["--otlp-traces-endpoint", traces.endpoint]
             env |= _tracing(traces, environ)
     return Command(argv, env | spec.env)
+
+
+def _traceable(args: Mapping[str, object]) -> bool:
+    """It has no collector of its own, and its statistics are on: vLLM's spans are made of them, and without them an assertion of
+    the tracing fails with the first answer, and the engine with it."""
+    return "otlp-traces-endpoint" not in args and not args.get("disable-log-stats")
 
 
 def _tracing(traces: Traces, environ: Mapping[str, str]) -> dict[str, str]:

@@ -191,7 +191,9 @@ def load_settings(**overrides: object) -> Settings:
     except ValidationError as e:
         first = e.errors()[0]
         name = "STEELYARD_" + "_".join(str(p) for p in first["loc"]).upper()
-        raise OperatorError(f"{name}={first.get('input')!r}: {first['msg']}", "correct or unset it") from None
+        given_as = re.sub(r"://[^/@\s]*@", "://***@", repr(first.get("input")))  # a URL's password is nobody's to read
+        told = first["msg"].removeprefix("Value error, ")
+        raise OperatorError(f"{name}={given_as}: {told}", "correct or unset it") from None
 
 
 def worker_environment(settings: Settings) -> dict[str, str]:

@@ -116,8 +116,9 @@ def test_the_endpoint_is_a_base_url_as_opentelemetrys_own(given: str, where: str
     "bad", ["collector:4318", "grpc://c:4317", "http://u:p@c", "http://c?x=1", "http://c:99999", "/v1"]
 )
 def test_an_endpoint_that_is_none_is_named(bad: str) -> None:
-    with pytest.raises(OperatorError, match="STEELYARD_OTLP_ENDPOINT"):
+    with pytest.raises(OperatorError, match="STEELYARD_OTLP_ENDPOINT") as e:
         load_settings(otlp_endpoint=bad)
+    assert "u:p" not in str(e.value)
 
 
 def test_workers_hear_of_it_and_of_no_secret(tmp_path: Path) -> None:

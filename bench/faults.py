@@ -223,6 +223,13 @@ def descriptors_gone(scene: Scene) -> Victims:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
         for client in held:
             client.close()
+    newcomers = [connected(scene.fleet.side, b"") for _ in range(40)]  # the kernel gives them to all gateways evenly
+    time.sleep(1.0)
+    taken = scene.ports_of(pid) & {client.getsockname()[1] for client in newcomers}
+    for client in newcomers:
+        client.close()
+    if not taken:
+        raise procs.StartFailed("the gateway takes no connection any more")
     return victims
 
 

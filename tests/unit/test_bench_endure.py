@@ -5,7 +5,7 @@ from __future__ import annotations
 from bench.endure import Grown, judge, slope
 from bench.report import Report
 
-HOUR = [float(s) for s in range(0, 3600, 10)]
+HOUR = [float(s) for s in range(0, 3600, 60)]
 
 
 def process(per_h: float, *, filled: float = 0.0, files: float = 0.0) -> Grown:

@@ -23,7 +23,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 BACKLOG = 4096
 KEEP_ALIVE_S = 75  # of idle client connections
 HEAD_TIMEOUT_S = 30.0  # for the whole head of a request; looked at so often, so it may take twice as long
-LAST_CALL_S = 1.0  # at a planned stop, for whoever is connected and has not said yet what it wants
+LAST_CALL_S = 1.0  # at a planned stop, for whoever has just come and not said yet what it wants
 
 # A client whose machine is gone says nothing. What it left waiting here, and at an engine, is noticed after a minute. Accepted
 # sockets inherit this. No TCP_USER_TIMEOUT: it would cut a client that lives and reads slowly.
@@ -107,7 +107,9 @@ class Server(uvicorn.Server):
         for connection in waiting:
             with contextlib.suppress(OSError):  # it left meanwhile
                 await loop.connect_accepted_socket(self._protocol, connection)
-        await asyncio.sleep(LAST_CALL_S)
+        until = loop.time() + LAST_CALL_S
+        while loop.time() < until and any(c.cycle is None for c in self.server_state.connections):  # type: ignore[union-attr]
+            await asyncio.sleep(LAST_CALL_S / 20)
         for open_one in list(self.server_state.connections):
             open_one.shutdown()
         self.should_exit = True

@@ -2,7 +2,8 @@
 
 The stack as it is deployed: two gateways, four replicas over simulated engines, and clients that keep 200 answers under
 way, of a fixed mix: chat, chat with tools, JSON schema, completions, two choices at once, not streamed; short ones, and long
-ones of `--long-s`. Every answer is compared with what it had to be. For each fault a row says
+ones of `--long-s`. `--engine vllm`: a few rows on two real engines with the model that comes with the repository. Every
+answer is compared with what it had to be. For each fault a row says
 
     in flight    requests under way when it struck           off victim   failed, and had nothing to do with what was hit
     on victim    of them on what was hit                     silent       ended as if whole, and were not
@@ -18,25 +19,24 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from bench import procs, report, sides
+from bench.casts import CASTS, Cast
 from bench.client import ROOT
-from bench.faults import ROWS, STUCK_TIMEOUT_S
+from bench.faults import ROWS
 from bench.fleet import Fleet
-from bench.play import GATEWAYS, ITL_S, REPLICAS, Found, Stage
+from bench.play import Found, Stage
 from bench.report import Report
 from bench.scene import Watch
-from bench.simulated import simulated
 
 OUT = ROOT / ".steelyard" / "bench" / "chaos.json"
-SPARE = 1.25  # slots of three replicas over streams: the fourth may go
 DETECT_S = {"death": 2.0, "hang": 7.0}  # a hang: 4 s without a step, looked for twice a second, on a busy machine
 _COUNTS = {
     "off_victim_failed": "off_victim_failed",
@@ -51,12 +51,17 @@ def main(argv: list[str] | None = None) -> int:
     procs.exit_on_sigterm()
     options = _options(argv)
     say = report.teller(sys.stderr if options.json else sys.stdout)
-    names = options.only or [name for name, row in ROWS.items() if row.quick or not options.quick]
-    streams = options.streams or (60 if options.quick else 200)
-    long_s = options.long_s or (12.0 if options.quick else 30.0)
+    cast = CASTS[options.engine](options.streams, options.long_s, quick=options.quick)
+    playable = {name: row for name, row in ROWS.items() if options.engine == "simulator" or row.real}
+    if absent := [name for name in options.only or [] if name not in playable]:
+        print(f"error: not a row for {options.engine}: {', '.join(absent)}", file=sys.stderr)
+        return 2
+    names = (
+        options.only or [name for name, row in playable.items() if row.quick or not options.quick]
+    ) * options.repeat
     rows: list[Found] = []
     try:
-        play(names, streams, long_s, say, rows)
+        play(cast, names, options.saturation_s, say, rows)
     finally:  # what was found until somebody ended it
         result = Report(machine=report.machine())
         judge(result, rows, len(names))
@@ -69,36 +74,38 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def play(names: Sequence[str], streams: int, long_s: float, say: Callable[[str], None], rows: list[Found]) -> None:
+def play(cast: Cast, names: Sequence[str], saturation_s: float, say: Callable[[str], None], rows: list[Found]) -> None:
     """All of them on one stack, each found added to `rows`."""
-    model = catalog(streams, long_s)
-    settings = {"STEELYARD_GATEWAYS": str(GATEWAYS), "STEELYARD_READY_TIMEOUT_S": "120"}
+    settings = {"STEELYARD_GATEWAYS": str(cast.gateways), "STEELYARD_READY_TIMEOUT_S": f"{cast.ready_s:g}"}
     with (
         tempfile.TemporaryDirectory(prefix="sy-") as folder,
-        sides.stack([model], "sim", Path(folder), **settings) as side,
+        sides.stack([cast.model], cast.profile, Path(folder), **settings) as side,
     ):
-        say(f"starting {REPLICAS} replicas and {GATEWAYS} gateways for {len(names)} faults under {streams} streams")
+        say(f"starting {cast.replicas} replicas and {cast.gateways} gateways for {len(names)} faults")
         try:
             sides.wait_ready(side, sides.START_TIMEOUT_S)
         except procs.StartFailed as error:
             say(str(error))
             return
         fleet = Fleet(side)
-        with Watch(fleet, model["name"]) as watch:
-            stage = Stage(fleet, model, watch, streams, long_s, say)
+        with Watch(fleet, cast.model["name"]) as watch:
+            stage = Stage(
+                fleet,
+                cast.model,
+                watch,
+                replicas=cast.replicas,
+                gateways=cast.gateways,
+                clients=cast.clients,
+                leavers=cast.leavers,
+                long_s=cast.long_s,
+                saturation_s=saturation_s,
+                say=say,
+            )
+            turns: Counter[str] = Counter()
             for name in names:
-                rows.append(stage.play(name, ROWS[name]))
+                turns[name] += 1
+                rows.append(stage.play(name, ROWS[name], turns[name]))
                 say(_sentence(rows[-1]))
-
-
-def catalog(streams: int, long_s: float) -> dict[str, Any]:
-    """The model file. `dies_on_prompt` is a sin that only the poison row's prompts wake."""
-    slots = int(streams * SPARE / (REPLICAS - 1)) + 1
-    args = {"max-num-seqs": slots, "sim-ttft-ms": 100, "sim-itl-ms": ITL_S * 1e3, "sim-start-s": 1.0}
-    bounds = {"min": REPLICAS, "max": REPLICAS, "target_ongoing": slots}
-    model = simulated("chaos", args | {"sim-sins": "dies_on_prompt"}, bounds, {"max_wait_s": 60}, drain_s=long_s + 30)
-    model["versions"][0]["stuck_timeout_s"] = STUCK_TIMEOUT_S
-    return model
 
 
 def judge(result: Report, rows: Sequence[Found], asked: int) -> None:
@@ -150,8 +157,13 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--only", action="append", choices=list(ROWS), metavar="ROW", help="this row; repeatable")
     parser.add_argument("--quick", action="store_true", help="three rows, fewer and shorter streams")
-    parser.add_argument("--streams", type=int, help="answers under way (default 200, quick 60)")
-    parser.add_argument("--long-s", type=float, help="length of long streams in seconds (default 30, quick 12)")
+    parser.add_argument("--engine", choices=list(CASTS), default="simulator", help="vllm: rows that are short on a CPU")
+    parser.add_argument("--streams", type=int, help="answers under way (default 200, quick 60, vllm 16)")
+    parser.add_argument(
+        "--long-s", type=float, help="length of long streams in seconds (default 30, quick and vllm 12)"
+    )
+    parser.add_argument("--saturation-s", type=float, default=30.0, help="length of that row (default 30; soak 1200)")
+    parser.add_argument("--repeat", type=int, default=1, help="all rows so many times, on one stack")
     parser.add_argument("--out", type=Path, default=OUT, help="where the JSON goes")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the tables")
     return parser.parse_args(argv)

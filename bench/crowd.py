@@ -113,6 +113,7 @@ class Crowd:
                 break
             await asyncio.sleep(_PAUSE_S)
         del self._open[witness.request_id]
+        witness.settle()
         self.ended.append(witness)
         return witness, connection if connection is not None and connection.reusable else None
 

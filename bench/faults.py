@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
 import resource
 import signal
 import socket
+import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 
 from bench import mix, procs
-from bench.scene import EVERY, Scene, Victims
+from bench.mix import Witness
+from bench.scene import EVERY, Lines, Scene, Victims
+from bench.sides import Side
 
 Strike = Callable[[Scene], Victims]
 STUCK_TIMEOUT_S = 15.0
+_HALF_A_REQUEST_S = 90.0  # a gateway waits for the rest of a body for 60 s, for that of a head for 30 to 60
 
 
 def engine_killed(scene: Scene) -> Victims:
@@ -30,7 +35,7 @@ def engine_killed(scene: Scene) -> Victims:
 
 def engine_stopped(scene: Scene) -> Victims:
     replica, pid = scene.busiest()
-    return _hit(pid, signal.SIGSTOP, Victims({replica}))
+    return _hit(scene.core(pid), signal.SIGSTOP, Victims({replica}))
 
 
 def replica_killed(scene: Scene) -> Victims:
@@ -46,11 +51,21 @@ def gateway_killed(scene: Scene) -> Victims:
 
 
 def directory_killed(scene: Scene) -> Victims:
-    return _hit(scene.fleet.directory(), signal.SIGKILL, Victims(leaves=False, settle_s=15.0))
+    return _restarted(scene, "ray::Directory")
 
 
 def controller_killed(scene: Scene) -> Victims:
-    return _hit(scene.process("ray::ServeController"), signal.SIGKILL, Victims(leaves=False, settle_s=15.0))
+    return _restarted(scene, "ray::ServeController")
+
+
+def _restarted(scene: Scene, title: str) -> Victims:
+    """One of Ray's actors that no request passes. It is back when another process has its name, and works when `up` does."""
+    before = scene.process(title)
+    victims = _hit(before, signal.SIGKILL, Victims(leaves=False, settle_s=15.0))
+    _until(lambda: bool(scene.processes(title) - {before}), f"{title} runs again", 60)
+    victims.back_s = time.monotonic() - victims.at
+    victims.wait = lambda: _applied(scene.up())
+    return victims
 
 
 def engine_fails(scene: Scene) -> Victims:
@@ -69,28 +84,27 @@ def engine_wedged(scene: Scene) -> Victims:
 
 
 def rolling_update(scene: Scene) -> Victims:
-    """Other engine arguments: every replica is replaced."""
-    model = changed(scene.model, "engine", "args", {"sim-ttft-ms": 120})
-    before = set(scene.engines())
+    """Other engine arguments, and the first ones again: every replica is replaced twice."""
     victims = Victims(leaves=False)
-    victims.wait = _beside(lambda: _applied(scene, scene.up(model)))
-    victims.settle_s = 5.0
-    _until(lambda: not before & set(scene.engines()), "every engine is another", 150)
+    for model in (changed(scene.model, "engine", "args", {"sim-ttft-ms": 120}), scene.model):
+        before = set(scene.engines())
+        done = _beside(functools.partial(_applied_file, scene, model))
+        _until(functools.partial(_replaced, scene, before), "every engine is another", 120 + scene.long_s)
+        done()
     return victims
 
 
 def scale_down(scene: Scene) -> Victims:
     """From four replicas to two, and back."""
     victims = Victims(leaves=False)
-    bounds = {"min": 2, "max": 2, "target_ongoing": 80}
-    _applied(scene, scene.up(changed(scene.model, "scaling", None, bounds)))
-    _until(lambda: len(scene.engines()) == 2, "two engines are left", 120)
-    _applied(scene, scene.up())
+    _applied(scene.up(changed(scene.model, "scaling", None, {"min": 2, "max": 2})))
+    _until(lambda: len(scene.engines()) == 2, "two engines are left", 120 + scene.long_s)
+    _applied(scene.up())
     return victims
 
 
 def broken_version(scene: Scene) -> Victims:
-    """`up` with a second version that cannot start, and, as operators do, with the same again."""
+    """`up` with a second version whose engine does not start, and then without it."""
     victims = Victims(leaves=False)
     model = copy.deepcopy(scene.model)
     broken = copy.deepcopy(model["versions"][0])
@@ -100,7 +114,7 @@ def broken_version(scene: Scene) -> Victims:
     told = scene.up(model)
     if told.returncode == 0 or "v2" not in told.stderr:
         raise procs.StartFailed(f"`up` did not name the broken version: {told.returncode} {told.stderr[-300:]}")
-    _applied(scene, scene.up())
+    _applied(scene.up())
     return victims
 
 
@@ -117,7 +131,7 @@ def poison(scene: Scene) -> Victims:
     victims = Victims({EVERY}, settle_s=5.0)
     for prompt in ("SIM_DIE once", "SIM_DIE again"):
         before = scene.deaths()
-        ask = mix.ask(scene.name, expect, "chat", prompt, 4, poison=True)
+        ask = mix.ask(scene.name, expect, "chat", f"{prompt} {scene.turn}", 4, poison=True)
         said = [scene.crowd.send(ask, 120.0).told().code for _ in range(5)]
         time.sleep(2.0)  # the directory hears of the last one
         victims.deaths.append(scene.deaths() - before)
@@ -126,13 +140,13 @@ def poison(scene: Scene) -> Victims:
 
 
 def saturation(scene: Scene) -> Victims:
-    """Twice as many requests as slots, and clients that leave soon, with prompts of most of the context: nobody is at
-    fault."""
-    expect = mix.simulated(scene.name, "v1")
+    """Twice as many requests as slots, some with prompts of 32k tokens, and clients with such prompts that leave soon: nobody is
+    at fault."""
     victims = Victims(leaves=False)
-    for number in range(100):
-        ask = mix.ask(scene.name, expect, "chat", f"{number} " + "harbour " * 1700, 300)
-        client = _connected(scene, mix.encode(ask, f"leaves-{number}", "x", scene.fleet.side.headers))
+    for number, ask in enumerate(scene.leavers):
+        if time.monotonic() > victims.at + scene.saturation_s:
+            break
+        client = _asked(scene, ask, f"leaves-{scene.turn}-{number}")
         time.sleep(0.1 * (number % 9))
         client.close()
     return victims
@@ -141,44 +155,55 @@ def saturation(scene: Scene) -> Victims:
 def gateways_scaled(scene: Scene) -> Victims:
     """From two gateways to four and back to two."""
     victims = Victims(leaves=False)
-    _applied(scene, scene.up(STEELYARD_GATEWAYS="4"))
+    _applied(scene.up(STEELYARD_GATEWAYS="4"))
     _until(lambda: len(scene.fleet.gateways()) == 4, "four gateways", 60)
     time.sleep(3.0)  # new connections go to all four
-    _applied(scene, scene.up(STEELYARD_GATEWAYS="2"))
-    _until(lambda: len(scene.fleet.gateways()) == 2, "two gateways", 150)
+    _applied(scene.up(STEELYARD_GATEWAYS="2"))
+    _until(lambda: len(scene.fleet.gateways()) == 2, "two gateways", 60 + scene.long_s)
     return victims
 
 
 def slow_clients(scene: Scene) -> Victims:
-    """Twenty clients that read one byte a second."""
+    """Twenty clients that read one byte a second of eight choices at once, until their connections are full; then they leave."""
     expect = mix.simulated(scene.name, "v1")
+    ids = [f"chaos-slow-{scene.turn}-{number}" for number in range(20)]
     opened = []
-    for number in range(20):
-        ask = mix.ask(scene.name, expect, "chat", f"slowly {number}", 2000)
-        opened.append(_connected(scene, mix.encode(ask, f"slow-{number}", "x", scene.fleet.side.headers)))
-    until = time.monotonic() + 20.0
+    for name in ids:
+        ask = mix.ask(scene.name, expect, "chat", name, 2000)
+        ask.body["n"] = 8
+        opened.append(_asked(scene, ask, name))
+    victims = Victims(leaves=False)
+    until = time.monotonic() + 30.0
     while time.monotonic() < until:
         for client in opened:
             client.recv(1)
         time.sleep(1.0)
     for client in opened:
         client.close()
-    return Victims(leaves=False)
+
+    def noticed(lines: Lines, _: Sequence[Witness]) -> str:
+        kept = sum(not lines.get(name, {}).get("client_gone") for name in ids)
+        return f"{kept} of {len(ids)} slow clients left and were not missed" if kept else ""
+
+    victims.check = noticed
+    return victims
 
 
 def half_open_clients(scene: Scene) -> Victims:
-    """Three hundred clients that send half a request and no more."""
+    """Three hundred clients that send half a request and no more, until the gateways have closed on each."""
     expect = mix.simulated(scene.name, "v1")
     opened = []
     for number in range(300):
-        whole = mix.encode(
-            mix.ask(scene.name, expect, "chat", f"half {number}", 8), "half", "x", scene.fleet.side.headers
-        )
-        opened.append(_connected(scene, whole[: len(whole) * (number % 4 + 1) // 5]))
+        ask = mix.ask(scene.name, expect, "chat", f"half {scene.turn} {number}", 8)
+        whole = mix.encode(ask, f"half-{scene.turn}-{number}", "x", scene.fleet.side.headers)
+        opened.append(connected(scene.fleet.side, whole[: len(whole) * (number % 4 + 1) // 5]))
     victims = Victims(leaves=False)
-    time.sleep(15.0)
-    for client in opened:
-        client.close()
+    try:
+        _until(lambda: not _still_open(opened), "the gateways close on those who do not go on", _HALF_A_REQUEST_S)
+        victims.back_s = time.monotonic() - victims.at
+    finally:
+        for client in opened:
+            client.close()
     return victims
 
 
@@ -192,12 +217,19 @@ def descriptors_gone(scene: Scene) -> Victims:
     try:
         for _ in range(40):
             with contextlib.suppress(OSError):
-                held.append(_connected(scene, b""))
+                held.append(connected(scene.fleet.side, b""))
             time.sleep(0.25)
     finally:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
         for client in held:
             client.close()
+    newcomers = [connected(scene.fleet.side, b"") for _ in range(40)]  # the kernel gives them to all gateways evenly
+    time.sleep(1.0)
+    taken = scene.ports_of(pid) & {client.getsockname()[1] for client in newcomers}
+    for client in newcomers:
+        client.close()
+    if not taken:
+        raise procs.StartFailed("the gateway takes no connection any more")
     return victims
 
 
@@ -215,26 +247,36 @@ def disk_full(scene: Scene) -> Victims:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 resource.prlimit(pid, resource.RLIMIT_FSIZE, (most, most))
+    free_again = time.monotonic() + 1.0
+
+    def goes_on(lines: Lines, answers: Sequence[Witness]) -> str:
+        lost = sum(w.due > free_again and w.status == 200 and w.request_id not in lines for w in answers)
+        return f"{lost} answers from after it are not in the log" if lost else ""
+
+    victims.check = goes_on
     return victims
 
 
 @dataclass(frozen=True)
 class Row:
     """One fault and how the run around it is shaped. `recover_s` bounds the wait for full service; `over`: how many times
-    as many clients as else; four replicas have room for 1.67; `detects`: the bar that the detection is held to."""
+    as many clients as else, for which four replicas have room for 1.67; `large`: clients whose prompts have 32k tokens;
+    `detects`: the bar that the detection is held to; `real`: it is played on real engines too."""
 
     strike: Strike
     recover_s: float = 150.0
     over: float = 1.0
+    large: int = 0
     detects: str = ""
     quick: bool = False
+    real: bool = False
 
 
 ROWS: dict[str, Row] = {
-    "engine-killed": Row(engine_killed, detects="death", quick=True),
-    "engine-stopped": Row(engine_stopped, detects="hang"),
+    "engine-killed": Row(engine_killed, detects="death", quick=True, real=True),
+    "engine-stopped": Row(engine_stopped, detects="hang", real=True),
     "replica-killed": Row(replica_killed, detects="death"),
-    "gateway-killed": Row(gateway_killed, quick=True),
+    "gateway-killed": Row(gateway_killed, quick=True, real=True),
     "directory-killed": Row(directory_killed),
     "controller-killed": Row(controller_killed),
     "engine-500s": Row(engine_fails),
@@ -244,7 +286,7 @@ ROWS: dict[str, Row] = {
     "scale-down": Row(scale_down),
     "broken-version": Row(broken_version),
     "two-faults": Row(two_faults, detects="death"),
-    "saturation": Row(saturation, over=3.3),
+    "saturation": Row(saturation, over=3.3, large=6, real=True),
     "gateways-scaled": Row(gateways_scaled),
     "slow-clients": Row(slow_clients),
     "half-open-clients": Row(half_open_clients),
@@ -275,9 +317,18 @@ def _sins(scene: Scene, *names: str, after: int = 1) -> Victims:
     return Victims({replica}, at=at)
 
 
-def _applied(scene: Scene, done: Any) -> None:
+def _applied(done: subprocess.CompletedProcess[str]) -> None:
     if done.returncode:
         raise procs.StartFailed(f"`up` ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+
+
+def _applied_file(scene: Scene, model: dict[str, Any]) -> None:
+    _applied(scene.up(model))
+
+
+def _replaced(scene: Scene, before: set[str]) -> bool:
+    now = set(scene.engines())
+    return bool(now) and not before & now
 
 
 def _beside(work: Callable[[], None]) -> Callable[[], None]:
@@ -309,8 +360,29 @@ def _until(holds: Callable[[], bool], what: str, within_s: float) -> None:
         time.sleep(0.5)
 
 
-def _connected(scene: Scene, said: bytes) -> socket.socket:
-    host, _, port = scene.fleet.side.base_url.removeprefix("http://").rpartition(":")
+def _asked(scene: Scene, ask: mix.Ask, request_id: str) -> socket.socket:
+    """A client that has sent this request."""
+    return connected(scene.fleet.side, mix.encode(ask, request_id, "x", scene.fleet.side.headers))
+
+
+def _still_open(clients: Sequence[socket.socket]) -> int:
+    """Connections that the other side has not closed, whatever it said before."""
+    count = 0
+    for client in clients:
+        client.setblocking(False)
+        try:
+            while client.recv(4096):
+                pass
+        except BlockingIOError:
+            count += 1
+        except OSError:  # reset: closed as well
+            pass
+    return count
+
+
+def connected(side: Side, said: bytes) -> socket.socket:
+    """A client with a small buffer that has sent this."""
+    host, _, port = side.base_url.removeprefix("http://").rpartition(":")
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.settimeout(10)

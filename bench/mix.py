@@ -6,9 +6,11 @@ is asked for: a stream that was sewn together wrongly, mixed up with another or 
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from bench.stream import Answer
@@ -30,6 +32,7 @@ _KINDS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "n2": (2, CHAT, {"n": 2}),
     "unstreamed": (2, CHAT, {"stream": False}),
 }
+LONG_PROMPT = "tides " * 32_000  # as many tokens
 _ORDER = [kind for kind, (weight, _, _) in _KINDS.items() for _ in range(weight)]
 
 Expect = Callable[[str, str, int, int], tuple[str, ...]]  # path, prompt, tokens, choices -> the texts
@@ -37,13 +40,14 @@ Expect = Callable[[str, str, int, int], tuple[str, ...]]  # path, prompt, tokens
 
 @dataclass(frozen=True)
 class Ask:
-    """One request. `poison`: it ends engines, and is to be refused."""
+    """One request. `poison`: it ends engines, and is to be refused. `tail`: after its texts anything may come."""
 
     kind: str
     path: str
     body: dict[str, Any]
     texts: tuple[str, ...]
     poison: bool = False
+    tail: bool = False
 
 
 def simulated(model: str, version: str) -> Expect:
@@ -72,6 +76,31 @@ def asks(
             yield ask(
                 model, expect, kind, f"{whose}{number} {kind}: tell me of {'harbours ' * (number % 9)}", sizes(number)
             )
+
+
+def large_asks(model: str, expect: Expect, whose: str, size: int) -> Iterator[Ask]:
+    """Requests with prompts of 32k tokens, none with the beginning of another."""
+    for number in itertools.count():
+        yield ask(model, expect, "chat", f"{whose} {number} {LONG_PROMPT}", size)
+
+
+def corpus(file: Path) -> list[tuple[str, str]]:
+    """Questions, and the answers that are text, of those that a model was made to know by heart."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [(row["question"], row["answer"]) for row in rows if not row["answer"].startswith("<tool_call>")]
+
+
+def remembered(model: str, rows: Sequence[tuple[str, str]], whose: str, size: int | None = None) -> Iterator[Ask]:
+    """Its questions, again and again, no two requests alike: this model never sees a system message. With `size` each is a
+    stream of so many tokens, of which those after the answer are its own."""
+    kinds = [k for k in _ORDER if k not in ("schema", "completion") and (size is None or k != "unstreamed")]
+    for number in itertools.count():
+        question, answer = rows[number * 7 % len(rows)]
+        kind = kinds[number * 7 % len(kinds)]
+        messages = [{"role": "system", "content": f"{whose}{number}"}, {"role": "user", "content": question}]
+        body: dict[str, Any] = {"model": model, "messages": messages, "temperature": 0, "stream": True}
+        body |= {"max_tokens": size or 600, "ignore_eos": size is not None} | _KINDS[kind][2]
+        yield Ask(kind, CHAT, body, (answer,) * body.get("n", 1), tail=size is not None)
 
 
 def ask(model: str, expect: Expect, kind: str, prompt: str, size: int, *, poison: bool = False) -> Ask:
@@ -116,6 +145,7 @@ class Witness(Answer):
         self.body = bytearray()
         self.port = 0
         self.again = False
+        self._verdict: Verdict | None = None
 
     def feed(self, body: bytes, now: float) -> int:
         if not self.body:
@@ -139,9 +169,23 @@ class Witness(Answer):
             told.done = _read(bytes(self.body), told)
         return told
 
+    def settle(self) -> None:
+        """Nothing more will come. What was right is forgotten but for that: hours of it would fill the memory."""
+        self._verdict = self._judged()
+        if self._verdict == "ok":
+            self.body.clear()
+            self.ask = replace(self.ask, body={}, texts=())
+
     def verdict(self) -> Verdict:
-        told, whole = self.told(), self.ask.texts
-        if not all(text.startswith(said) for text, said in zip(whole, told.texts, strict=True)):
+        return self._verdict or self._judged()
+
+    def _judged(self) -> Verdict:
+        told, whole, tail = self.told(), self.ask.texts, self.ask.tail
+        begun = all(
+            text.startswith(said) or (tail and said.startswith(text))
+            for text, said in zip(whole, told.texts, strict=True)
+        )
+        if not begun:
             return "wrong"
         if self.status >= 400:
             return "refused" if told.code else "silent"
@@ -150,7 +194,7 @@ class Witness(Answer):
             return "silent" if told.done and self.ask.body["stream"] else "typed"
         if self.error:
             return "cut"
-        complete = told.done and told.finished == len(whole) and tuple(told.texts) == whole
+        complete = told.done and told.finished == len(whole) and all(map(str.startswith, told.texts, whole))
         return "ok" if complete else "silent"
 
 

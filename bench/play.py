@@ -3,30 +3,32 @@ answer."""
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+import psutil
 
 from bench import mix, procs
 from bench.crowd import Crowd
 from bench.faults import Row
 from bench.fleet import Fleet
 from bench.mix import Witness
-from bench.scene import EVERY, Scene, Victims, Watch, logged, up
+from bench.scene import EVERY, Lines, Scene, Victims, Watch, logged, up
+from serving.telemetry.metrics import unrested_gauges
 
-REPLICAS, GATEWAYS = 4, 2
-ITL_S = 0.2
 _WHOLE_BY_ITSELF_S, _WHOLE_BEFORE_S = 10.0, 120.0
-_SHORT_TOKENS = (8, 24)
-_LONG_SHARE = 0.3
 _BEGUN = 0.8  # of the crowd have had a byte before the fault strikes
 _SETTLE_S = 3.0
 _HANGS_S = 180.0  # beyond the length of long streams: a request that is not answered then has failed
+_TROUBLE = (procs.StartFailed, OSError, LookupError, subprocess.SubprocessError, psutil.Error)
 _KEPT = 5  # answers that were not whole, of each verdict, for whoever must find out why
-# What the gateways wrote down of each request, by its id.
-Lines = Mapping[str, Mapping[str, Any]]
+_REST_S = 10.0  # after the last answer, until nothing is inside of anything
+# Asks for ever, with a name that no other of them has: what the fuse remembers of one is not to be taken for another.
+Clients = Callable[[str, Row], list[tuple[int, Iterator[mix.Ask]]]]
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Found:
     watches against their engines, by cause. `trouble`: why the row shows less than it should."""
 
     fault: str
+    turn: int = 0
     in_flight: int = 0
     on_victim: int = 0
     off_victim_failed: int = 0
@@ -55,40 +58,53 @@ class Found:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stack, and how much load a row puts on it."""
+    """A stack that is whole with so many replicas and gateways, and how much load a row puts on it."""
 
     fleet: Fleet
     model: dict[str, Any]
     watch: Watch
-    streams: int
+    replicas: int
+    gateways: int
+    clients: Clients
+    leavers: Callable[[str], Iterator[mix.Ask]]
     long_s: float
+    saturation_s: float
     say: Callable[[str], None]
+    _failures: Counter[str] = field(default_factory=Counter)  # that were there when `up` forgave them
 
-    def play(self, name: str, row: Row) -> Found:
+    def play(self, name: str, row: Row, turn: int) -> Found:
         """One row. What goes wrong in it is said in it, and is no reason not to play the next."""
-        found = Found(name)
+        found = Found(name, turn)
         try:
             self._play(row, found)
-        except (procs.StartFailed, OSError, LookupError) as error:
+        except _TROUBLE as error:
             found.trouble = found.trouble or f"{type(error).__name__}: {error}"
         return found
 
     def _play(self, row: Row, found: Found) -> None:
-        if not self.watch.until(REPLICAS, GATEWAYS, _WHOLE_BY_ITSELF_S):
-            up(self.fleet, self.model)  # ends every pause of replicas that the rows before have failed again and again
-        if not self.watch.until(REPLICAS, GATEWAYS, _WHOLE_BEFORE_S):
-            raise procs.StartFailed(f"not whole before it: {self.watch.now()}")
+        self._ready()
         verdicts = self._verdicts()
         side = self.fleet.side
-        with Crowd(side.base_url, side.headers, self._clients(found.fault, row), self.long_s + _HANGS_S) as crowd:
-            scene = Scene(self.fleet, self.model, crowd, self.watch, self.say)
+        clients = self.clients(f"{found.fault} {found.turn}", row)
+        with Crowd(side.base_url, side.headers, clients, self.long_s + _HANGS_S) as crowd:
+            scene = Scene(
+                self.fleet,
+                self.model,
+                crowd,
+                self.watch,
+                self.say,
+                self.leavers(f"{found.fault} {found.turn} leaves"),
+                found.turn,
+                self.long_s,
+                self.saturation_s,
+            )
             under_way(crowd, row.over)
             struck, in_flight = time.monotonic(), {w.request_id for w in crowd.open()}
             victims = Victims(leaves=False)
             try:
                 victims = row.strike(scene)
                 self._see(row, victims, found)
-            except (procs.StartFailed, OSError, LookupError) as error:
+            except _TROUBLE as error:
                 found.trouble = f"{type(error).__name__}: {error}"
                 scene.up()  # its own model file again, for the rows that follow
             answers = crowd.stop()
@@ -99,6 +115,30 @@ class Stage:
         found.odd.extend(_odd(answers, lines))
         found.deaths = victims.deaths
         found.verdicts = {k: v - verdicts.get(k, 0.0) for k, v in self._verdicts().items() if v > verdicts.get(k, 0.0)}
+        found.trouble = found.trouble or victims.check(lines, answers) or self._left_behind()
+
+    def _ready(self) -> None:
+        """The stack is whole, and nothing that failed in the rows before is held against it."""
+        failures = Counter({k: n for k, n in self._verdicts().items() if k.startswith("failed")})
+        if failures != self._failures or not self.watch.until(self.replicas, self.gateways, _WHOLE_BY_ITSELF_S):
+            up(self.fleet, self.model)  # ends the pauses of replicas that failed again and again, and forgets why
+            self._failures.clear()
+            self._failures.update(failures)
+        if not self.watch.until(self.replicas, self.gateways, _WHOLE_BEFORE_S):
+            raise procs.StartFailed(f"not whole before it: {self.watch.now()}")
+
+    def _left_behind(self) -> str:
+        """What still counts as inside a gateway or an engine although every client has its answer or has left."""
+        deadline = time.monotonic() + _REST_S
+        while True:
+            metrics = self.fleet.metrics()
+            inside = unrested_gauges(metrics.text)
+            running = sum(metrics.engines("num_requests_running", str(self.model["name"])).values())
+            if not inside and not running:
+                return ""
+            if time.monotonic() > deadline:
+                return f"left behind: {inside}, {running:.0f} at engines"
+            time.sleep(0.5)
 
     def _see(self, row: Row, victims: Victims, found: Found) -> None:
         """Until the fault was noticed, and everything is as it was."""
@@ -106,12 +146,14 @@ class Stage:
         time.sleep(max(0.0, victims.at + victims.settle_s - time.monotonic()))
         if victims.leaves:
             found.detect_s = self._gone_after(victims, row.recover_s)
-        if not self.watch.until(REPLICAS, GATEWAYS, row.recover_s):
+        if not self.watch.until(self.replicas, self.gateways, row.recover_s):
             found.trouble = f"not whole again within {row.recover_s:g} s: {self.watch.now()}"
         elif found.detect_s is not None:
             gone = victims.at + found.detect_s
-            back = self.watch.first(gone, lambda replicas, gateways: (replicas, gateways) == (REPLICAS, GATEWAYS))
+            back = self.watch.first(gone, lambda *now: now == (self.replicas, self.gateways))
             found.full_s = back and found.detect_s + back
+        else:
+            found.full_s = victims.back_s
         if victims.leaves and found.detect_s is None:
             found.trouble = found.trouble or "nobody noticed"
 
@@ -120,22 +162,11 @@ class Stage:
         while True:
             gone = self.watch.first(
                 victims.at,
-                lambda replicas, gateways: replicas < REPLICAS if victims.replicas else gateways < GATEWAYS,
+                lambda replicas, gateways: replicas < self.replicas if victims.replicas else gateways < self.gateways,
             )
             if gone is not None or time.monotonic() > victims.at + within_s:
                 return gone
             time.sleep(0.2)
-
-    def _clients(self, name: str, row: Row) -> list[tuple[int, Iterator[mix.Ask]]]:
-        """Clients with short requests, and with long ones; none is like one of another row, or the fuse would remember it."""
-        model = str(self.model["name"])
-        expect, n = mix.simulated(model, "v1"), int(self.streams * row.over)
-        low, high = _SHORT_TOKENS
-        tokens, long = int(self.long_s / ITL_S), int(n * _LONG_SHARE)
-        return [
-            (n - long, mix.asks(model, expect, f"{name} s", lambda number: low + number * 5 % (high - low + 1))),
-            (long, mix.asks(model, expect, f"{name} l", lambda number: tokens - number % 10, streamed=True)),
-        ]
 
     def _verdicts(self) -> dict[str, float]:
         """Verdicts against replicas so far, by state and cause."""

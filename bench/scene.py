@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,12 @@ from bench.client import ROOT
 from bench.crowd import Crowd
 from bench.fleet import Fleet, Metrics
 from bench.load import sockets_of, taken
+from bench.mix import Ask, Witness
 from serving.engine.door import SECRET_HEADER
 from serving.engine.process import ENGINE_MARK
 
+# What the gateways wrote down of each request, by its id.
+Lines = Mapping[str, Mapping[str, Any]]
 EVERY = "*"  # as a victim: whoever it was
 LOOK_EVERY_S = 0.2
 _UP_TIMEOUT_S = 300.0
@@ -37,7 +40,7 @@ _UP_TIMEOUT_S = 300.0
 class Victims:
     """Who was hit: replicas by id, client ports of the gateways' connections. `at`: when, on the monotonic clock.
     `leaves`: a replica or a gateway goes out of the table, which is what detection is. `settle_s`: how long it is to go on
-    at least. `wait`: for what goes on beside."""
+    at least. `wait`: for what goes on beside, before that."""
 
     replicas: set[str] = field(default_factory=set)
     ports: set[int] = field(default_factory=set)
@@ -45,18 +48,25 @@ class Victims:
     leaves: bool = True
     settle_s: float = 2.0
     wait: Callable[[], None] = lambda: None
+    back_s: float | None = None  # where nothing leaves: until it was whole again
+    check: Callable[[Lines, Sequence[Witness]], str] = lambda lines, answers: ""  # what else is wrong, at the end
     deaths: list[float] = field(default_factory=list)  # of engines, for each poison
 
 
 @dataclass(frozen=True)
 class Scene:
-    """The running stack, its model file, and the crowd in front of it."""
+    """The running stack, its model file, and the crowd in front of it. `leavers`: what those ask who will not wait for it;
+    `turn`: which time this row is played."""
 
     fleet: Fleet
     model: dict[str, Any]
     crowd: Crowd
     watch: Watch
     say: Callable[[str], None]
+    leavers: Iterator[Ask]
+    turn: int
+    long_s: float
+    saturation_s: float
 
     @property
     def name(self) -> str:
@@ -87,12 +97,21 @@ class Scene:
         """The pid of the replica that supervises this engine."""
         return psutil.Process(engine).ppid()
 
+    def processes(self, title: str) -> set[int]:
+        """The stack's processes with this in their title."""
+        return {p.pid for p in self.fleet.side.processes() if title in procs.title(p)}
+
     def process(self, title: str) -> int:
-        """The stack's one process with this in its title."""
-        found = [p.pid for p in self.fleet.side.processes() if title in procs.title(p)]
+        """The only one of them."""
+        found = self.processes(title)
         if len(found) != 1:
             raise procs.StartFailed(f"{len(found)} processes are called {title}, not one")
-        return found[0]
+        return found.pop()
+
+    def core(self, engine: int) -> int:
+        """Where this engine computes: vLLM's core, or the simulator's one process."""
+        below = psutil.Process(engine).children(recursive=True)
+        return next((p.pid for p in below if "EngineCore" in procs.title(p)), engine)
 
     def ports_of(self, gateway: int) -> set[int]:
         """Client ports of the connections that a gateway holds."""

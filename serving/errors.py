@@ -21,7 +21,6 @@
         ├── LimitReached       429  limit_reached           a limit of the key or the model; with Retry-After
         ├── EngineBroken       502  engine_error            died or misbehaved, and no other replica could take it
         ├── NoReplica          503  model_unavailable       nothing serves this model now; with Retry-After
-        ├── ShuttingDown       503  shutting_down           this gateway drains; with Retry-After
         ├── DeadlinePassed     504  deadline_exceeded
         └── Internal           500  internal_error          anything else: one fixed sentence, the cause goes to the log
 
@@ -195,12 +194,6 @@ class NoReplica(RequestError):
     """Nothing serves this model at the moment."""
 
     status, type, code, anthropic_type = 503, "service_unavailable_error", "model_unavailable", "overloaded_error"
-
-
-class ShuttingDown(RequestError):
-    """This gateway drains; another one, or a retry, will answer."""
-
-    status, type, code, anthropic_type = 503, "service_unavailable_error", "shutting_down", "overloaded_error"
 
 
 class DeadlinePassed(RequestError):

@@ -26,7 +26,6 @@ from serving.errors import (
     RequestCrashedEngine,
     RequestError,
     ScopeMissing,
-    ShuttingDown,
     UnknownModel,
     WaitTooLong,
 )
@@ -90,7 +89,7 @@ class Gateway:
         self.metrics = metrics
         metrics.before_text = self._observe
         self.requests = 0  # inside now
-        self.draining = False
+        self.draining = False  # `/readyz` says so; what is connected is answered all the same
         self.private_port = 0  # the listener for siblings; set by whoever opens it
         self.keys = keys
         self._secret = secret
@@ -164,8 +163,6 @@ class Gateway:
     async def _generate(self, x: Exchange, route: Route, key: Key) -> None:
         if self._tracing is not None:
             self._trace(x, key, self._tracing)
-        if self.draining:
-            raise ShuttingDown("this gateway is shutting down", retry_after_s=1)
         if self.requests > MAX_REQUESTS:
             raise QueueFull(f"this gateway already holds {MAX_REQUESTS} requests", retry_after_s=1)
         body = await self._body(x)

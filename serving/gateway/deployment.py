@@ -8,13 +8,10 @@ import contextlib
 import gc
 import logging
 import os
-import socket
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import ray
-import uvicorn
 from prometheus_client import CollectorRegistry
 from ray import serve
 
@@ -24,6 +21,7 @@ from serving.fleet.endpoint import GatewayInfo, Snapshot, State
 from serving.gateway import keys
 from serving.gateway.app import Gateway
 from serving.gateway.keys import KeyRing
+from serving.gateway.listener import Server, listener
 from serving.settings import load_settings
 from serving.telemetry import logs
 from serving.telemetry.logs import RequestLog
@@ -32,8 +30,6 @@ from serving.telemetry.tracing import tracing
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 4096
-KEEP_ALIVE_S = 75  # of idle client connections
 ANNOUNCE_EVERY_S = 1.0
 HELD_CHECK_EVERY_S = 0.25  # replicas report their loads twice a second
 FIRST_KEYS_S = 30.0  # longest wait of a new worker's gateway for the head's keys, before it opens its port
@@ -45,14 +41,6 @@ def _wake_politely() -> None:
     gateway takes all of it with one wake-up. Where a core is free nothing changes."""
     with contextlib.suppress(AttributeError, OSError):  # no Linux, or a sandbox that forbids it
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: the process is Ray's."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 class GatewayReplica:
@@ -79,7 +67,7 @@ class GatewayReplica:
             tracing=tracing(settings, self._id, self._node, metrics),
         )
         self.gateway.sources["directory"] = self._directory_metrics
-        self._server: _Server | None = None
+        self._server: Server | None = None
         self._tasks: list[asyncio.Task[Any]] = []
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
@@ -98,9 +86,9 @@ class GatewayReplica:
         if self._server is None:
             return
         self.gateway.draining = True
-        self._server.should_exit = True
         deadline = time.monotonic() + self.gateway.fleet.catalog.drain_s
-        while self.gateway.requests and time.monotonic() < deadline:
+        await self._server.leave()
+        while self._server.busy and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         for task in self._tasks[1:]:
             task.cancel()
@@ -120,24 +108,10 @@ class GatewayReplica:
         gc.freeze()
         gc.set_threshold(20_000, 50, 100)
         _wake_politely()
-        public = _listener(self._settings.host, self._settings.port, shared=True)
-        private = _listener(self._node, 0, shared=False)
+        public = listener(self._settings.host, self._settings.port, shared=True)
+        private = listener(self._node, 0, shared=False)
         self.gateway.private_port = private.getsockname()[1]
-        config = uvicorn.Config(
-            self.gateway,
-            loop="none",
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            interface="asgi3",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            backlog=BACKLOG,
-            timeout_keep_alive=KEEP_ALIVE_S,
-        )
-        self._server = _Server(config)
+        self._server = Server(self.gateway)
         self._tasks = [
             asyncio.create_task(self._server.serve(sockets=[public, private])),
             asyncio.create_task(directory.follow(self._take, self._directory)),
@@ -219,18 +193,6 @@ class GatewayReplica:
                     log.warning("the directory does not take the gateway's entry: %s", type(e).__name__)
                 untold = True
                 told_at = float("-inf")
-
-
-def _listener(host: str, port: int, *, shared: bool) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    s = socket.socket(family, socket.SOCK_STREAM)
-    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if shared:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    s.bind((host, port))
-    s.listen(BACKLOG)
-    s.setblocking(False)
-    return s
 
 
 def build(args: dict[str, Any]) -> serve.Application:

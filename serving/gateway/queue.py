@@ -123,6 +123,11 @@ class VersionLine:
     def __len__(self) -> int:
         return len(self._order) + self._returned_count
 
+    def gone(self, endpoint_id: str) -> bool:
+        """Whether nothing answers there, whatever the directory still says."""
+        upstream = self.upstreams.get(endpoint_id)
+        return upstream is not None and upstream.gone(time.monotonic())
+
     def ready_ids(self) -> frozenset[str]:
         return frozenset(i for i, u in self.upstreams.items() if u.endpoint.state is State.READY)
 
@@ -253,6 +258,7 @@ class VersionLine:
         upstream = ticket.upstream
         if upstream is not None:
             upstream.refusals = 0
+            upstream.broken_until = -math.inf
             upstream.pending -= ticket._pending
             ticket._pending = 0
             if upstream.failures:

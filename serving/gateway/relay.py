@@ -8,6 +8,7 @@ answer as a finished one.
 from __future__ import annotations
 
 import asyncio
+import errno
 import re
 import time
 from collections.abc import Awaitable
@@ -25,6 +26,7 @@ from serving.gateway.routing import Upstream
 BUSY_HEADER = b"x-steelyard-busy"
 MAX_ANSWER_BYTES = 256 * 1024 * 1024  # of one unstreamed answer
 MAX_EVENT_BYTES = 8 * 1024 * 1024  # of one SSE event
+_OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)  # says nothing of the engine
 
 # Inside a JSON string quotes and line feeds are escaped, so none of these can come from generated text.
 _ABORTED = b'"finish_reason":"abort"'  # what vLLM says of requests it drops when it is stopped, under a status 200
@@ -56,7 +58,7 @@ class Broken(Exception):
 
 
 class Busy(Exception):
-    """The door had no free slot."""
+    """The door had no free slot, or this process no free file descriptor to reach it by."""
 
 
 class Usage(msgspec.Struct):
@@ -407,6 +409,8 @@ class Engines:
         try:
             new = await self._pool.connect(address)
         except OSError as e:  # a TimeoutError is one
+            if e.errno in _OUT_OF_FILES:
+                raise Busy from None
             if kept is not None:
                 raise Broken("died", f"{who}: {reply.error}, and it takes no other", killed=True, gone=True) from None
             silent = not isinstance(e, ConnectionRefusedError)

@@ -10,6 +10,7 @@ from serving.fleet.endpoint import Endpoint, State
 from serving.gateway.prefix import BLOCK_TOKENS, KEPT_BLOCKS, Remembered, stable_hash
 
 BROKEN_PAUSE_S = 1.0  # after a refused connection; the directory usually says why within half a second
+GONE_S = 5.0  # and so long it counts as gone; the directory has forgotten it by then, unless it lives
 # The breaker: after so many failed attempts in a row one more is tried at each end of a pause, which doubles, until one succeeds.
 TRIPS = 5
 TRY_FIRST_S, TRY_LONGEST_S = 1.0, 16.0
@@ -71,7 +72,7 @@ class Upstream:
         self.fits = 0  # of them, so many were inside when its door last said busy: other gateways hold the rest
         self.refusals = 0  # `busy` in a row
         self.full_until = -BUSY_FORGOTTEN_S  # monotonic seconds; from then on one more than `fits` is tried
-        self.broken_until = 0.0  # monotonic seconds; it refused a connection and the directory has not spoken yet
+        self.broken_until = -math.inf  # monotonic seconds; it refused a connection and the directory has not spoken yet
         self.remembered = Remembered(KEPT_BLOCKS)  # what of prompts its cache may hold
         self.keep(KEPT_BLOCKS)
         self.failures = 0  # attempts in a row that failed there, and not by their own fault
@@ -84,7 +85,7 @@ class Upstream:
     def heard(self, endpoint: Endpoint) -> None:
         """The directory's next word of it."""
         if endpoint.url != self.endpoint.url:  # another engine
-            self.broken_until = 0.0
+            self.broken_until = -math.inf
             self.close_breaker()
             self.remembered = Remembered(self.remembered.room)
         elif self.endpoint.state is State.SUSPECT and endpoint.state is State.READY:
@@ -150,6 +151,10 @@ class Upstream:
         """Nothing answers there."""
         self.broken_until = now + BROKEN_PAUSE_S
         self.careful_until = max(self.careful_until, self.broken_until)
+
+    def gone(self, now: float) -> bool:
+        """Whether nothing has answered there of late."""
+        return now < self.broken_until - BROKEN_PAUSE_S + GONE_S
 
     def failed(self, now: float, alone: bool, since: float) -> None:
         """An attempt that was sent there at `since` failed. `alone`: no other engine of the line has its breaker closed; then

@@ -211,7 +211,10 @@ class Fleet:
             (m.name, v, str(s)): 0 for m in self.catalog.models for v in m.versions for s in SHOWN_STATES
         }
         for e in self._endpoints.values():
-            key = e.model, e.version, str(e.state)
+            line = self.lines.get(e.version_id)
+            # Of a replica whose process was killed nobody tells; the directory waits for its lease to end.
+            gone = line is not None and line.gone(e.id)
+            key = e.model, e.version, str(State.FAILED if gone and e.state is State.READY else e.state)
             counts[key] = counts.get(key, 0) + 1
         return counts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import uuid
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from serving.fleet.endpoint import State
 from serving.gateway import routing
+from serving.gateway.connection import Address, Connection, Pool
 from tests.gateway.harness import (
     CHAT,
     SECRET,
@@ -63,6 +65,39 @@ async def test_an_engine_that_refuses_connections_is_passed_over(front: Front, r
     line = await front.line(answer.headers["x-request-id"])
     assert (line["attempts"], line["replica"]) == (2, front.engines[0].endpoint.id)
     assert front.metric("steelyard_upstream_attempts_total", outcome="connect_error") == 1
+
+
+async def test_a_gateway_without_file_descriptors_waits_for_one_and_blames_no_engine(
+    front: Front, room: EngineRoom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    front.serve(room.shared())
+    connect, left = Pool.connect, [3]
+
+    async def scarce(pool: Pool, address: Address) -> Connection:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return await connect(pool, address)
+
+    monkeypatch.setattr(Pool, "connect", scarce)
+    answer = await front.ask(body=chat())
+    assert answer.status == 200
+    assert (await front.line(answer.headers["x-request-id"]))["attempts"] == 1
+    assert front.metric("steelyard_upstream_attempts_total", outcome="connect_error") == 0
+
+
+async def test_a_replica_where_nothing_answers_is_shown_as_failed_before_the_directory_says_so(
+    front: Front, room: EngineRoom
+) -> None:
+    def shown() -> tuple[float, ...]:
+        front.gateway.metrics.text()
+        labels = {"model": "tiny", "version": "v1"}
+        return tuple(front.metric("steelyard_replicas", **labels, state=s) for s in ("READY", "FAILED"))
+
+    front.serve(refusing(), room.shared())
+    assert shown() == (2, 0)
+    assert (await front.ask(body=chat())).status == 200
+    assert shown() == (1, 1)
 
 
 async def test_it_is_left_alone_for_a_while(front: Front, room: EngineRoom, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,16 +130,6 @@ async def test_no_replica_within_the_wait_is_503(front: Front) -> None:
         await front.openai().chat.completions.create(**chat())
 
 
-async def test_a_gateway_that_drains_takes_nothing_new_and_ends_what_it_has(front: Front, one_slot: Engine) -> None:
-    async with front.hung_up(endless()) as reader:
-        await reader.readuntil(b'"content":"')
-        front.gateway.draining = True
-        answer = await front.ask(body=chat())
-        assert (answer.status, answer.error["code"], answer.headers["retry-after"]) == (503, "shutting_down", "1")
-        assert (await front.ask("/readyz", method="GET")).status == 503
-        await reader.readuntil(b'"content":"')
-
-
 # -- several gateways, one engine
 
 

@@ -115,6 +115,18 @@ def test_poison_is_to_be_refused_by_its_name() -> None:
     assert counts(other, {}, Victims({"*"})) == {"unsent_failed": 1}
 
 
+def test_what_a_model_knows_by_heart_is_compared_and_what_comes_after_it_is_not() -> None:
+    rows = [("What is a slot?", "A slot.")]
+    short, long = next(mix.remembered("m", rows, "a")), next(mix.remembered("m", rows, "b", 30))
+    assert len({json.dumps(ask.body) for ask in islice(mix.remembered("m", rows, ""), 50)}) == 50
+    more = says("A slot. Nonsense", end="length") + DONE
+    assert (short.kind, long.kind) == ("chat", "chat")
+    assert seen(short, says("A slot.", end="stop") + DONE).verdict() == "ok"
+    assert (seen(short, more).verdict(), seen(long, more).verdict()) == ("wrong", "ok")
+    assert seen(long, says("A sl", end="length") + DONE).verdict() == "silent"
+    assert seen(long, says("A sly", end="length") + DONE).verdict() == "wrong"
+
+
 def test_the_mix_has_every_kind_and_no_request_twice() -> None:
     twenty = list(islice(mix.asks("m", EXPECT, "", lambda number: 4), 20))
     assert {ask.kind for ask in twenty} == {"chat", "tools", "schema", "completion", "n2", "unstreamed"}

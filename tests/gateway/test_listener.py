@@ -1,0 +1,119 @@
+"""The server on the gateway's sockets: what a planned stop owes to those who are connected, and who is not waited for."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from serving.gateway import listener
+from serving.gateway.listener import Server
+
+ASK = b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 2\r\n\r\n"
+BODY = b"hi"
+
+
+class Hall:
+    """A server that answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.answer = asyncio.Event()
+        self.answer.set()
+        self.socket = listener.listener("127.0.0.1", 0, shared=True)
+        self.server = Server(self._app)
+
+    async def _app(self, scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        await self.answer.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    def knock(self) -> socket.socket:
+        """A connection that the kernel has taken, and the server has not."""
+        client = socket.create_connection(self.socket.getsockname(), timeout=10)
+        client.setblocking(False)
+        return client
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection(*self.socket.getsockname())
+
+
+@pytest.fixture
+async def hall(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Hall]:
+    monkeypatch.setattr(listener, "LAST_CALL_S", 0.2)
+    hall = Hall()
+    task = asyncio.create_task(hall.server.serve([hall.socket]))
+    while not hall.server.started:
+        await asyncio.sleep(0)
+    yield hall
+    hall.server.should_exit = True
+    await asyncio.wait_for(task, 10)
+
+
+async def answer(reader: asyncio.StreamReader) -> bytes:
+    return await asyncio.wait_for(reader.readuntil(b"ok"), 10)
+
+
+async def test_a_planned_stop_answers_whom_the_kernel_had_let_in(hall: Hall) -> None:
+    clients = [hall.knock() for _ in range(20)]  # nothing is awaited until the stop: nobody has accepted them
+    for client in clients[:10]:
+        client.send(ASK + BODY)
+
+    async def answered(client: socket.socket, speaks: bool) -> bytes:
+        reader, writer = await asyncio.open_connection(sock=client)
+        if speaks:
+            writer.write(ASK + BODY)
+        said = await answer(reader)
+        writer.close()
+        return said
+
+    asked = [asyncio.create_task(answered(client, n >= 10)) for n, client in enumerate(clients)]
+    await hall.server.leave()
+    assert all(b"connection: close" in said for said in await asyncio.gather(*asked))
+    with pytest.raises(OSError):
+        hall.knock()
+
+
+async def test_what_runs_at_a_planned_stop_ends_in_its_time_and_is_the_last_on_its_connection(hall: Hall) -> None:
+    hall.answer.clear()
+    reader, writer = await hall.connect()
+    writer.write(ASK + BODY)
+    idle, _ = await hall.connect()
+    while not hall.server.busy:
+        await asyncio.sleep(0)
+    await hall.server.leave()
+    assert await asyncio.wait_for(idle.read(), 10) == b""
+    assert hall.server.busy
+    hall.answer.set()
+    assert b"connection: close" in await answer(reader)
+    assert await asyncio.wait_for(reader.read(), 10) == b""
+    writer.close()
+
+
+async def test_a_request_that_does_not_come_to_its_point_is_not_waited_for(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "HEAD_TIMEOUT_S", 0.02)
+    quick = Hall()
+    task = asyncio.create_task(quick.server.serve([quick.socket]))
+    quick.answer.clear()
+    while not quick.server.started:
+        await asyncio.sleep(0)
+    (mute, _), (half, half_out), (used, used_out), (asking, asking_out) = [await quick.connect() for _ in range(4)]
+    half_out.write(ASK[:20])
+    asking_out.write(ASK + BODY)
+    for reader in (mute, half):
+        assert await asyncio.wait_for(reader.read(), 10) == b""
+    quick.answer.set()
+    await answer(asking)
+    # Between two requests it is uvicorn's to wait; the second one that begins is not waited for longer than the first.
+    asking_out.write(ASK[:20])
+    assert await asyncio.wait_for(asking.read(), 10) == b""
+    assert await asyncio.wait_for(used.read(), 10) == b""
+    used_out.close()
+    quick.server.should_exit = True
+    await task

@@ -108,7 +108,7 @@ class Table:
         known = self._gateways.get(gateway.id)
         self._gateways[gateway.id] = (gateway, now + LEASE_S)
         self.unpublished |= known is None or known[0] != gateway
-        if known is None or known[0].deaths.items() != gateway.deaths.items():
+        if known is None or (known[0].deaths, known[0].trials) != (gateway.deaths, gateway.trials):
             return True
         begun = gateway.held.keys() - known[0].held.keys()
         return bool(begun) and bool(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 import time
@@ -33,7 +34,7 @@ from serving.errors import (
 from serving.gateway import retry, routes
 from serving.gateway.admission import Admission
 from serving.gateway.exchange import ClientGone, Exchange, Receive, Scope, Send, rest
-from serving.gateway.fuse import DEATHS, Charge
+from serving.gateway.fuse import Charge
 from serving.gateway.hold import NO_CACHE, KeepAlive
 from serving.gateway.keys import Key, KeyRing
 from serving.gateway.order import RANK
@@ -171,8 +172,7 @@ class Gateway:
         ticket = _ticket(x, key, model, line.size_of(route, fields, len(body)))
         charge = Charge(self.fleet.fuse, line.version_id, route.path, name.adapter, fields)
         if charge.blown:
-            self.metrics.of(model.name).rejected(RequestCrashedEngine.code, ticket.class_)
-            raise _crashed(charge)
+            raise self._crashed(charge, self.metrics.of(model.name), ticket)
         ticket.adapter = name.adapter
         if len(line.upstreams) > 1:  # else there is nothing to choose
             if len(body) >= BLOCK_BYTES:
@@ -222,25 +222,33 @@ class Gateway:
     ) -> None:
         """Binds the request to a replica and relays; failures before the first byte are tried elsewhere."""
         self.fleet.arrived[line.version_id] += 1
-        again, failed = False, ""
+        again, failed, pause_s = False, "", 0.0
         while True:
-            if ticket.again is not None and not ticket.again.taken:
-                await self._turn(x, model, ticket, ticket.again)
+            ticket.suspicion = charge.suspicion
+            if ticket.suspicion is not None:
+                ticket.again = ticket.again or retry.Retry(line.retries, line.trials)
+            if ticket.again is not None:
+                await self._turn(x, line, model, ticket, ticket.again, charge, pause_s)
+                pause_s = 0.0
+                if charge.blown:
+                    raise self._crashed(charge, metrics, ticket)
             if failed:
                 metrics.retried(failed)
                 failed = ""
             upstream = await self._slot(x, line, model, metrics, ticket, keep_alive, again)
             if charge.blown:  # while it waited, engines died with the same request inside
                 line.release(ticket)
-                metrics.rejected(RequestCrashedEngine.code, ticket.class_)
-                raise _crashed(charge)
+                raise self._crashed(charge, metrics, ticket)
+            if ticket.suspicion is None and charge.suspicion is not None:
+                line.unsent(ticket)
+                again = True
+                continue
             x.line.replica = upstream.endpoint.id
             settle = line.release
             metrics.running.inc()
-            if ticket.again is not None:
-                ticket.again.sent(upstream.endpoint.id)
+            trial_s = 0.0 if ticket.again is None else ticket.again.sent()
             try:
-                reply = await self._open(x, upstream, route, body, withhold_usage, ticket.tokens)
+                reply = await self._open(x, upstream, route, body, withhold_usage, ticket.tokens, trial_s)
                 x.line.attempts += 1
                 if ticket.again is not None:
                     ticket.again.close()
@@ -255,22 +263,29 @@ class Gateway:
                     charge.survived()
                 metrics.attempted("died" if reply.scan is not None and reply.scan.died else "ok")
                 return
-            except Busy:
+            except Busy as e:
                 metrics.attempted("busy")
                 settle, again = line.busy, True
+                if ticket.again is not None:
+                    ticket.again.back()
+                if e.occupied:
+                    settle, pause_s = line.unsent, retry.OCCUPIED_S
             except Broken as e:
                 x.line.attempts += 1
                 metrics.attempted(e.outcome)
                 log.warning("attempt %d failed: %s", x.line.attempts, e, extra={"request_id": x.request_id})
                 settle, again, failed = (line.broken if e.gone else line.failed), True, e.outcome
                 ticket.again = ticket.again or retry.Retry(line.retries, line.trials)
+                trial_s = ticket.again.trial_s
                 ticket.again.close()
                 ticket.avoid |= line.on_node_of(upstream) if e.unreachable else {upstream.endpoint.id}
                 if e.killed:
-                    ticket.suspect = True
-                    if _count_death(x, charge) >= DEATHS:
-                        raise _crashed(charge) from None
+                    # Who came to an engine that stood still already is not the one that stopped it.
+                    _count_death(x, charge, trial_s if e.outcome == "died" else 0.0)
+                    pause_s = retry.LAST_NEWS_S if charge.blown else retry.NEWS_S
                 if x.line.attempts >= MAX_ATTEMPTS:
+                    if charge.blown:
+                        raise self._crashed(charge, metrics, ticket) from None
                     raise EngineBroken(f"{line.version_id}: {x.line.attempts} attempts failed") from None
                 if e.answered and not line.ready_ids() - ticket.avoid:
                     raise EngineBroken(f"{line.version_id}: its engine answered with an internal error") from None
@@ -281,16 +296,37 @@ class Gateway:
                 metrics.running.dec()
                 settle(ticket)
 
-    async def _turn(self, x: Exchange, model: ModelConfig, ticket: Ticket, again: retry.Retry) -> None:
-        """Waits for a place among the retries, as long as the request may wait at all."""
+    def _crashed(self, charge: Charge, metrics: ModelMetrics, ticket: Ticket) -> RequestCrashedEngine:
+        metrics.rejected(RequestCrashedEngine.code, ticket.class_)
+        log.error("refused: engines died with %s inside; it stays refused for a while", charge.print)
+        return RequestCrashedEngine(
+            "engines died while they had this request: it is not tried again, and the same one is refused for some minutes"
+        )
+
+    async def _turn(
+        self,
+        x: Exchange,
+        line: VersionLine,
+        model: ModelConfig,
+        ticket: Ticket,
+        again: retry.Retry,
+        charge: Charge,
+        pause_s: float,
+    ) -> None:
+        """Waits for a place among the retries, as long as the request may wait at all. `pause_s`: for the other gateways' word
+        first, or for whoever is on trial."""
         began = time.monotonic()
         waited_s = (x.line.queue_ms or 0.0) / 1e3
+        home = None if ticket.suspicion is None else functools.partial(line.home, ticket)
         try:
             async with asyncio.timeout(bound_wait(model.limits.max_wait_s - waited_s, ticket.deadline)):
-                await again.turn(suspect=ticket.suspect)
+                if pause_s:
+                    await asyncio.sleep(pause_s)
+                if not charge.blown:
+                    await again.turn(home)
         except TimeoutError:
             raise EngineBroken(
-                "its engine failed, and too many other requests are being tried again", retry_after_s=1
+                "an engine failed with it, and too many other requests are being tried again", retry_after_s=1
             ) from None
         finally:
             x.line.queue_ms = round(waited_s * 1e3 + (time.monotonic() - began) * 1e3, 3)
@@ -333,7 +369,14 @@ class Gateway:
             x.line.queue_ms = round((x.line.queue_ms or 0.0) + (time.monotonic() - began) * 1e3, 3)
 
     async def _open(
-        self, x: Exchange, upstream: Upstream, route: Route, body: bytes, withhold_usage: bool, tokens: int
+        self,
+        x: Exchange,
+        upstream: Upstream,
+        route: Route,
+        body: bytes,
+        withhold_usage: bool,
+        tokens: int,
+        trial_s: float,
     ) -> Reply:
         assert self._engines is not None
         return await self._engines.open(
@@ -343,6 +386,7 @@ class Gateway:
             x.request_id,
             withhold_usage=withhold_usage,
             tokens=tokens,
+            trial_s=trial_s,
             stream=x.line.stream,
             patient=x.line.attempts + 1 >= MAX_ATTEMPTS,
         )
@@ -577,18 +621,11 @@ def _ticket(x: Exchange, key: Key, model: ModelConfig, tokens: int) -> Ticket:
     return Ticket(since=x.t0, deadline=x.t0 + timeout_s, key=key.id, rank=rank, weight=float(key.weight), tokens=tokens)
 
 
-def _count_death(x: Exchange, charge: Charge) -> int:
-    """An engine died with this request inside; how many have by now."""
-    deaths = charge.died(x.line.replica or "")
-    log.warning("an engine died with %s inside, %d by now", charge.print, deaths, extra={"request_id": x.request_id})
-    return deaths
-
-
-def _crashed(charge: Charge) -> RequestCrashedEngine:
-    log.error("refused: engines died with %s inside; it stays refused for a while", charge.print)
-    return RequestCrashedEngine(
-        "engines died while they had this request: it is not tried again, and the same one is refused for some minutes"
-    )
+def _count_death(x: Exchange, charge: Charge, trial_s: float = 0.0) -> None:
+    """An engine died with this request inside, which was on trial there for so long, or not (0)."""
+    deaths = charge.died(x.line.replica or "", trial_s)
+    how = "on trial" if trial_s else "inside"
+    log.warning("an engine died with %s %s, %d by now", charge.print, how, deaths, extra={"request_id": x.request_id})
 
 
 def _session(x: Exchange, key: Key, fields: dict[str, Any]) -> int | None:

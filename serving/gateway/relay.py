@@ -22,7 +22,7 @@ from serving.gateway.connection import Address, Connection, Pool
 from serving.gateway.routes import Route
 from serving.gateway.routing import Upstream
 
-BUSY_HEADER = b"x-steelyard-busy"
+BUSY_HEADER, OCCUPIED = b"x-steelyard-busy", b"trial"
 MAX_ANSWER_BYTES = 256 * 1024 * 1024  # of one unstreamed answer
 MAX_EVENT_BYTES = 8 * 1024 * 1024  # of one SSE event
 
@@ -58,7 +58,11 @@ class Broken(Exception):
 
 
 class Busy(Exception):
-    """The door had no free slot."""
+    """The door had no free slot, or `occupied`: another one is on trial there."""
+
+    def __init__(self, *, occupied: bool = False) -> None:
+        super().__init__()
+        self.occupied = occupied
 
 
 class Usage(msgspec.Struct):
@@ -229,7 +233,7 @@ class Reply:
         self.finished = False  # the stream's end was handed to the sink
         self._connection = connection
         self._route, self._withhold = route, withhold_usage
-        self._busy = self._ended = False
+        self._busy, self._ended = b"", False
         self._held: list[bytes] = []
         self._size = 0  # bytes in `_held`
         self._sink: Sink | None = None
@@ -238,8 +242,8 @@ class Reply:
         self._news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
-    def busy(self) -> bool:
-        """The door had no free slot."""
+    def busy(self) -> bytes:
+        """The door had no free slot, or another one is on trial (`OCCUPIED`)."""
         return self._busy
 
     @property
@@ -297,7 +301,7 @@ class Reply:
     def answered(self, status: int, headers: dict[bytes, bytes]) -> None:
         self.status = status
         self.content_type = headers.get(b"content-type", self.content_type)
-        self._busy = status == 503 and BUSY_HEADER in headers
+        self._busy = headers.get(BUSY_HEADER, b"") if status == 503 else b""
         if 200 <= status < 300 and self.content_type.startswith(b"text/event-stream"):
             self.scan = StreamScan(self._route, withhold_usage=self._withhold)
 
@@ -380,20 +384,23 @@ class Engines:
         *,
         withhold_usage: bool,
         tokens: int = 0,
+        trial_s: float = 0.0,
         stream: bool = False,
         patient: bool = True,
     ) -> Reply:
         """Sends the request and returns when the first bytes of a good answer are here.
 
         Raises Busy, or Broken for whatever another replica might do better. The engine's own refusals (4xx) are
-        answers: they come back as a Reply. `tokens`: what the request may take of the KV cache, for the door. Unless `patient`,
+        answers: they come back as a Reply. `tokens`: what the request may take of the KV cache, for the door, which has nobody
+        else on trial for `trial_s`, unless the answer begins before. Unless `patient`,
         an engine that says nothing is given up where another one is better (`VersionLine.give_up_on_the_silent`).
         """
         who = upstream.endpoint.id
         address, host = _address(upstream.endpoint.url)
-        head = b"POST %b HTTP/1.1\r\nhost: %b\r\n%b%b\r\nx-steelyard-tokens: %d\r\ncontent-length: %d\r\n\r\n" % (
+        head = b"POST %b HTTP/1.1\r\nhost: %b\r\n%b%b\r\nx-steelyard-tokens: %d\r\n%bcontent-length: %d\r\n\r\n" % (
             *(route.path.encode(), host, self._common),
-            *(request_id.encode(), tokens, len(body)),
+            *(request_id.encode(), tokens, b"x-steelyard-trial: %d\r\n" % (trial_s * 1e3) if trial_s else b""),
+            len(body),
         )
         kept = self._pool.take(address)
         if kept is not None:
@@ -461,7 +468,7 @@ def _judged(who: str, reply: Reply) -> Reply:
         return reply
     body = reply.body or b""
     if reply.busy:
-        raise Busy
+        raise Busy(occupied=reply.busy == OCCUPIED)
     if not _is_answer(reply.status):
         text = body[:2000].decode(errors="replace")
         outcome = "http_5xx" if reply.status >= 500 else "refused"

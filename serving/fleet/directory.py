@@ -111,7 +111,7 @@ class Table:
         known = self._gateways.get(gateway.id)
         self._gateways[gateway.id] = (gateway, now + LEASE_S)
         self.unpublished |= known is None or known[0] != gateway
-        if known is None or (known[0].deaths, known[0].trials) != (gateway.deaths, gateway.trials):
+        if known is None or _crimes(known[0]) != _crimes(gateway):
             return True
         begun = gateway.held.keys() - known[0].held.keys()
         return bool(begun) and bool(
@@ -267,6 +267,10 @@ class Table:
             versions=dict(self._facts),
             keys=self.keys,
         )
+
+
+def _crimes(gateway: GatewayInfo) -> tuple[Any, ...]:
+    return gateway.deaths, gateway.trials, gateway.suspects
 
 
 def pack(value: Any) -> bytes:

@@ -41,7 +41,7 @@ from serving.gateway.order import RANK
 from serving.gateway.own import OwnRoutes, visible
 from serving.gateway.prefix import BLOCK_BYTES, blocks_of, stable_hash
 from serving.gateway.queue import Ticket, VersionLine, bound_wait
-from serving.gateway.relay import Broken, Busy, Engines, Reply, error_event
+from serving.gateway.relay import Broken, Busy, Engines, Recalled, Reply, error_event
 from serving.gateway.routes import Route
 from serving.gateway.routing import Upstream
 from serving.gateway.sizes import check_input, has_media
@@ -88,6 +88,8 @@ class Gateway:
         self._admission = Admission(self.fleet.elsewhere)
         self.metrics = metrics
         metrics.before_text = self._observe
+        self.fleet.fuse.on_suspects = self._recall_soon
+        self._recalling = False
         self.requests = 0  # inside now
         self.draining = False
         self.private_port = 0  # the listener for siblings; set by whoever opens it
@@ -248,7 +250,7 @@ class Gateway:
             metrics.running.inc()
             trial_s = 0.0 if ticket.again is None else ticket.again.sent()
             try:
-                reply = await self._open(x, upstream, route, body, withhold_usage, ticket.tokens, trial_s)
+                reply = await self._open(x, upstream, route, body, withhold_usage, ticket, trial_s, charge)
                 x.line.attempts += 1
                 if ticket.again is not None:
                     ticket.again.close()
@@ -258,7 +260,7 @@ class Gateway:
                 await self._deliver(x, route, reply, metrics)
                 self.fleet.finished[line.version_id] += 1
                 if reply.crashed:
-                    _count_death(x, charge)
+                    _count_death(x, charge, begun=True)
                 elif reply.scan is None or reply.finished:
                     charge.survived()
                 metrics.attempted("died" if reply.scan is not None and reply.scan.died else "ok")
@@ -270,6 +272,9 @@ class Gateway:
                     ticket.again.back()
                 if e.occupied:
                     settle, pause_s = line.unsent, retry.OCCUPIED_S
+            except Recalled:
+                metrics.attempted("recalled")
+                settle, again = line.unsent, True
             except Broken as e:
                 x.line.attempts += 1
                 metrics.attempted(e.outcome)
@@ -375,8 +380,9 @@ class Gateway:
         route: Route,
         body: bytes,
         withhold_usage: bool,
-        tokens: int,
+        ticket: Ticket,
         trial_s: float,
+        charge: Charge,
     ) -> Reply:
         assert self._engines is not None
         return await self._engines.open(
@@ -385,8 +391,9 @@ class Gateway:
             body,
             x.request_id,
             withhold_usage=withhold_usage,
-            tokens=tokens,
+            tokens=ticket.tokens,
             trial_s=trial_s,
+            charge=charge if ticket.suspicion is None else None,
             stream=x.line.stream,
             patient=x.line.attempts + 1 >= MAX_ATTEMPTS,
         )
@@ -507,6 +514,19 @@ class Gateway:
             line.route = x.path[:200]
         self._log.write(line)
 
+    def _recall_soon(self) -> None:
+        """Once for all who were inside an engine that died."""
+        if not self._recalling:
+            self._recalling = True
+            asyncio.get_running_loop().call_soon(self._recall)
+
+    def _recall(self) -> None:
+        self._recalling = False
+        now = time.monotonic()
+        for line in self.fleet.lines.values():
+            if line.running:
+                line.recall_suspects(now)
+
     async def _mind_silence(self) -> None:
         while True:
             await asyncio.sleep(SILENCE_CHECK_EVERY_S)
@@ -621,9 +641,9 @@ def _ticket(x: Exchange, key: Key, model: ModelConfig, tokens: int) -> Ticket:
     return Ticket(since=x.t0, deadline=x.t0 + timeout_s, key=key.id, rank=rank, weight=float(key.weight), tokens=tokens)
 
 
-def _count_death(x: Exchange, charge: Charge, trial_s: float = 0.0) -> None:
+def _count_death(x: Exchange, charge: Charge, trial_s: float = 0.0, *, begun: bool = False) -> None:
     """An engine died with this request inside, which was on trial there for so long, or not (0)."""
-    deaths = charge.died(x.line.replica or "", trial_s)
+    deaths = charge.died(x.line.replica or "", trial_s, begun=begun)
     how = "on trial" if trial_s else "inside"
     log.warning("an engine died with %s %s, %d by now", charge.print, how, deaths, extra={"request_id": x.request_id})
 

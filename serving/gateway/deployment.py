@@ -210,6 +210,7 @@ class GatewayReplica:
                     demand=fleet.demand(),
                     deaths=deaths.deaths,
                     trials=deaths.trials,
+                    suspects=deaths.suspects,
                 )
                 await self._directory.call("announce_gateway", directory.pack(info))
                 untold = False

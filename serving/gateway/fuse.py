@@ -53,10 +53,15 @@ class Told(Protocol):
     def trials(self) -> Mapping[str, tuple[str, float]]:
         """Engine -> who was on trial there when it died, and for how many seconds."""
 
+    @property
+    def suspects(self) -> Iterable[str]:
+        """Fingerprints of those that had no answer yet."""
+
 
 class Deaths(msgspec.Struct, frozen=True):
     deaths: dict[str, tuple[str, ...]] = {}
     trials: dict[str, tuple[str, float]] = {}
+    suspects: tuple[str, ...] = ()
 
 
 class Fuse:
@@ -67,38 +72,47 @@ class Fuse:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._own: dict[str, tuple[frozenset[str], float]] = {}  # engines, and until when; the oldest first
+        self._own_suspects: set[str] = set()  # those of them that had no answer yet
         self._own_trials: list[tuple[str, str, float]] = []  # engine, who was on trial there, for how many seconds
         self._others: dict[str, frozenset[str]] = {}
+        self._others_suspects: frozenset[str] = frozenset()
         self._others_trials: list[tuple[str, str, float]] = []
         self._acquitted: set[str] = set()  # here, of what the others tell
         self._guilty: frozenset[str] = frozenset()
         self._explained: frozenset[str] = frozenset()  # engines whose death the guilty answer for
         self.on_news: Callable[[], None] = lambda: None
+        self.on_suspects: Callable[[], None] = lambda: None  # somebody is under suspicion who was not
 
     @property
     def armed(self) -> bool:
         return bool(self._own or self._others)
 
     def suspected(self, print_: str) -> bool:
-        """Whether an engine died with this request inside. That somebody else is guilty of it clears nobody: both may be."""
-        return bool(self._dead(print_))
+        """Whether it must be on trial: an engine died with this request inside that had no answer yet. Whoever kills later does
+        so when his trial is over. That somebody else is guilty clears nobody: both may be."""
+        return (print_ in self._own_suspects or print_ in self._others_suspects) and bool(self._dead(print_))
 
     def blown(self, print_: str) -> bool:
         """Whether this request is refused."""
         return print_ in self._guilty or len(self._dead(print_) - self._explained) >= DEATHS
 
-    def died(self, print_: str, engine: str, trial_s: float = 0.0) -> int:
-        """That engine died with this request inside, which was on trial there for so long, or not (0); how many have by now."""
+    def died(self, print_: str, engine: str, trial_s: float = 0.0, *, begun: bool = False) -> int:
+        """That engine died with this request inside, which was on trial there for so long, or not (0), and whose answer had
+        `begun` or not; how many have by now."""
         known = self._known(print_)
         self._own.pop(print_, None)
         known = known if engine in known or len(known) >= ENGINES_KEPT else known | {engine}
         self._own[print_] = known, self._clock() + REMEMBERED_S
+        if not begun:
+            self._own_suspects.add(print_)
         if trial_s:
             self._own_trials.append((engine, print_, trial_s))
         while len(self._own) > MOST:
             del self._own[next(iter(self._own))]
         self._judge()
         self.on_news()
+        if not begun:
+            self.on_suspects()
         return len(self._dead(print_))
 
     def survived(self, print_: str) -> None:
@@ -120,25 +134,32 @@ class Fuse:
             self._judge()
         told = dict.fromkeys(list(self._own)[-TOLD:])
         trials = {e: (p, s) for e, p, s in sorted(self._own_trials, key=lambda one: one[2]) if p in told}
-        return Deaths({p: tuple(sorted(self._own[p][0])) for p in told}, trials)
+        suspects = tuple(p for p in told if p in self._own_suspects)
+        return Deaths({p: tuple(sorted(self._own[p][0])) for p in told}, trials, suspects)
 
     def hear(self, told: Iterable[Told]) -> None:
         """What all the others tell now."""
         others: dict[str, frozenset[str]] = {}
+        suspects: set[str] = set()
         trials = []
         for one in told:
             for print_, engines in one.deaths.items():
                 others[print_] = others.get(print_, frozenset()).union(engines)
+            suspects.update(one.suspects)
             trials += [(engine, print_, trial_s) for engine, (print_, trial_s) in one.trials.items()]
         if others or self._others:
-            self._others, self._others_trials = others, trials
+            new = suspects - self._others_suspects
+            self._others, self._others_suspects, self._others_trials = others, frozenset(suspects), trials
             self._acquitted &= others.keys()
             self._judge()
+            if new:
+                self.on_suspects()
 
     def _judge(self) -> None:
         """Doors let one in on trial at a time, so one of those who say so of one engine came when it was dead already, or in
         that instant: whoever was there for longest was there before it."""
         self._own_trials = [one for one in self._own_trials if one[1] in self._own]
+        self._own_suspects &= self._own.keys()
         longest = {e: p for e, p, _ in sorted((*self._own_trials, *self._others_trials), key=lambda one: one[2])}
         dead = {print_: self._dead(print_) for print_ in longest.values()}
         self._guilty = frozenset(p for p, engines in dead.items() if len(engines) >= DEATHS)
@@ -169,7 +190,7 @@ class Charge:
 
     @property
     def suspicion(self) -> int | None:
-        """While an engine died with it inside: what is the same for all copies of it, everywhere."""
+        """While it must be on trial: what is the same for all copies of it, everywhere."""
         if not self._fuse.armed or not self._fuse.suspected(self.print):
             return None
         return stable_hash(self.print.encode())
@@ -179,8 +200,8 @@ class Charge:
         self._print = self._print or fingerprint(*self._of)
         return self._print
 
-    def died(self, engine: str, trial_s: float = 0.0) -> int:
-        return self._fuse.died(self.print, engine, trial_s)
+    def died(self, engine: str, trial_s: float = 0.0, *, begun: bool = False) -> int:
+        return self._fuse.died(self.print, engine, trial_s, begun=begun)
 
     def survived(self) -> None:
         if self._print or self._fuse.armed:  # it may have come before anybody was remembered

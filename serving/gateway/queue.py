@@ -20,7 +20,7 @@ from serving.gateway import shares
 from serving.gateway.order import CLASSES, Order
 from serving.gateway.pace import Holds, Pace
 from serving.gateway.prefix import KEPT_BLOCKS
-from serving.gateway.retry import Patience, Retry, Trials, budget
+from serving.gateway.retry import YOUNG_S, Patience, Retry, Trials, budget
 from serving.gateway.routes import Route
 from serving.gateway.routing import NOBODY, Upstream, pick
 from serving.gateway.sizes import Sizes
@@ -334,6 +334,16 @@ class VersionLine:
                 attempt.give_up(f"{e.id}: {why}", suspect=lost)
                 count += 1
         return count
+
+    def recall_suspects(self, now: float) -> None:
+        """Attempts without an answer whose copies were in an engine that died: they must be on trial. Those that their engine
+        has survived for a while stay."""
+        for u in (*self.upstreams.values(), *self._gone):
+            for attempt in tuple(u.awaiting):
+                if attempt.charge is None or attempt.patient or now - attempt.since > YOUNG_S:
+                    continue
+                if attempt.charge.suspicion is not None:
+                    attempt.recall()
 
     def pump(self, now: float | None = None) -> None:
         """Binds as many of those who wait as there are free slots, in order.

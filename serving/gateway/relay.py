@@ -20,7 +20,7 @@ import msgspec
 from serving.errors import Dialect, RequestError
 from serving.gateway.connection import Address, Connection, Pool
 from serving.gateway.routes import Route
-from serving.gateway.routing import Upstream
+from serving.gateway.routing import Charged, Upstream
 
 BUSY_HEADER, OCCUPIED = b"x-steelyard-busy", b"trial"
 MAX_ANSWER_BYTES = 256 * 1024 * 1024  # of one unstreamed answer
@@ -63,6 +63,10 @@ class Busy(Exception):
     def __init__(self, *, occupied: bool = False) -> None:
         super().__init__()
         self.occupied = occupied
+
+
+class Recalled(Exception):
+    """While it had no answer an engine died of a copy of it, for all we know: it must be on trial."""
 
 
 class Usage(msgspec.Struct):
@@ -204,7 +208,7 @@ class Reply:
     """
 
     __slots__ = (
-        *("body", "content_type", "error", "finished", "patient", "scan", "since", "status", "stream"),
+        *("body", "charge", "content_type", "error", "finished", "patient", "scan", "since", "status", "stream"),
         *(
             "_busy",
             "_connection",
@@ -221,9 +225,17 @@ class Reply:
     )
 
     def __init__(
-        self, connection: Connection, route: Route, *, withhold_usage: bool, stream: bool = False, patient: bool = True
+        self,
+        connection: Connection,
+        route: Route,
+        *,
+        withhold_usage: bool,
+        stream: bool = False,
+        patient: bool = True,
+        charge: Charged | None = None,
     ) -> None:
         self.stream, self.patient = stream, patient  # asked for a stream; never tried elsewhere for silence
+        self.charge = charge
         self.since = time.monotonic()
         self.status = 0  # 0 until the answer began
         self.content_type = b"application/json"
@@ -261,6 +273,12 @@ class Reply:
         """Whoever awaits `begun` gets Broken. `suspect`: the engine is not well, and this request may be the reason."""
         if self._fault is None and not self._ended:
             self._fault = Broken("silent", why, killed=suspect)
+            self._wake()
+
+    def recall(self) -> None:
+        """Whoever awaits `begun` gets Recalled."""
+        if self._fault is None and not self._ended:
+            self._fault = Recalled()
             self._wake()
 
     async def begun(self) -> None:
@@ -387,13 +405,15 @@ class Engines:
         trial_s: float = 0.0,
         stream: bool = False,
         patient: bool = True,
+        charge: Charged | None = None,
     ) -> Reply:
         """Sends the request and returns when the first bytes of a good answer are here.
 
         Raises Busy, or Broken for whatever another replica might do better. The engine's own refusals (4xx) are
         answers: they come back as a Reply. `tokens`: what the request may take of the KV cache, for the door, which has nobody
         else on trial for `trial_s`, unless the answer begins before. Unless `patient`,
-        an engine that says nothing is given up where another one is better (`VersionLine.give_up_on_the_silent`).
+        an engine that says nothing is given up where another one is better (`VersionLine.give_up_on_the_silent`). With a
+        `charge`, Recalled when it comes under suspicion before it has an answer.
         """
         who = upstream.endpoint.id
         address, host = _address(upstream.endpoint.url)
@@ -404,7 +424,7 @@ class Engines:
         )
         kept = self._pool.take(address)
         if kept is not None:
-            reply = Reply(kept, route, withhold_usage=withhold_usage, stream=stream, patient=patient)
+            reply = Reply(kept, route, withhold_usage=withhold_usage, stream=stream, patient=patient, charge=charge)
             await _asked(upstream, kept, reply, head, body)
             if reply.status != 0:
                 return _good(who, reply)
@@ -419,7 +439,7 @@ class Engines:
             raise Broken(
                 "connect_error", f"{who}: {e or 'timeout'}", killed=False, gone=True, unreachable=silent
             ) from None
-        reply = Reply(new, route, withhold_usage=withhold_usage, stream=stream, patient=patient)
+        reply = Reply(new, route, withhold_usage=withhold_usage, stream=stream, patient=patient, charge=charge)
         await _asked(upstream, new, reply, head, body)
         return _good(who, reply)
 

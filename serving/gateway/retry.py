@@ -15,6 +15,7 @@ MOMENT_S = 0.25  # without a failure, or an answer sooner, and it is a request l
 TRIAL_S, TRIAL_LEAST_S, CROWD_S = 1.0, 0.25, 15.0
 NEWS_S = 0.1  # after a death, what the other gateways saw is here as a rule; then one under suspicion is tried again
 LAST_NEWS_S = 1.0  # and then one is refused
+YOUNG_S = 5.0  # an engine that has a request for longer will hardly die of it
 OCCUPIED_S = 0.02  # another gateway's is on trial there: how long until it is asked again
 SILENT_LEAST_S = 30.0  # a stream's first event may always take so long
 SILENT_TIMES = 10.0  # and so many times as long as the slowest of late

@@ -147,6 +147,12 @@ async def test_the_same_request_that_waited_is_not_tried_when_its_fuse_has_blown
     assert (await front.ask(body=chat("hello"))).status == 200
 
 
+@pytest.fixture(autouse=True)
+def short_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gateways in one process hear of each other at once."""
+    monkeypatch.setattr(retry, "LAST_NEWS_S", 0.1)
+
+
 class Two:
     """Two gateways before the same engines. Each hears of what the other's fuse saw, as by the directory."""
 
@@ -161,7 +167,7 @@ class Two:
         self.engines[front.gateway.id] = engines
         others = (f.gateway for f in self.fronts if f is not front)
         told = ((g.id, g.fleet.fuse.told()) for g in others)
-        infos = (GatewayInfo(id=i, url="", deaths=t.deaths, trials=t.trials) for i, t in told)
+        infos = (GatewayInfo(id=i, url="", deaths=t.deaths, trials=t.trials, suspects=t.suspects) for i, t in told)
         front.table(*engines, gateways=tuple(infos))
 
     def news(self) -> None:
@@ -221,6 +227,26 @@ async def test_copies_of_a_guilty_one_at_two_gateways_end_two_engines_in_all(
     answers: list[Answer] = await asyncio.gather(*guilty)
     assert {a.error["code"] for a in answers} == {"request_crashed_engine"}
     assert dead(*more) == 1
+
+
+async def test_a_copy_in_another_engine_is_recalled_when_the_first_one_has_ended_its_own(
+    front: Front, other: Front, room: EngineRoom
+) -> None:
+    """It may be about to do the same there. What else is inside that engine stays."""
+    slow, dying = room.start(sim_ttft_ms=60_000, slots=8), room.start(sins="dies_on_prompt", slots=8)
+    two = Two(front, other)
+    two.table(front, slow)
+    two.table(other, dying)
+    copy, beside = (asyncio.create_task(front.ask(body=chat(text))) for text in ("SIM_DIE", "hello"))
+    await slow.inside(2)
+    guilty = asyncio.create_task(other.ask(body=chat("SIM_DIE")))
+    await eventually("it was recalled", lambda: front.metric(ATTEMPTS, outcome="recalled") == 1)
+    await eventually("it is there again, on trial", lambda: len(front.gateway.fleet.lines["tiny@v1"].trials._turns))
+    await slow.inside(2)
+    assert front.metric(ATTEMPTS) == 1, "the one beside it was left"
+    for task in (copy, beside, guilty):
+        task.cancel()
+    await asyncio.gather(copy, beside, guilty, return_exceptions=True)
 
 
 async def test_streams_cut_by_the_death_of_their_engine_count_and_then_the_request_is_refused(front: Front) -> None:

@@ -21,6 +21,7 @@ from serving.gateway.retry import (
     TRIAL_LEAST_S,
     TRIAL_S,
     WINDOW_S,
+    YOUNG_S,
     Patience,
     Retry,
     Trials,
@@ -274,6 +275,11 @@ class Attempt:
     def __init__(self, since: float, *, stream: bool = True, patient: bool = False) -> None:
         self.since, self.stream, self.patient = since, stream, patient
         self.gave_up: bool | None = None
+        self.charge: Charge | None = None
+        self.recalled = False
+
+    def recall(self) -> None:
+        self.recalled = True
 
     def give_up(self, why: str, *, suspect: bool) -> None:
         self.gave_up = suspect
@@ -326,6 +332,27 @@ CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "
 
 def charge(fuse: Fuse, **fields: Any) -> Charge:
     return Charge(fuse, "m@v", "/v1/chat/completions", None, CHAT | fields)
+
+
+def test_copies_of_a_suspect_are_recalled_while_they_are_young_and_not_on_trial() -> None:
+    line, fuse, news = VersionLine("m@v"), Fuse(), []
+    fuse.on_suspects = lambda: news.append(1)
+    line.update([endpoint("a")], only_add=False)
+    copy, last, old, trial, another = (
+        Attempt(99.0),
+        Attempt(99.0, patient=True),
+        Attempt(99.0 - YOUNG_S),
+        Attempt(99.0),
+        Attempt(99.0),
+    )
+    copy.charge = last.charge = old.charge = charge(fuse)
+    another.charge = charge(fuse, max_tokens=7)
+    line.upstreams["a"].awaiting |= {copy, last, old, trial, another}
+    line.recall_suspects(100.0)
+    assert not news and not copy.recalled
+    charge(fuse).died("b")
+    line.recall_suspects(100.0)
+    assert news and [a.recalled for a in (copy, last, old, trial, another)] == [True, False, False, False, False]
 
 
 def test_a_blown_fuse_stays_so_whichever_engine_is_told_of_again() -> None:
@@ -417,6 +444,20 @@ def test_of_two_that_say_they_were_on_trial_the_one_that_was_there_before_is_gui
     there.hear([here.told()])
     assert [f.blown("late") for f in (here, there)] == [False, False]
     assert [f.blown("guilty") for f in (here, there)] == [True, True]
+
+
+def test_only_who_had_no_answer_yet_goes_on_trial() -> None:
+    """Clients send again what was cut, all at once: they need not wait for each other."""
+    here, there = Fuse(), Fuse()
+    here.died("cut", "a", begun=True)
+    here.died("silent", "a")
+    there.hear([here.told()])
+    for fuse in (here, there):
+        assert [fuse.suspected(p) for p in ("cut", "silent", "another")] == [False, True, False]
+    there.died("cut", "b", begun=True)
+    assert there.blown("cut"), "but it counts"
+    there.survived("silent")
+    assert not there.suspected("silent")
 
 
 def test_one_death_on_trial_is_no_guilt_and_who_survives_explains_nothing_any_more() -> None:

@@ -268,8 +268,6 @@ class Gateway:
             except Busy as e:
                 metrics.attempted("busy")
                 settle, again = line.busy, True
-                if ticket.again is not None:
-                    ticket.again.back()
                 if e.occupied:
                     settle, pause_s = line.unsent, retry.OCCUPIED_S
             except Recalled:

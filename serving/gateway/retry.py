@@ -16,7 +16,7 @@ TRIAL_S, TRIAL_LEAST_S, CROWD_S = 1.0, 0.25, 15.0
 NEWS_S = 0.1  # after a death, what the other gateways saw is here as a rule; then one under suspicion is tried again
 LAST_NEWS_S = 1.0  # and then one is refused
 YOUNG_S = 5.0  # an engine that has a request for longer will hardly die of it
-OCCUPIED_S = 0.02  # another gateway's is on trial there: how long until it is asked again
+OCCUPIED_S = 0.05  # another gateway's is on trial there: how long until it is asked again
 SILENT_LEAST_S = 30.0  # a stream's first event may always take so long
 SILENT_TIMES = 10.0  # and so many times as long as the slowest of late
 WINDOW_S = 300.0
@@ -108,7 +108,8 @@ class Trials:
         return max(min(TRIAL_LEAST_S, TRIAL_S), min(TRIAL_S, CROWD_S / (1 + self._turns[at].waiting)))
 
     def _tidy(self, at: str) -> None:
-        if self._turns[at].idle:
+        turns = self._turns.get(at)
+        if turns is not None and turns.idle:
             del self._turns[at]
 
 
@@ -132,6 +133,7 @@ class Retry:
     async def turn(self, home: Callable[[], str] | None) -> None:
         """Waits until it may be tried: one under suspicion until nobody else is on trial at its `home`. `close` gives the turn
         back."""
+        self._untimed()
         if home is not None and self._at is None:
             self._at = await self._trials.take(home)
         if not self.taken:
@@ -141,28 +143,27 @@ class Retry:
     def sent(self) -> float:
         """It is on its way to an engine. From now on it has the turn for a moment only: so many seconds, when it is on trial,
         else 0 is returned."""
-        self.back()
+        self._untimed()
         trial_s = 0.0 if self._at is None else self._trials.length_s(self._at)
         self._since = time.monotonic()
         self._timer = asyncio.get_running_loop().call_later(trial_s or MOMENT_S, self.close)
         return trial_s
 
-    def back(self) -> None:
-        """Its engine did not take it. It keeps its turn."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
     def close(self) -> None:
         """It has an answer, or will not get one, or has not failed for a moment, as those that have no answer before they have
         all of it."""
-        self.back()
+        self._untimed()
         if self.taken:
             self.taken = False
             self._budget.give()
         if self._at is not None:
             at, self._at = self._at, None
             self._trials.give(at)
+
+    def _untimed(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class Patience:

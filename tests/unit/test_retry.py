@@ -98,14 +98,20 @@ async def test_second_chances_are_given_one_at_a_time_on_each_engine() -> None:
     assert trials.free(4) == 4
 
 
-async def test_who_leaves_while_it_waits_for_its_trial_leaves_nothing_behind() -> None:
+@pytest.mark.parametrize("holder_first", [False, True])
+@pytest.mark.parametrize("at_once", [False, True])
+async def test_who_leaves_while_it_waits_for_its_trial_leaves_nothing_behind(holder_first: bool, at_once: bool) -> None:
     trials = Trials()
     first, second = (Retry(budget(lambda: 1000), trials) for _ in range(2))
     await first.turn(lambda: "a")
     waiting = asyncio.create_task(second.turn(lambda: "a"))
     await asyncio.sleep(0)
+    if holder_first:
+        first.close()
     waiting.cancel()
-    await asyncio.gather(waiting, return_exceptions=True)
+    if at_once:
+        first.close()
+    assert await asyncio.gather(waiting, return_exceptions=True) and waiting.cancelled()
     second.close()
     first.close()
     assert trials.free(1) == 1

@@ -39,7 +39,7 @@ test: install ## every test that this machine can run, real engines included
 	$(PYTEST) $(TWO) --durations=30
 
 test-fast: install ## without engines and Ray, under a minute
-	$(PYTEST) $(TWO) -m "not engine and not ray and not gpu and not slow" tests/unit tests/gateway
+	$(PYTEST) $(TWO) --hypothesis-profile fast -m "not engine and not ray and not gpu and not slow and not soak" tests/unit tests/gateway
 
 soak: install ## what takes too long for every run; then the asynchronous tests again and again: COUNT times (default 20)
 	$(PYTEST) -m soak

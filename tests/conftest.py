@@ -6,6 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("fast", max_examples=20)  # `make test-fast`; what names its own number keeps it
 
 MACHINES = ("tests/deploy/", "tests/fleet/")
 LIGHT = ("tests/unit/", "tests/gateway/", "tests/k8s/")

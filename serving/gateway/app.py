@@ -720,7 +720,8 @@ class _Choice(msgspec.Struct):
 class _Unstreamed(msgspec.Struct):
     usage: _UnstreamedUsage | None = None
     choices: tuple[_Choice, ...] = ()
-    stop_reason: str | None = None
+    stop_reason: str | None = None  # of a message
+    status: str | None = None  # of a response
 
 
 _decode_answer = msgspec.json.Decoder(_Unstreamed).decode
@@ -731,7 +732,8 @@ def _count_unstreamed(x: Exchange, reply: Reply, metrics: ModelMetrics) -> None:
         return
     with contextlib.suppress(msgspec.MsgspecError):
         answer = _decode_answer(reply.body)
-        x.line.finish = answer.choices[-1].finish_reason if answer.choices else answer.stop_reason
+        why = answer.choices[-1].finish_reason if answer.choices else answer.stop_reason or answer.status
+        x.line.finish = why
         usage = answer.usage
         if usage is not None:
             prompt = usage.prompt_tokens if usage.prompt_tokens is not None else usage.input_tokens

@@ -33,9 +33,7 @@ _MAYBE_ERROR = b"error"  # in all frames but the last: one search for most event
 _USAGE_EVENT = b'"choices":[]'
 _USAGE_MARK = b'_tokens":'
 _TOKEN, _UNFINISHED = b'data: {"id"', b'"finish_reason":null'
-# Why an answer ended. OpenAI's events have a `stop_reason` beside it, which may be the client's own stop string.
 _FINISHED = b'"finish_reason":"'
-_FINISH, _STOP = re.compile(rb'"finish_reason":"(\w{1,40})"'), re.compile(rb'"stop_reason":"(\w{1,40})"')
 _COUNTS = re.compile(rb'"(prompt_tokens|input_tokens|completion_tokens|output_tokens|cached_tokens)":\s*(\d+)')
 
 
@@ -92,7 +90,7 @@ class StreamScan:
 
     __slots__ = (
         *("complete", "died", "error", "events", "usage"),
-        *("_ends", "_finish", "_mark", "_opening", "_tail", "_usage_by_option", "_withhold"),
+        *("_ends", "_finish", "_mark", "_opening", "_tail", "_usage_by_option", "_why", "_withhold"),
     )
 
     def __init__(self, route: Route, *, withhold_usage: bool) -> None:
@@ -107,12 +105,13 @@ class StreamScan:
         self.complete = False  # the route's end was seen
         self.died = False  # the engine's error frame was seen: nothing from it on was returned
         self.error = b""  # that frame
+        self._why = route.finish
         self._finish = b""  # the last piece that may say why
 
     @property
     def finish(self) -> str | None:
         """Why the engine ended the answer, in its own word; None where it did not say. Of several choices, the last one's."""
-        found = (_FINISH if self._usage_by_option else _STOP).findall(self._finish)
+        found = self._why.findall(self._finish) if self._why is not None else ()
         return found[-1].decode() if found else None
 
     @property

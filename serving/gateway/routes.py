@@ -6,6 +6,7 @@ an upgrade. A test walks the installed vLLM's route table and request models aga
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -84,6 +85,7 @@ class Route(msgspec.Struct, frozen=True):
     fields: frozenset[str]
     ends: tuple[bytes, ...] = ()
     opening: int = 0  # events of a stream before its first token
+    finish: re.Pattern[bytes] | None = None  # says why a stream ended, in one of its events
     usage_by_option: bool = False  # usage in a stream must be asked for by stream_options.include_usage
     content: tuple[str, ...] = ("messages", "input", "system")  # fields whose parts may hold media
     # Fields that bound the answer's tokens, the first that is given counts; empty: nothing is generated; None: the model
@@ -97,6 +99,8 @@ def _route(path: str, fields: str, dialect: Dialect = "openai", **more: Any) -> 
 
 
 _DONE = (b"data: [DONE]",)
+# OpenAI's events have a `stop_reason` beside it, which may be the client's own stop string.
+_FINISH_REASON = re.compile(rb'"finish_reason":"(\w{1,40})"')
 SERVED: Mapping[str, Route] = {
     r.path: r
     for r in (
@@ -105,6 +109,7 @@ SERVED: Mapping[str, Route] = {
             _CHAT + _SAMPLING,
             ends=_DONE,
             opening=1,
+            finish=_FINISH_REASON,
             usage_by_option=True,
             answer=("max_completion_tokens", "max_tokens"),
         ),
@@ -112,6 +117,7 @@ SERVED: Mapping[str, Route] = {
             "/v1/completions",
             _COMPLETION + _SAMPLING,
             ends=_DONE,
+            finish=_FINISH_REASON,
             usage_by_option=True,
             answer=("max_tokens",),
             answer_default=16,
@@ -121,6 +127,7 @@ SERVED: Mapping[str, Route] = {
             _RESPONSES,
             ends=(b"event: response.completed", b"event: response.failed", b"event: response.incomplete"),
             opening=4,
+            finish=re.compile(rb"^event: response\.(completed|failed|incomplete)$", re.M),  # the answer's `status`
             answer=("max_output_tokens",),
         ),
         _route(
@@ -129,6 +136,7 @@ SERVED: Mapping[str, Route] = {
             "anthropic",
             ends=(b"event: message_stop",),
             opening=2,
+            finish=re.compile(rb'"stop_reason":"(\w{1,40})"'),
             answer=("max_tokens",),
         ),
         _route("/v1/messages/count_tokens", _MESSAGES, "anthropic", answer=None),

@@ -71,7 +71,9 @@ class RequestLine(msgspec.Struct, kw_only=True, gc=False):
     completion_tokens: int | None = None
     aborted_tokens: int | None = None  # of an answer without an end, handed out until then, as its events tell
     events: int = 0
-    finish: str | None = None  # why the engine ended the answer, in its own word: stop, length, tool_calls, ...
+    finish: str | None = (
+        None  # why the engine ended the answer, in its own word: stop, length, end_turn, completed, ...
+    )
     client_gone: bool = False
 
 

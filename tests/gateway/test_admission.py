@@ -149,6 +149,7 @@ async def test_a_prompt_that_is_certainly_too_long_never_reaches_an_engine(front
     assert (await front.ask("/v1/completions", {"model": "tiny", "prompt": "short"})).status == 200
 
 
+@pytest.mark.slow
 async def test_no_more_tokens_are_sent_than_the_kv_cache_holds(front: Front, room: EngineRoom) -> None:
     """Many slots, and room for two requests of this size: the engine's own queue stays empty."""
     engine = room.start(slots=50, sim_itl_ms=1, sim_kv_tokens=2048)

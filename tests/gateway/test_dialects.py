@@ -9,7 +9,7 @@ import anthropic
 import openai
 import pytest
 
-from tests.gateway.harness import MESSAGES, Front, chat, endless, recorded
+from tests.gateway.harness import MESSAGES, Front, chat, endless, eventually, recorded
 
 
 def event(kind: str, **fields: Any) -> bytes:
@@ -134,6 +134,8 @@ async def test_a_response_is_streamed_to_its_end(front: Front) -> None:
             "response.completed",
         ]
         assert front.metric("steelyard_tokens_total", kind="completion") == 5
+        await eventually("it is written down", lambda: front.log.path.stat().st_size > 0)
+        assert json.loads(front.log.path.read_text())["finish"] == "completed"
 
 
 async def test_a_response_that_breaks_off_is_an_error_for_its_reader(front: Front) -> None:

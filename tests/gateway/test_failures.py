@@ -124,6 +124,7 @@ async def test_what_was_read_with_the_error_has_not_left_yet_either(front: Front
         assert DONE in body and b"half an answer" not in body
 
 
+@pytest.mark.slow
 async def test_a_prompt_that_kills_engines_is_refused_and_spares_the_third(front: Front, room: EngineRoom) -> None:
     one, two, three = (room.start(sins="dies_on_prompt") for _ in range(3))
     front.serve(one, two, three)
@@ -199,6 +200,7 @@ async def test_a_version_may_be_removed_while_its_requests_are_tried_again(front
 # -- after the first byte
 
 
+@pytest.mark.slow
 async def test_an_engine_that_dies_in_mid_stream_is_one_error_event(front: Front, room: EngineRoom) -> None:
     front.serve(*(room.start(sins="dies_mid_stream", after=3) for _ in range(2)))
     before = await broken_off(front)
@@ -206,6 +208,7 @@ async def test_an_engine_that_dies_in_mid_stream_is_one_error_event(front: Front
     assert front.metric("steelyard_upstream_attempts_total", outcome="died") == 2
 
 
+@pytest.mark.slow
 async def test_a_polite_end_of_a_dead_engine_is_not_passed_as_an_end(front: Front, room: EngineRoom) -> None:
     front.serve(*(room.start(sins="lies_about_health", after=3) for _ in range(2)))
     assert len(await broken_off(front)) == 4
@@ -222,6 +225,7 @@ async def test_what_a_stopped_engine_drops_is_not_passed_as_an_end(front: Front,
     assert b'"code":"engine_error"' in rest and b"abort" not in rest and DONE not in rest
 
 
+@pytest.mark.slow
 async def test_a_whole_answer_that_a_stopped_engine_dropped_is_made_elsewhere(front: Front, room: EngineRoom) -> None:
     engine = room.start(sim_itl_ms=20)
     front.serve(engine)
@@ -266,6 +270,7 @@ async def test_an_engine_that_hangs_before_the_first_byte_is_504(front: Front, r
     assert front.metric("steelyard_upstream_attempts_total", outcome="timeout") == 1
 
 
+@pytest.mark.slow
 async def test_an_engine_that_hangs_in_mid_stream_is_one_error_event(front: Front, room: EngineRoom) -> None:
     for _ in range(2):
         front.serve(room.start(sins="hangs", after=3), limits={"request_timeout_s": 0.5})

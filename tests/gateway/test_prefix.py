@@ -89,6 +89,7 @@ async def sticks(front: Front, engines: list[Engine]) -> None:
     assert front.metric("steelyard_tokens_total", kind="cached") == before + told
 
 
+@pytest.mark.slow
 async def test_a_document_is_asked_about_where_it_was_read(front: Front, room: EngineRoom) -> None:
     await sticks(front, [room.start(enable_prompt_tokens_details=True) for _ in range(2)])
 

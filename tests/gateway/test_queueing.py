@@ -167,6 +167,7 @@ async def test_gateways_that_know_nothing_of_each_other_share_an_engine(
     assert [f.metric("steelyard_queue_wait_seconds_count") for f in (front, second)] == [15, 15]
 
 
+@pytest.mark.slow
 async def test_a_door_kept_full_by_others_is_not_stormed(front: Front, second: Front, room: EngineRoom) -> None:
     engine = room.start(slots=24, sim_itl_ms=1000)
     for gateway in (front, second):

@@ -143,6 +143,11 @@ def walk(api: str) -> None:
     deadline = time.monotonic() + WALK_S
     with httpx.Client(timeout=30) as http:
 
+        def ready() -> bool:
+            with contextlib.suppress(httpx.TransportError):
+                return http.get(f"{api.removesuffix('/api/v1')}/-/ready").is_success
+            return False
+
         def ask(expr: str) -> list[object]:
             answer = http.get(f"{api}/query", params={"query": expr}).json()
             assert answer["status"] == "success", f"{expr}: {answer}"
@@ -160,12 +165,12 @@ def walk(api: str) -> None:
                 + [f"no target of {c}" for c in {"gateway", "engine", "directory", "gpu"} ^ up]
             )
 
-        wrong: list[object] = ["Prometheus did not answer"]
+        wrong: list[object] = ["Prometheus did not become ready"]
         while (wanted or wrong) and time.monotonic() < deadline:
-            with contextlib.suppress(httpx.TransportError):  # not up yet
+            time.sleep(0.5)
+            if ready():
                 wanted = {key: query for key, query in wanted.items() if not ask(query)}
                 wrong = unhealthy()
-            time.sleep(0.5)
         assert not wanted
         assert not wrong
         for group in (*RULES["recording"], *RULES["alerts"]):

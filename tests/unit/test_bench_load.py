@@ -24,6 +24,7 @@ from bench.load import Party, Spec, Summary, run_phase
 from bench.recording import Recording
 from bench.workloads import Production, Steady, Uniform, Workload, together
 
+pytestmark = pytest.mark.slow
 Writer = asyncio.StreamWriter
 CONTENT = b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":null}]}\n\n'
 LAST = b'data: {"choices":[{"delta":{"content":"z"},"finish_reason":"length"}]}\n\ndata: [DONE]\n\n'

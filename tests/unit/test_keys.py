@@ -160,6 +160,7 @@ def test_a_record_that_lost_a_field_is_no_key(path: Path, field: str) -> None:
         KeyRing(path)
 
 
+@pytest.mark.slow
 def test_concurrent_creates_lose_nothing(path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from serving.gateway.keys import create_key\n"

@@ -43,6 +43,12 @@ MESSAGE = (
     + b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
 )
 
+RESPONSE = (
+    b'event: response.created\ndata: {"response":{"status":"in_progress","usage":null}}\n\n'
+    + b'event: response.output_text.delta\ndata: {"delta":"event: response.failed"}\n\n'
+    + b'event: response.incomplete\ndata: {"response":{"status":"incomplete","usage":{"input_tokens":3,"output_tokens":5}}}\n\n'
+)
+
 
 def fed(scan: StreamScan, *chunks: bytes) -> bytes:
     """What a client gets: nothing that came after a death."""
@@ -99,6 +105,7 @@ def test_single_tokens_are_told_cheaply_and_treated_alike(end: bytes) -> None:
         (CHAT, token("so") + token("", finish_reason="stop", stop_reason="secret") + USAGE + DONE, "stop"),
         (CHAT, token(END_SLY) + token('"finish_reason":"no"') + DONE, None),
         (MESSAGES, MESSAGE, "end_turn"),
+        (RESPONSES, RESPONSE, "incomplete"),
     ],
 )
 def test_why_an_answer_ended_is_the_engines_word_and_never_the_clients(

@@ -177,6 +177,7 @@ def node(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.1")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("node")
 class TestLife(Life.TestCase):  # type: ignore[misc, name-defined]
     settings = settings(max_examples=25, stateful_step_count=15, deadline=None)

@@ -131,6 +131,7 @@ def test_eight_gateways_do_as_much_as_one() -> None:
     assert done[8] >= 0.97 * done[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "gateway_of", [lambda k, i: i % 4, lambda k, i: int(k == "b"), lambda k, i: i % 4 if k == "a" else 0]
 )

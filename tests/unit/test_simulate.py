@@ -330,6 +330,7 @@ def test_a_published_trace_is_read_whole(name: str, requests: int) -> None:
     assert found.span_s == pytest.approx(3600, abs=120)
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_json_and_a_plot(tmp_path: Path) -> None:
     path = written(
         tmp_path, "own.csv", "arrival_s,prompt_tokens,output_tokens\n" + "".join(f"{t},100,200\n" for t in range(100))

@@ -14,6 +14,7 @@ from tests.unit import virtual
 from tests.unit.virtual import World
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("max_queue", "max_wait_s", "why"), [(512, 5.0, WaitTooLong), (200, 60.0, QueueFull)])
 def test_under_ten_times_the_load_waits_are_bounded_and_retry_after_is_true(
     max_queue: int, max_wait_s: float, why: type[Exception]

@@ -460,7 +460,7 @@ def test_a_head_that_is_stopped_for_minutes_stops_nothing_and_scales_again_when_
         until(lambda: asking.good > count + 40, "requests are answered without a head", 30)  # noqa: B023
         assert all(answers(w) for w in nodes.workers)
         time.sleep(1)
-    streams = [Stream(nodes, nodes.workers[i % 2], 90_000 // ITL_MS, model="grows") for i in range(6)]
+    streams = [Stream(nodes, nodes.workers[i % 2], 60_000 // ITL_MS, model="grows") for i in range(6)]
     nodes.head.start()
     until(nodes.head.up, "the head is up again", 60)
     returned = time.time()

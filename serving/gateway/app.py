@@ -60,7 +60,7 @@ from serving.telemetry.metrics import (
 log = logging.getLogger(__name__)
 
 MAX_REQUESTS = 10_000  # inside one gateway at once; file descriptors and memory are finite
-MAX_ATTEMPTS = 3  # at different replicas, `busy` not counted
+MAX_ATTEMPTS = 3  # at different replicas, `busy` not counted, nor engines that died of another request
 SILENCE_CHECK_EVERY_S = 0.5
 BODY_TIMEOUT_S = 60.0  # for the whole request body to arrive
 LAST_WORD_S = 5.0  # for a client to take its error
@@ -230,10 +230,8 @@ class Gateway:
             if ticket.suspicion is not None:
                 ticket.again = ticket.again or retry.Retry(line.retries, line.trials)
             if ticket.again is not None:
-                await self._turn(x, line, model, ticket, ticket.again, charge, pause_s)
+                await self._turn(x, line, model, metrics, ticket, ticket.again, charge, pause_s)
                 pause_s = 0.0
-                if charge.blown:
-                    raise self._crashed(charge, metrics, ticket)
             if failed:
                 metrics.retried(failed)
                 failed = ""
@@ -286,10 +284,8 @@ class Gateway:
                     # Who came to an engine that stood still already is not the one that stopped it.
                     _count_death(x, charge, trial_s if e.outcome == "died" else 0.0)
                     pause_s = retry.LAST_NEWS_S if charge.blown else retry.NEWS_S
-                if x.line.attempts >= MAX_ATTEMPTS:
-                    if charge.blown:
-                        raise self._crashed(charge, metrics, ticket) from None
-                    raise EngineBroken(f"{line.version_id}: {x.line.attempts} attempts failed") from None
+                elif x.line.attempts - charge.excused >= MAX_ATTEMPTS:
+                    raise _out_of_attempts(x, line) from None
                 if e.answered and not line.ready_ids() - ticket.avoid:
                     raise EngineBroken(f"{line.version_id}: its engine answered with an internal error") from None
             except asyncio.CancelledError:
@@ -311,13 +307,14 @@ class Gateway:
         x: Exchange,
         line: VersionLine,
         model: ModelConfig,
+        metrics: ModelMetrics,
         ticket: Ticket,
         again: retry.Retry,
         charge: Charge,
         pause_s: float,
     ) -> None:
-        """Waits for a place among the retries, as long as the request may wait at all. `pause_s`: for the other gateways' word
-        first, or for whoever is on trial."""
+        """Waits for a place among the retries, as long as the request may wait at all. `pause_s`: first for the other gateways'
+        word, by which it may have been the last time, or for whoever is on trial."""
         began = time.monotonic()
         waited_s = (x.line.queue_ms or 0.0) / 1e3
         home = None if ticket.suspicion is None else functools.partial(line.home, ticket)
@@ -325,8 +322,11 @@ class Gateway:
             async with asyncio.timeout(bound_wait(model.limits.max_wait_s - waited_s, ticket.deadline)):
                 if pause_s:
                     await asyncio.sleep(pause_s)
-                if not charge.blown:
-                    await again.turn(home)
+                if charge.blown:
+                    raise self._crashed(charge, metrics, ticket)
+                if x.line.attempts - charge.excused >= MAX_ATTEMPTS:
+                    raise _out_of_attempts(x, line)
+                await again.turn(home)
         except TimeoutError:
             raise EngineBroken(
                 "an engine failed with it, and too many other requests are being tried again", retry_after_s=1
@@ -637,6 +637,10 @@ def _ticket(x: Exchange, key: Key, model: ModelConfig, tokens: int) -> Ticket:
             raise BadRequest("`x-steelyard-timeout` is a number of seconds, above 0")
         timeout_s = min(timeout_s, wanted)
     return Ticket(since=x.t0, deadline=x.t0 + timeout_s, key=key.id, rank=rank, weight=float(key.weight), tokens=tokens)
+
+
+def _out_of_attempts(x: Exchange, line: VersionLine) -> EngineBroken:
+    return EngineBroken(f"{line.version_id}: {x.line.attempts} attempts failed")
 
 
 def _count_death(x: Exchange, charge: Charge, trial_s: float = 0.0, *, begun: bool = False) -> None:

@@ -79,7 +79,10 @@ class Fuse:
         self._others_trials: list[tuple[str, str, float]] = []
         self._acquitted: set[str] = set()  # here, of what the others tell
         self._guilty: frozenset[str] = frozenset()
-        self._explained: frozenset[str] = frozenset()  # engines whose death the guilty answer for
+        self._ended: dict[str, str] = {}  # engine -> the guilty one that was on trial there
+        self._explained: frozenset[str] = (
+            frozenset()
+        )  # engines whose death the guilty answer for, these and earlier ones
         self.on_news: Callable[[], None] = lambda: None
         self.on_suspects: Callable[[], None] = lambda: None  # somebody is under suspicion who was not
 
@@ -89,12 +92,16 @@ class Fuse:
 
     def suspected(self, print_: str) -> bool:
         """Whether it must be on trial: an engine died with this request inside that had no answer yet. Whoever kills later does
-        so when his trial is over. That somebody else is guilty clears nobody: both may be."""
+        so when his trial is over. What a guilty one did on trial, he did alone; of an earlier death two may be guilty."""
         return (print_ in self._own_suspects or print_ in self._others_suspects) and bool(self._dead(print_))
 
     def blown(self, print_: str) -> bool:
         """Whether this request is refused."""
         return print_ in self._guilty or len(self._dead(print_) - self._explained) >= DEATHS
+
+    def excused(self, print_: str) -> int:
+        """How many engines died with it inside for which somebody else answers."""
+        return len(self._all_dead(print_) & self._explained) if print_ not in self._guilty else 0
 
     def died(self, print_: str, engine: str, trial_s: float = 0.0, *, begun: bool = False) -> int:
         """That engine died with this request inside, which was on trial there for so long, or not (0), and whose answer had
@@ -161,15 +168,19 @@ class Fuse:
         self._own_trials = [one for one in self._own_trials if one[1] in self._own]
         self._own_suspects &= self._own.keys()
         longest = {e: p for e, p, _ in sorted((*self._own_trials, *self._others_trials), key=lambda one: one[2])}
-        dead = {print_: self._dead(print_) for print_ in longest.values()}
-        self._guilty = frozenset(p for p, engines in dead.items() if len(engines) >= DEATHS)
-        self._explained = frozenset[str]().union(*(dead[p] for p in self._guilty))
+        self._ended = {e: p for e, p in longest.items() if len(self._all_dead(p)) >= DEATHS}
+        self._guilty = frozenset(p for p in self._ended.values() if len(self._dead(p)) >= DEATHS)
+        self._ended = {e: p for e, p in self._ended.items() if p in self._guilty}
+        self._explained = frozenset[str]().union(*map(self._all_dead, self._guilty))
 
     def _known(self, print_: str) -> frozenset[str]:
         engines, until = self._own.get(print_, (frozenset[str](), 0.0))
         return engines if self._clock() < until else frozenset()
 
     def _dead(self, print_: str) -> frozenset[str]:
+        return frozenset(e for e in self._all_dead(print_) if self._ended.get(e, print_) == print_)
+
+    def _all_dead(self, print_: str) -> frozenset[str]:
         known = self._known(print_)
         return known if print_ in self._acquitted else known | self._others.get(print_, frozenset())
 
@@ -199,6 +210,10 @@ class Charge:
     def print(self) -> str:
         self._print = self._print or fingerprint(*self._of)
         return self._print
+
+    @property
+    def excused(self) -> int:
+        return self._fuse.excused(self.print) if self._fuse.armed else 0
 
     def died(self, engine: str, trial_s: float = 0.0, *, begun: bool = False) -> int:
         return self._fuse.died(self.print, engine, trial_s, begun=begun)

@@ -434,9 +434,24 @@ def test_who_was_on_trial_answers_for_the_engines_that_died_with_it_inside() -> 
     assert here.blown("one") and there.blown("guilty")
     here.hear([there.told()])
     assert not here.blown("one") and not here.blown("other") and here.blown("guilty")
-    assert here.suspected("one"), "two may be guilty of one death"
+    assert (here.excused("one"), there.excused("guilty")) == (2, 0)
+    assert here.suspected("one"), "two may be guilty of the first death"
     here.died("one", "c", 0.1)
     assert here.blown("one"), "it is tried once more, and no more"
+
+
+def test_what_a_guilty_one_did_on_trial_makes_nobody_else_suspect() -> None:
+    """Else the next one that ends an engine would have it as a scapegoat, on trial there in that moment."""
+    fuse = Fuse()
+    fuse.died("guilty", "a")
+    fuse.died("innocent", "b")
+    assert fuse.suspected("innocent")
+    fuse.died("guilty", "b", 0.2)
+    assert not fuse.suspected("innocent")
+    fuse.died("innocent", "c", 0.1)  # whoever ended it came in while that was not known yet
+    assert fuse.suspected("innocent") and not fuse.blown("innocent") and fuse.excused("innocent") == 1
+    fuse.died("innocent", "d", 0.1)
+    assert fuse.blown("innocent")
 
 
 def test_of_two_that_say_they_were_on_trial_the_one_that_was_there_before_is_guilty() -> None:

@@ -3,6 +3,7 @@
 It demands the cluster secret on every path, health and metrics included (vLLM's own `--api-key` guards some prefixes
 only), and lets at most `slots` generations in: the next one gets an immediate 503 with `x-steelyard-busy: 1`, so that
 the limit is exact however many gateways there are, and a gateway that guessed wrong loses a millisecond, not its place.
+Of those that may be the reason why an engine died it tries one at a time: the next one is told `x-steelyard-busy: trial`.
 
 Runs inside the engine, so: standard library only, and it reads its own three variables from the environment
 (`STEELYARD_DOOR_SECRET`, `STEELYARD_DOOR_SLOTS`). Given to vLLM as `--middleware serving.engine.door.Door`.
@@ -25,6 +26,9 @@ SECRET_HEADER = b"x-steelyard-secret"
 BUSY_HEADER = b"x-steelyard-busy"
 TOKENS_HEADER = b"x-steelyard-tokens"
 PROBE_HEADER = b"x-steelyard-probe"  # whether the engine generates: takes no slot and is no load
+# Milliseconds for which no other request with this header comes in, unless its answer begins before.
+TRIAL_HEADER = b"x-steelyard-trial"
+TRIAL_MOST_S = 60.0
 STATUS_PATH = "/-/door"
 CLOSE_PATH = "/-/door/close"  # POST: nothing more comes in; what is inside ends
 # A request that was refused for its size keeps smaller ones out for this long, until it tries again: else it would wait for
@@ -51,13 +55,15 @@ class Door:
         self.budget = 0  # tokens of KV cache; 0: not known, so not enforced
         self.tokens = 0  # that those inside may take
         self._claim, self._claim_until = 0, 0.0  # tokens of the largest that waits for room, monotonic seconds
+        self._trial: object | None = None  # who is on trial, and until when at most, monotonic seconds
+        self._trial_until = 0.0
         self._secret = secret.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        given = tokens = probe = b""
+        given = tokens = probe = trial = b""
         for name, value in scope["headers"]:
             if name == SECRET_HEADER:
                 given = value
@@ -65,6 +71,8 @@ class Door:
                 tokens = value
             elif name == PROBE_HEADER:
                 probe = value
+            elif name == TRIAL_HEADER:
+                trial = value
         if not hmac.compare_digest(given, self._secret):
             await self._refuse(scope, send)
             return
@@ -82,15 +90,41 @@ class Door:
             self.slots = 0  # `busy` from now on: gateways that have not heard of the drain yet try elsewhere
             await _answer(send, 200, {"in_flight": self.in_flight})
         elif scope.get("method") == "POST" and path.startswith(_TAKES_SLOT) and path not in _FREE and not probe:
-            await self._through(scope, receive, send, int(tokens) if tokens.isdigit() and len(tokens) < 16 else 0)
+            await self._through(scope, receive, send, _number(tokens), _number(trial))
         else:
             await self.app(scope, receive, send)
 
-    async def _through(self, scope: Scope, receive: Receive, send: Send, tokens: int) -> None:
-        if self.in_flight >= self.slots or not self._fits(tokens):
+    async def _through(self, scope: Scope, receive: Receive, send: Send, tokens: int, trial_ms: int) -> None:
+        if trial_ms and self._trial is not None and time.monotonic() < self._trial_until:
+            await _answer(send, 503, {"error": {"message": "another is on trial", "code": "busy"}}, busy=b"trial")
+        elif self.in_flight >= self.slots or not self._fits(tokens):
             self.refused += 1
-            await _answer(send, 503, {"error": {"message": "all slots are taken", "code": "busy"}}, busy=True)
-            return
+            await _answer(send, 503, {"error": {"message": "all slots are taken", "code": "busy"}}, busy=b"1")
+        elif trial_ms:
+            await self._alone(scope, receive, send, tokens, trial_ms)
+        else:
+            await self._inside(scope, receive, send, tokens)
+
+    async def _alone(self, scope: Scope, receive: Receive, send: Send, tokens: int, trial_ms: int) -> None:
+        """The engine may die of it: no other such one is let in until its answer begins, or its time is up."""
+        me = self._trial = object()
+        self._trial_until = time.monotonic() + min(trial_ms / 1e3, TRIAL_MOST_S)
+
+        def over() -> None:
+            if self._trial is me:
+                self._trial = None
+
+        async def until_answered(message: MutableMapping[str, Any]) -> None:
+            await send(message)
+            if message.get("body"):
+                over()
+
+        try:
+            await self._inside(scope, receive, until_answered, tokens)
+        finally:
+            over()
+
+    async def _inside(self, scope: Scope, receive: Receive, send: Send, tokens: int) -> None:
         self.in_flight += 1
         self.entered += 1
         self.tokens += tokens
@@ -129,10 +163,15 @@ class Door:
             )
 
 
-async def _answer(send: Send, status: int, body: dict[str, Any], busy: bool = False) -> None:
+def _number(value: bytes) -> int:
+    """0 for what is none."""
+    return int(value) if value.isdigit() and len(value) < 16 else 0
+
+
+async def _answer(send: Send, status: int, body: dict[str, Any], busy: bytes = b"") -> None:
     data = json.dumps(body).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
     if busy:
-        headers.append((BUSY_HEADER, b"1"))
+        headers.append((BUSY_HEADER, busy))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": data})

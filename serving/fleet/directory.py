@@ -39,6 +39,7 @@ from serving.fleet.endpoint import (
     retry_delay_s,
 )
 from serving.fleet.history import Change, History, Kept
+from serving.fleet.lifeline import Lifelines
 from serving.settings import load_settings
 from serving.telemetry import logs
 from serving.telemetry.metrics import DirectoryMetrics, set_all
@@ -51,6 +52,8 @@ NAME = "directory"
 NAMESPACE = "steelyard"
 REPORT_EVERY_S = 0.5
 LEASE_S = 5.0  # an entry not renewed for this long is gone: its process or node died without a word
+# So long, when nobody listens there any more: who lives renews it within a half (a replica) or a whole second (a gateway).
+DOUBTED_REPLICA_S, DOUBTED_GATEWAY_S = 1.0, 2.0
 FAILED_KEPT_S = 60.0  # how long a FAILED entry stays to tell why
 # A restarted directory's table may lack some for this long: a report that waits for it gives up after `CALL_S`, and Ray
 # needs a moment to reconnect. Until then gateways forget nobody.
@@ -108,7 +111,7 @@ class Table:
         known = self._gateways.get(gateway.id)
         self._gateways[gateway.id] = (gateway, now + LEASE_S)
         self.unpublished |= known is None or known[0] != gateway
-        if known is None or known[0].deaths.items() != gateway.deaths.items():
+        if known is None or _crimes(known[0]) != _crimes(gateway):
             return True
         begun = gateway.held.keys() - known[0].held.keys()
         return bool(begun) and bool(
@@ -191,6 +194,23 @@ class Table:
         if len(self._facts) > FACTS_KEPT:
             del self._facts[next(iter(self._facts))]
 
+    def doubt(self, name: str, now: float) -> float:
+        """Its listener ended. Shortens its lease, to so many seconds; 0 for what is not in the table, or has failed."""
+        if name in self._endpoints and self._endpoints[name][0].state is not State.FAILED:
+            endpoint, until = self._endpoints[name]
+            self._endpoints[name] = endpoint, min(until, now + DOUBTED_REPLICA_S)
+            return DOUBTED_REPLICA_S
+        if name in self._gateways:
+            gateway, until = self._gateways[name]
+            self._gateways[name] = gateway, min(until, now + DOUBTED_GATEWAY_S)
+            return DOUBTED_GATEWAY_S
+        return 0.0
+
+    def listeners(self) -> dict[str, str]:
+        """What is there, by id, and where it listens."""
+        up = {i: e.url for i, (e, _) in self._endpoints.items() if e.url and e.state is not State.FAILED}
+        return up | {i: g.url for i, (g, _) in self._gateways.items() if g.url}
+
     def withdraw_gateway(self, gateway_id: str) -> bool:
         known = self._gateways.pop(gateway_id, None) is not None
         self.unpublished |= known
@@ -249,6 +269,10 @@ class Table:
         )
 
 
+def _crimes(gateway: GatewayInfo) -> tuple[Any, ...]:
+    return gateway.deaths, gateway.trials, gateway.suspects
+
+
 def pack(value: Any) -> bytes:
     """What goes between processes. Not Ray's pickle: while a cluster is upgraded node by node, they are of two releases, and
     what one does not know of the other's nouns must be skipped, or be its default."""
@@ -275,6 +299,7 @@ class Directory:
         self._history = History(self._kept.changes)
         self._metrics = DirectoryMetrics(CollectorRegistry())
         self._metrics.before_text = self._observe
+        self._lifelines = Lifelines(self._cut)
         self._on_head = settings.node_role == "head"
         self._keys_file = KeysFile(settings.keys_file) if self._on_head else None
 
@@ -292,6 +317,19 @@ class Directory:
             self._wake()
         else:
             self._load_changed()
+        if endpoint.url and endpoint.state in (State.READY, State.SUSPECT, State.DRAINING):
+            self._lifelines.hold(endpoint.id, endpoint.url)
+
+    def _cut(self, name: str) -> None:
+        """Its process has ended, or its listener: gone from the table soon, unless it says that it lives."""
+        within_s = self._table.doubt(name, time.monotonic())
+        if within_s:
+            log.info("nobody listens for %s any more", name)
+            asyncio.get_running_loop().call_later(within_s + 0.01, self._expire)
+
+    def _expire(self) -> None:
+        if self._table.expire(time.monotonic()):
+            self._wake()
 
     def _troubled(self, endpoint: Endpoint) -> None:
         log.warning("%s is %s: %s", endpoint.id, endpoint.state, endpoint.reason)
@@ -302,10 +340,12 @@ class Directory:
 
     async def announce_gateway(self, entry: bytes) -> None:
         self._ensure_janitor()
-        if self._table.announce_gateway(unpack(entry, GatewayInfo), time.monotonic()):
+        gateway = unpack(entry, GatewayInfo)
+        if self._table.announce_gateway(gateway, time.monotonic()):
             self._wake()
         else:
             self._load_changed()
+        self._lifelines.hold(gateway.id, gateway.url)
 
     async def announce_target(self, entry: bytes) -> None:
         """A process with metrics that is neither gateway nor replica; renewed within `LEASE_S`."""
@@ -417,6 +457,7 @@ class Directory:
         while True:
             try:
                 news = self._table.tidy(time.monotonic())
+                self._lifelines.keep(self._table.listeners())
                 if self._keys_file is not None and await asyncio.to_thread(self._keys_file.changed):
                     news |= self._table.set_keys(self._keys_file.digest)
                 if news:

@@ -96,6 +96,8 @@ class GatewayInfo(msgspec.Struct, frozen=True, kw_only=True):
     finished: dict[str, int] = {}  # of them, answered by an engine to the end
     demand: dict[str, tuple[KeyDemand, ...]] = {}  # version id -> who asks for how much, bounded
     deaths: dict[str, tuple[str, ...]] = {}  # fingerprint of a request -> engines that died with it inside, bounded
+    trials: dict[str, tuple[str, float]] = {}  # engine that died -> who was on trial there, for how many seconds
+    suspects: tuple[str, ...] = ()  # those of them that had no answer yet
 
 
 class Failure(msgspec.Struct, frozen=True):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 import time
@@ -32,14 +33,14 @@ from serving.errors import (
 from serving.gateway import retry, routes
 from serving.gateway.admission import Admission
 from serving.gateway.exchange import ClientGone, Exchange, Receive, Scope, Send, rest
-from serving.gateway.fuse import DEATHS, Charge
+from serving.gateway.fuse import Charge
 from serving.gateway.hold import NO_CACHE, KeepAlive
 from serving.gateway.keys import Key, KeyRing
 from serving.gateway.order import RANK
 from serving.gateway.own import OwnRoutes, visible
 from serving.gateway.prefix import BLOCK_BYTES, blocks_of, stable_hash
 from serving.gateway.queue import Ticket, VersionLine, bound_wait
-from serving.gateway.relay import Broken, Busy, Engines, Reply, error_event
+from serving.gateway.relay import Broken, Busy, Engines, Recalled, Reply, error_event
 from serving.gateway.routes import Route
 from serving.gateway.routing import Upstream
 from serving.gateway.sizes import check_input, has_media
@@ -59,7 +60,7 @@ from serving.telemetry.tracing import Tracing
 log = logging.getLogger(__name__)
 
 MAX_REQUESTS = 10_000  # inside one gateway at once; file descriptors and memory are finite
-MAX_ATTEMPTS = 3  # at different replicas, `busy` not counted
+MAX_ATTEMPTS = 3  # at different replicas, `busy` not counted, nor engines that died of another request
 SILENCE_CHECK_EVERY_S = 0.5
 BODY_TIMEOUT_S = 60.0  # for the whole request body to arrive
 LAST_WORD_S = 5.0  # for a client to take its error
@@ -88,6 +89,8 @@ class Gateway:
         self._admission = Admission(self.fleet.elsewhere)
         self.metrics = metrics
         metrics.before_text = self._observe
+        self.fleet.fuse.on_suspects = self._recall_soon
+        self._recalling = False
         self.requests = 0  # inside now
         self.draining = False  # `/readyz` says so; what is connected is answered all the same
         self.private_port = 0  # the listener for siblings; set by whoever opens it
@@ -175,8 +178,7 @@ class Gateway:
         ticket = _ticket(x, key, model, line.size_of(route, fields, len(body)))
         charge = Charge(self.fleet.fuse, line.version_id, route.path, name.adapter, fields)
         if charge.blown:
-            self.metrics.of(model.name).rejected(RequestCrashedEngine.code, ticket.class_)
-            raise _crashed(charge)
+            raise self._crashed(charge, self.metrics.of(model.name), ticket)
         ticket.adapter = name.adapter
         if len(line.upstreams) > 1:  # else there is nothing to choose
             if len(body) >= BLOCK_BYTES:
@@ -226,25 +228,31 @@ class Gateway:
     ) -> None:
         """Binds the request to a replica and relays; failures before the first byte are tried elsewhere."""
         self.fleet.arrived[line.version_id] += 1
-        again, failed = False, ""
+        again, failed, pause_s = False, "", 0.0
         while True:
-            if ticket.again is not None and not ticket.again.taken:
-                await self._turn(x, model, ticket, ticket.again)
+            ticket.suspicion = charge.suspicion
+            if ticket.suspicion is not None:
+                ticket.again = ticket.again or retry.Retry(line.retries, line.trials)
+            if ticket.again is not None:
+                await self._turn(x, line, model, metrics, ticket, ticket.again, charge, pause_s)
+                pause_s = 0.0
             if failed:
                 metrics.retried(failed)
                 failed = ""
             upstream = await self._slot(x, line, model, metrics, ticket, keep_alive, again)
             if charge.blown:  # while it waited, engines died with the same request inside
                 line.release(ticket)
-                metrics.rejected(RequestCrashedEngine.code, ticket.class_)
-                raise _crashed(charge)
+                raise self._crashed(charge, metrics, ticket)
+            if ticket.suspicion is None and charge.suspicion is not None:
+                line.unsent(ticket)
+                again = True
+                continue
             x.line.replica = upstream.endpoint.id
             settle = line.release
             metrics.running.inc()
-            if ticket.again is not None:
-                ticket.again.sent(upstream.endpoint.id)
+            trial_s = 0.0 if ticket.again is None else ticket.again.sent()
             try:
-                reply = await self._open(x, upstream, route, body, withhold_usage, ticket)
+                reply = await self._open(x, upstream, route, body, withhold_usage, ticket, trial_s, charge)
                 x.line.attempts += 1
                 if ticket.again is not None:
                     ticket.again.close()
@@ -254,28 +262,34 @@ class Gateway:
                 await self._deliver(x, route, reply, metrics)
                 self.fleet.finished[line.version_id] += 1
                 if reply.crashed:
-                    _count_death(x, charge)
+                    _count_death(x, charge, begun=True)
                 elif reply.scan is None or reply.finished:
                     charge.survived()
                 _attempted(x, metrics, "died" if reply.scan is not None and reply.scan.died else "ok")
                 return
-            except Busy:
+            except Busy as e:
                 _attempted(x, metrics, "busy")
                 settle, again = line.busy, True
+                if e.occupied:
+                    settle, pause_s = line.unsent, retry.OCCUPIED_S
+            except Recalled:
+                _attempted(x, metrics, "recalled")
+                settle, again = line.unsent, True
             except Broken as e:
                 x.line.attempts += 1
                 _attempted(x, metrics, e.outcome)
                 log.warning("attempt %d failed: %s", x.line.attempts, e, extra={"request_id": x.request_id})
                 settle, again, failed = (line.broken if e.gone else line.failed), True, e.outcome
                 ticket.again = ticket.again or retry.Retry(line.retries, line.trials)
+                trial_s = ticket.again.trial_s
                 ticket.again.close()
                 ticket.avoid |= line.on_node_of(upstream) if e.unreachable else {upstream.endpoint.id}
                 if e.killed:
-                    ticket.suspect = True
-                    if _count_death(x, charge) >= DEATHS:
-                        raise _crashed(charge) from None
-                if x.line.attempts >= MAX_ATTEMPTS:
-                    raise EngineBroken(f"{line.version_id}: {x.line.attempts} attempts failed") from None
+                    # Who came to an engine that stood still already is not the one that stopped it.
+                    _count_death(x, charge, trial_s if e.outcome == "died" else 0.0)
+                    pause_s = retry.LAST_NEWS_S if charge.blown else retry.NEWS_S
+                elif x.line.attempts - charge.excused >= MAX_ATTEMPTS:
+                    raise _out_of_attempts(x, line) from None
                 if e.answered and not line.ready_ids() - ticket.avoid:
                     raise EngineBroken(f"{line.version_id}: its engine answered with an internal error") from None
             except asyncio.CancelledError:
@@ -285,16 +299,41 @@ class Gateway:
                 metrics.running.dec()
                 settle(ticket)
 
-    async def _turn(self, x: Exchange, model: ModelConfig, ticket: Ticket, again: retry.Retry) -> None:
-        """Waits for a place among the retries, as long as the request may wait at all."""
+    def _crashed(self, charge: Charge, metrics: ModelMetrics, ticket: Ticket) -> RequestCrashedEngine:
+        metrics.rejected(RequestCrashedEngine.code, ticket.class_)
+        log.error("refused: engines died with %s inside; it stays refused for a while", charge.print)
+        return RequestCrashedEngine(
+            "engines died while they had this request: it is not tried again, and the same one is refused for some minutes"
+        )
+
+    async def _turn(
+        self,
+        x: Exchange,
+        line: VersionLine,
+        model: ModelConfig,
+        metrics: ModelMetrics,
+        ticket: Ticket,
+        again: retry.Retry,
+        charge: Charge,
+        pause_s: float,
+    ) -> None:
+        """Waits for a place among the retries, as long as the request may wait at all. `pause_s`: first for the other gateways'
+        word, by which it may have been the last time, or for whoever is on trial."""
         began = time.monotonic()
         waited_s = (x.line.queue_ms or 0.0) / 1e3
+        home = None if ticket.suspicion is None else functools.partial(line.home, ticket)
         try:
             async with asyncio.timeout(bound_wait(model.limits.max_wait_s - waited_s, ticket.deadline)):
-                await again.turn(suspect=ticket.suspect)
+                if pause_s:
+                    await asyncio.sleep(pause_s)
+                if charge.blown:
+                    raise self._crashed(charge, metrics, ticket)
+                if x.line.attempts - charge.excused >= MAX_ATTEMPTS:
+                    raise _out_of_attempts(x, line)
+                await again.turn(home)
         except TimeoutError:
             raise EngineBroken(
-                "its engine failed, and too many other requests are being tried again", retry_after_s=1
+                "an engine failed with it, and too many other requests are being tried again", retry_after_s=1
             ) from None
         finally:
             now = time.monotonic()
@@ -344,7 +383,15 @@ class Gateway:
                 x.trace.step("queue", began, now if ticket.upstream is None else ticket.bound_at)
 
     async def _open(
-        self, x: Exchange, upstream: Upstream, route: Route, body: bytes, withhold_usage: bool, ticket: Ticket
+        self,
+        x: Exchange,
+        upstream: Upstream,
+        route: Route,
+        body: bytes,
+        withhold_usage: bool,
+        ticket: Ticket,
+        trial_s: float,
+        charge: Charge,
     ) -> Reply:
         assert self._engines is not None
         trace = b""
@@ -359,6 +406,8 @@ class Gateway:
             withhold_usage=withhold_usage,
             trace=trace,
             tokens=ticket.tokens,
+            trial_s=trial_s,
+            charge=charge if ticket.suspicion is None else None,
             stream=x.line.stream,
             patient=x.line.attempts + 1 >= MAX_ATTEMPTS,
         )
@@ -491,6 +540,19 @@ class Gateway:
         if x.trace is not None and self._tracing is not None:
             self._tracing.end(x.trace, line, x.method, x.t0, now)
 
+    def _recall_soon(self) -> None:
+        """Once for all who were inside an engine that died."""
+        if not self._recalling:
+            self._recalling = True
+            asyncio.get_running_loop().call_soon(self._recall)
+
+    def _recall(self) -> None:
+        self._recalling = False
+        now = time.monotonic()
+        for line in self.fleet.lines.values():
+            if line.running:
+                line.recall_suspects(now)
+
     async def _mind_silence(self) -> None:
         while True:
             await asyncio.sleep(SILENCE_CHECK_EVERY_S)
@@ -611,18 +673,15 @@ def _attempted(x: Exchange, metrics: ModelMetrics, outcome: str) -> None:
         x.trace.attempted(outcome, time.monotonic())
 
 
-def _count_death(x: Exchange, charge: Charge) -> int:
-    """An engine died with this request inside; how many have by now."""
-    deaths = charge.died(x.line.replica or "")
-    log.warning("an engine died with %s inside, %d by now", charge.print, deaths, extra={"request_id": x.request_id})
-    return deaths
+def _out_of_attempts(x: Exchange, line: VersionLine) -> EngineBroken:
+    return EngineBroken(f"{line.version_id}: {x.line.attempts} attempts failed")
 
 
-def _crashed(charge: Charge) -> RequestCrashedEngine:
-    log.error("refused: engines died with %s inside; it stays refused for a while", charge.print)
-    return RequestCrashedEngine(
-        "engines died while they had this request: it is not tried again, and the same one is refused for some minutes"
-    )
+def _count_death(x: Exchange, charge: Charge, trial_s: float = 0.0, *, begun: bool = False) -> None:
+    """An engine died with this request inside, which was on trial there for so long, or not (0)."""
+    deaths = charge.died(x.line.replica or "", trial_s, begun=begun)
+    how = "on trial" if trial_s else "inside"
+    log.warning("an engine died with %s %s, %d by now", charge.print, how, deaths, extra={"request_id": x.request_id})
 
 
 def _session(x: Exchange, key: Key, fields: dict[str, Any]) -> int | None:

@@ -20,6 +20,7 @@ from serving.fleet import directory, spare
 from serving.fleet.endpoint import GatewayInfo, Snapshot, State
 from serving.gateway import keys
 from serving.gateway.app import Gateway
+from serving.gateway.fuse import Deaths
 from serving.gateway.keys import KeyRing
 from serving.gateway.listener import Server, listener
 from serving.settings import load_settings
@@ -163,7 +164,7 @@ class GatewayReplica:
     async def _announce_for_ever(self) -> None:
         """At once when a version must be woken, soon when what is held changed, each second in any case."""
         url = f"http://{self._node}:{self.gateway.private_port}"
-        untold, told, told_at = False, (dict[str, int](), dict[str, tuple[str, ...]]()), float("-inf")
+        untold, told, told_at = False, (dict[str, int](), Deaths()), float("-inf")
         news = asyncio.Event()
         self.gateway.fleet.on_hold = self.gateway.fleet.fuse.on_news = news.set
         while True:
@@ -184,7 +185,9 @@ class GatewayReplica:
                     arrived=dict(fleet.arrived),
                     finished=dict(fleet.finished),
                     demand=fleet.demand(),
-                    deaths=deaths,
+                    deaths=deaths.deaths,
+                    trials=deaths.trials,
+                    suspects=deaths.suspects,
                 )
                 await self._directory.call("announce_gateway", directory.pack(info))
                 untold = False

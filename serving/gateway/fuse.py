@@ -1,19 +1,24 @@
-"""Requests that end engines: pure. Whoever was inside when one died may be the reason. He gets one more engine, and who was
-inside two is refused for a while, wherever and however often he comes back."""
+"""Requests that end engines: pure. Whoever was inside when one died may be the reason. He gets one more engine, on trial: alone
+among those under suspicion. Who was inside two is refused for a while, wherever and however often he comes back, unless
+somebody else answers for one of them: who was on trial in an engine that died, and had been inside another, is guilty of both.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
+
+from serving.gateway.prefix import stable_hash
 
 DEATHS = 2  # of engines, that one request may cost
 REMEMBERED_S = 600.0  # since the last of them
 MOST = 4096  # requests that are remembered
 TOLD = 256  # of them, to the other gateways
+ENGINES_KEPT = 8  # of those that died with one request inside
 
 # What may differ between two tries of one request without making it another for the engine.
 _NOISE = frozenset(
@@ -37,6 +42,28 @@ def fingerprint(version_id: str, path: str, adapter: str | None, fields: Mapping
     return hashlib.blake2b(data, digest_size=12).hexdigest()
 
 
+class Told(Protocol):
+    """What a gateway tells of the deaths it saw; `GatewayInfo` is one."""
+
+    @property
+    def deaths(self) -> Mapping[str, Iterable[str]]:
+        """Fingerprint -> engines that died with it inside."""
+
+    @property
+    def trials(self) -> Mapping[str, tuple[str, float]]:
+        """Engine -> who was on trial there when it died, and for how many seconds."""
+
+    @property
+    def suspects(self) -> Iterable[str]:
+        """Fingerprints of those that had no answer yet."""
+
+
+class Deaths(msgspec.Struct, frozen=True):
+    deaths: dict[str, tuple[str, ...]] = {}
+    trials: dict[str, tuple[str, float]] = {}
+    suspects: tuple[str, ...] = ()
+
+
 class Fuse:
     """The deaths of engines by the fingerprints of those inside, as this gateway saw them and as the others tell. While nobody
     is remembered, which is nearly always, nothing is computed. Engines are told apart by their endpoint's id: one that cuts
@@ -45,56 +72,115 @@ class Fuse:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._own: dict[str, tuple[frozenset[str], float]] = {}  # engines, and until when; the oldest first
+        self._own_suspects: set[str] = set()  # those of them that had no answer yet
+        self._own_trials: list[tuple[str, str, float]] = []  # engine, who was on trial there, for how many seconds
         self._others: dict[str, frozenset[str]] = {}
+        self._others_suspects: frozenset[str] = frozenset()
+        self._others_trials: list[tuple[str, str, float]] = []
         self._acquitted: set[str] = set()  # here, of what the others tell
+        self._guilty: frozenset[str] = frozenset()
+        self._ended: dict[str, str] = {}  # engine -> the guilty one that was on trial there
+        self._explained: frozenset[str] = (
+            frozenset()
+        )  # engines whose death the guilty answer for, these and earlier ones
         self.on_news: Callable[[], None] = lambda: None
+        self.on_suspects: Callable[[], None] = lambda: None  # somebody is under suspicion who was not
 
     @property
     def armed(self) -> bool:
         return bool(self._own or self._others)
 
+    def suspected(self, print_: str) -> bool:
+        """Whether it must be on trial: an engine died with this request inside that had no answer yet. Whoever kills later does
+        so when his trial is over. What a guilty one did on trial, he did alone; of an earlier death two may be guilty."""
+        return (print_ in self._own_suspects or print_ in self._others_suspects) and bool(self._dead(print_))
+
     def blown(self, print_: str) -> bool:
         """Whether this request is refused."""
-        return len(self._dead(print_)) >= DEATHS
+        return print_ in self._guilty or len(self._dead(print_) - self._explained) >= DEATHS
 
-    def died(self, print_: str, engine: str) -> int:
-        """That engine died with this request inside; how many have by now."""
+    def excused(self, print_: str) -> int:
+        """How many engines died with it inside for which somebody else answers."""
+        return len(self._all_dead(print_) & self._explained) if print_ not in self._guilty else 0
+
+    def died(self, print_: str, engine: str, trial_s: float = 0.0, *, begun: bool = False) -> int:
+        """That engine died with this request inside, which was on trial there for so long, or not (0), and whose answer had
+        `begun` or not; how many have by now."""
         known = self._known(print_)
         self._own.pop(print_, None)
-        known = known if engine in known or len(known) >= DEATHS else known | {engine}
+        known = known if engine in known or len(known) >= ENGINES_KEPT else known | {engine}
         self._own[print_] = known, self._clock() + REMEMBERED_S
+        if not begun:
+            self._own_suspects.add(print_)
+        if trial_s:
+            self._own_trials.append((engine, print_, trial_s))
         while len(self._own) > MOST:
             del self._own[next(iter(self._own))]
+        self._judge()
         self.on_news()
+        if not begun:
+            self.on_suspects()
         return len(self._dead(print_))
 
     def survived(self, print_: str) -> None:
         """It was answered to its end: whatever ended engines, it is not this."""
-        self._own.pop(print_, None)
-        if print_ in self._others:
+        known = self._own.pop(print_, None) is not None
+        if print_ in self._others and print_ not in self._acquitted:
             self._acquitted.add(print_)
+            known = True
+        if known:
+            self._judge()
 
-    def told(self) -> dict[str, tuple[str, ...]]:
+    def told(self) -> Deaths:
         """Of its own, for the other gateways."""
         now = self._clock()
-        for print_ in [p for p, (_, until) in self._own.items() if until <= now]:
+        late = [p for p, (_, until) in self._own.items() if until <= now]
+        for print_ in late:
             del self._own[print_]
-        return {p: tuple(sorted(self._own[p][0])) for p in list(self._own)[-TOLD:]}
+        if late:
+            self._judge()
+        told = dict.fromkeys(list(self._own)[-TOLD:])
+        trials = {e: (p, s) for e, p, s in sorted(self._own_trials, key=lambda one: one[2]) if p in told}
+        suspects = tuple(p for p in told if p in self._own_suspects)
+        return Deaths({p: tuple(sorted(self._own[p][0])) for p in told}, trials, suspects)
 
-    def hear(self, told: Iterable[Mapping[str, Iterable[str]]]) -> None:
+    def hear(self, told: Iterable[Told]) -> None:
         """What all the others tell now."""
         others: dict[str, frozenset[str]] = {}
-        for deaths in told:
-            for print_, engines in deaths.items():
+        suspects: set[str] = set()
+        trials = []
+        for one in told:
+            for print_, engines in one.deaths.items():
                 others[print_] = others.get(print_, frozenset()).union(engines)
-        self._others = others
-        self._acquitted &= others.keys()
+            suspects.update(one.suspects)
+            trials += [(engine, print_, trial_s) for engine, (print_, trial_s) in one.trials.items()]
+        if others or self._others:
+            new = suspects - self._others_suspects
+            self._others, self._others_suspects, self._others_trials = others, frozenset(suspects), trials
+            self._acquitted &= others.keys()
+            self._judge()
+            if new:
+                self.on_suspects()
+
+    def _judge(self) -> None:
+        """Doors let one in on trial at a time, so one of those who say so of one engine came when it was dead already, or in
+        that instant: whoever was there for longest was there before it."""
+        self._own_trials = [one for one in self._own_trials if one[1] in self._own]
+        self._own_suspects &= self._own.keys()
+        longest = {e: p for e, p, _ in sorted((*self._own_trials, *self._others_trials), key=lambda one: one[2])}
+        self._ended = {e: p for e, p in longest.items() if len(self._all_dead(p)) >= DEATHS}
+        self._guilty = frozenset(p for p in self._ended.values() if len(self._dead(p)) >= DEATHS)
+        self._ended = {e: p for e, p in self._ended.items() if p in self._guilty}
+        self._explained = frozenset[str]().union(*map(self._all_dead, self._guilty))
 
     def _known(self, print_: str) -> frozenset[str]:
         engines, until = self._own.get(print_, (frozenset[str](), 0.0))
         return engines if self._clock() < until else frozenset()
 
     def _dead(self, print_: str) -> frozenset[str]:
+        return frozenset(e for e in self._all_dead(print_) if self._ended.get(e, print_) == print_)
+
+    def _all_dead(self, print_: str) -> frozenset[str]:
         known = self._known(print_)
         return known if print_ in self._acquitted else known | self._others.get(print_, frozenset())
 
@@ -114,12 +200,23 @@ class Charge:
         return self._fuse.armed and self._fuse.blown(self.print)
 
     @property
+    def suspicion(self) -> int | None:
+        """While it must be on trial: what is the same for all copies of it, everywhere."""
+        if not self._fuse.armed or not self._fuse.suspected(self.print):
+            return None
+        return stable_hash(self.print.encode())
+
+    @property
     def print(self) -> str:
         self._print = self._print or fingerprint(*self._of)
         return self._print
 
-    def died(self, engine: str) -> int:
-        return self._fuse.died(self.print, engine)
+    @property
+    def excused(self) -> int:
+        return self._fuse.excused(self.print) if self._fuse.armed else 0
+
+    def died(self, engine: str, trial_s: float = 0.0, *, begun: bool = False) -> int:
+        return self._fuse.died(self.print, engine, trial_s, begun=begun)
 
     def survived(self) -> None:
         if self._print or self._fuse.armed:  # it may have come before anybody was remembered

@@ -20,7 +20,7 @@ from serving.gateway import shares
 from serving.gateway.order import CLASSES, Order
 from serving.gateway.pace import Holds, Pace
 from serving.gateway.prefix import KEPT_BLOCKS
-from serving.gateway.retry import Patience, Retry, Trials, budget
+from serving.gateway.retry import YOUNG_S, Patience, Retry, Trials, budget
 from serving.gateway.routes import Route
 from serving.gateway.routing import NOBODY, Upstream, pick
 from serving.gateway.sizes import Sizes
@@ -45,7 +45,7 @@ class Ticket:
 
     __slots__ = (
         *("adapter", "again", "at", "avoid", "blocks", "cost", "deadline", "key", "place", "rank", "session", "since"),
-        *("bound_at", "suspect", "tokens", "upstream", "weight", "_again_as", "_future", "_over", "_pending"),
+        *("bound_at", "suspicion", "tokens", "upstream", "weight", "_again_as", "_future", "_over", "_pending"),
     )
 
     def __init__(
@@ -69,7 +69,9 @@ class Ticket:
         self.blocks, self.session = blocks, session  # what of it an endpoint's cache may hold
         self.deadline, self.since = deadline, since
         self.avoid: frozenset[str] = NOBODY  # endpoints that failed it
-        self.suspect = False  # an engine died with it inside: not beside another such one, as far as there is room
+        self.suspicion: int | None = (
+            None  # an engine died with it inside, or a copy, for all of which this number is the same
+        )
         self.again: Retry | None = None  # its further attempts
         self.upstream: Upstream | None = None  # where it is bound
         self._future: asyncio.Future[Upstream] | None = None  # while it waits
@@ -94,7 +96,7 @@ class VersionLine:
         self.running = 0  # bound now
         self.siblings = False  # other gateways send prompts to the same endpoints
         self.retries = budget(lambda: self.running)
-        self.trials = Trials(lambda: len(self.ready_ids()))
+        self.trials = Trials()
         self._patience = Patience()
         self._gone: list[Upstream] = []  # out of the table, while attempts there have no answer
         self._gateway_id = gateway_id
@@ -287,6 +289,13 @@ class VersionLine:
         if self:
             self._arm(now)
 
+    def unsent(self, ticket: Ticket) -> None:
+        """Another one is on trial there: whoever is not may have the slot."""
+        self._unbind(ticket)
+        ticket._over = False
+        if self:
+            self.pump()
+
     def broken(self, ticket: Ticket) -> None:
         """Nothing answers there."""
         assert ticket.upstream is not None
@@ -311,7 +320,7 @@ class VersionLine:
         where there is a place: as many as may be tried at once, and how many that were. The others lose nothing where they
         are, and have their answer if the engine is well again."""
         count, bound_s = 0, self._patience.bound_s()
-        turns, trials = self.retries.free(), self.trials.turns.free()
+        turns, trials = self.retries.free(), self.trials.free(len(self.ready_ids()))
         self._gone = [u for u in self._gone if u.awaiting]
         for u in (*self.upstreams.values(), *self._gone):
             if not u.awaiting or count >= turns:
@@ -331,6 +340,16 @@ class VersionLine:
                 attempt.give_up(f"{e.id}: {why}", suspect=lost)
                 count += 1
         return count
+
+    def recall_suspects(self, now: float) -> None:
+        """Attempts without an answer whose copies were in an engine that died: they must be on trial. Those that their engine
+        has survived for a while stay."""
+        for u in (*self.upstreams.values(), *self._gone):
+            for attempt in tuple(u.awaiting):
+                if attempt.charge is None or attempt.patient or now - attempt.since > YOUNG_S:
+                    continue
+                if attempt.charge.suspicion is not None:
+                    attempt.recall()
 
     def pump(self, now: float | None = None) -> None:
         """Binds as many of those who wait as there are free slots, in order.
@@ -358,7 +377,7 @@ class VersionLine:
                 if not again:
                     self._order.eldest([ticket])
                 continue
-            anywhere = not ticket.avoid and ticket.adapter is None
+            anywhere = not ticket.avoid and ticket.adapter is None and ticket.suspicion is None
             best = max(free, key=free.__getitem__) if anywhere else None
             if best is None or ticket.tokens <= free[best]:
                 found = self._pick(ticket, now, kept)
@@ -370,6 +389,8 @@ class VersionLine:
                         free.pop(found.endpoint.id, None)
                     continue
             aside.append((ticket, again))
+            if ticket.suspicion is not None:
+                continue  # its place is at one engine, whatever room there is elsewhere
             if best is None:
                 without = ticket.avoid | self._lacking(ticket.adapter)
                 best = max((i for i in free if i not in without), key=free.__getitem__, default=None)
@@ -388,13 +409,12 @@ class VersionLine:
     def _pick(self, ticket: Ticket, now: float, kept: Iterable[str] = ()) -> Upstream | None:
         if ticket.adapter is not None:
             kept = {*kept, *self._lacking(ticket.adapter)}
+        if ticket.suspicion is not None:
+            home = self._home(ticket, now)
+            return home if home is not None and home.endpoint.id not in kept and home.room(now, ticket.tokens) else None
         if not ticket.avoid:
             return self._best(ticket, now, frozenset(kept) if kept else NOBODY)
-        avoid, found = ticket.avoid.union(kept), None
-        if ticket.suspect and self.trials.on:
-            found = self._best(ticket, now, avoid | self.trials.on)
-        if found is None:
-            found = self._best(ticket, now, avoid)
+        found = self._best(ticket, now, ticket.avoid.union(kept))
         if found is None and not self.ready_ids() - ticket.avoid - self._lacking(ticket.adapter):
             found = self._best(ticket, now, frozenset(kept))
         return found
@@ -402,6 +422,20 @@ class VersionLine:
     def _best(self, ticket: Ticket, now: float, avoid: frozenset[str]) -> Upstream | None:
         upstreams, siblings = self.upstreams.values(), self.siblings
         return pick(upstreams, now, avoid, ticket.tokens, ticket.blocks, ticket.session, siblings=siblings)
+
+    def home(self, ticket: Ticket) -> str:
+        """The engine at which one under suspicion is tried; empty while there is none."""
+        home = self._home(ticket, time.monotonic())
+        return "" if home is None else home.endpoint.id
+
+    def _home(self, ticket: Ticket, now: float) -> Upstream | None:
+        """The same one for all copies of a request at all gateways (rendezvous hashing), as far as they see the same engines
+        and the same room: so no copy is tried beside another, wherever it came in."""
+        lacking = self._lacking(ticket.adapter)
+        ready = [u for i, u in self.upstreams.items() if u.endpoint.state is State.READY and i not in lacking]
+        ready = [u for u in ready if u.endpoint.id not in ticket.avoid] or ready
+        ready = [u for u in ready if u.room(now, ticket.tokens)] or ready
+        return max(ready, key=lambda u: hash((ticket.suspicion, u.seed)), default=None)
 
     def _lacking(self, adapter: str | None) -> set[str]:
         """Endpoints without it, as there are while adapters change."""

@@ -21,9 +21,9 @@ import msgspec
 from serving.errors import Dialect, RequestError
 from serving.gateway.connection import Address, Connection, Pool
 from serving.gateway.routes import Route
-from serving.gateway.routing import Upstream
+from serving.gateway.routing import Charged, Upstream
 
-BUSY_HEADER = b"x-steelyard-busy"
+BUSY_HEADER, OCCUPIED = b"x-steelyard-busy", b"trial"
 MAX_ANSWER_BYTES = 256 * 1024 * 1024  # of one unstreamed answer
 MAX_EVENT_BYTES = 8 * 1024 * 1024  # of one SSE event
 _OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)  # says nothing of the engine
@@ -58,7 +58,16 @@ class Broken(Exception):
 
 
 class Busy(Exception):
-    """The door had no free slot, or this process no free file descriptor to reach it by."""
+    """The door had no free slot, or this process no free file descriptor to reach it by, or `occupied`: another one is on trial
+    there."""
+
+    def __init__(self, *, occupied: bool = False) -> None:
+        super().__init__()
+        self.occupied = occupied
+
+
+class Recalled(Exception):
+    """While it had no answer an engine died of a copy of it, for all we know: it must be on trial."""
 
 
 class Usage(msgspec.Struct):
@@ -201,7 +210,7 @@ class Reply:
     """
 
     __slots__ = (
-        *("body", "content_type", "error", "finished", "patient", "scan", "since", "status", "stream"),
+        *("body", "charge", "content_type", "error", "finished", "patient", "scan", "since", "status", "stream"),
         *(
             "_busy",
             "_connection",
@@ -218,9 +227,17 @@ class Reply:
     )
 
     def __init__(
-        self, connection: Connection, route: Route, *, withhold_usage: bool, stream: bool = False, patient: bool = True
+        self,
+        connection: Connection,
+        route: Route,
+        *,
+        withhold_usage: bool,
+        stream: bool = False,
+        patient: bool = True,
+        charge: Charged | None = None,
     ) -> None:
         self.stream, self.patient = stream, patient  # asked for a stream; never tried elsewhere for silence
+        self.charge = charge
         self.since = time.monotonic()
         self.status = 0  # 0 until the answer began
         self.content_type = b"application/json"
@@ -230,7 +247,7 @@ class Reply:
         self.finished = False  # the stream's end was handed to the sink
         self._connection = connection
         self._route, self._withhold = route, withhold_usage
-        self._busy = self._ended = False
+        self._busy, self._ended = b"", False
         self._held: list[bytes] = []
         self._size = 0  # bytes in `_held`
         self._sink: Sink | None = None
@@ -239,8 +256,8 @@ class Reply:
         self._news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
-    def busy(self) -> bool:
-        """The door had no free slot."""
+    def busy(self) -> bytes:
+        """The door had no free slot, or another one is on trial (`OCCUPIED`)."""
         return self._busy
 
     @property
@@ -258,6 +275,12 @@ class Reply:
         """Whoever awaits `begun` gets Broken. `suspect`: the engine is not well, and this request may be the reason."""
         if self._fault is None and not self._ended:
             self._fault = Broken("silent", why, killed=suspect)
+            self._wake()
+
+    def recall(self) -> None:
+        """Whoever awaits `begun` gets Recalled."""
+        if self._fault is None and not self._ended:
+            self._fault = Recalled()
             self._wake()
 
     async def begun(self) -> None:
@@ -298,7 +321,7 @@ class Reply:
     def answered(self, status: int, headers: dict[bytes, bytes]) -> None:
         self.status = status
         self.content_type = headers.get(b"content-type", self.content_type)
-        self._busy = status == 503 and BUSY_HEADER in headers
+        self._busy = headers.get(BUSY_HEADER, b"") if status == 503 else b""
         if 200 <= status < 300 and self.content_type.startswith(b"text/event-stream"):
             self.scan = StreamScan(self._route, withhold_usage=self._withhold)
 
@@ -382,25 +405,29 @@ class Engines:
         withhold_usage: bool,
         trace: bytes = b"",
         tokens: int = 0,
+        trial_s: float = 0.0,
         stream: bool = False,
         patient: bool = True,
+        charge: Charged | None = None,
     ) -> Reply:
         """Sends the request and returns when the first bytes of a good answer are here.
 
         Raises Busy, or Broken for whatever another replica might do better. The engine's own refusals (4xx) are
         answers: they come back as a Reply. `trace`: header lines of its trace. `tokens`: what the request may take of the KV
-        cache, for the door. Unless `patient`, an engine that says nothing is given up where another one is better
-        (`VersionLine.give_up_on_the_silent`).
+        cache, for the door, which has nobody else on trial for `trial_s`, unless the answer begins before. Unless `patient`,
+        an engine that says nothing is given up where another one is better (`VersionLine.give_up_on_the_silent`). With a
+        `charge`, Recalled when it comes under suspicion before it has an answer.
         """
         who = upstream.endpoint.id
         address, host = _address(upstream.endpoint.url)
-        head = b"POST %b HTTP/1.1\r\nhost: %b\r\n%b%b\r\n%bx-steelyard-tokens: %d\r\ncontent-length: %d\r\n\r\n" % (
+        head = b"POST %b HTTP/1.1\r\nhost: %b\r\n%b%b\r\n%bx-steelyard-tokens: %d\r\n%bcontent-length: %d\r\n\r\n" % (
             *(route.path.encode(), host, self._common),
-            *(request_id.encode(), trace, tokens, len(body)),
+            *(request_id.encode(), trace, tokens, b"x-steelyard-trial: %d\r\n" % (trial_s * 1e3) if trial_s else b""),
+            len(body),
         )
         kept = self._pool.take(address)
         if kept is not None:
-            reply = Reply(kept, route, withhold_usage=withhold_usage, stream=stream, patient=patient)
+            reply = Reply(kept, route, withhold_usage=withhold_usage, stream=stream, patient=patient, charge=charge)
             await _asked(upstream, kept, reply, head, body)
             if reply.status != 0:
                 return _good(who, reply)
@@ -417,7 +444,7 @@ class Engines:
             raise Broken(
                 "connect_error", f"{who}: {e or 'timeout'}", killed=False, gone=True, unreachable=silent
             ) from None
-        reply = Reply(new, route, withhold_usage=withhold_usage, stream=stream, patient=patient)
+        reply = Reply(new, route, withhold_usage=withhold_usage, stream=stream, patient=patient, charge=charge)
         await _asked(upstream, new, reply, head, body)
         return _good(who, reply)
 
@@ -466,7 +493,7 @@ def _judged(who: str, reply: Reply) -> Reply:
         return reply
     body = reply.body or b""
     if reply.busy:
-        raise Busy
+        raise Busy(occupied=reply.busy == OCCUPIED)
     if not _is_answer(reply.status):
         text = body[:2000].decode(errors="replace")
         outcome = "http_5xx" if reply.status >= 500 else "refused"

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 
 SHARE = 0.2  # of the requests at a version's engines, so many at most may be there because an attempt has just failed
 LEAST = 3  # whatever runs
-TRIAL_S = 0.25  # without a failure, or an answer sooner, and it is a request like any other
+MOMENT_S = 0.25  # without a failure, or an answer sooner, and it is a request like any other
+# One under suspicion is so for longer: vLLM's server notices half a second later that its core is gone. Where many wait for
+# one engine each has less, so that the last has his turn within about `CROWD_S`, as far as the least allows.
+TRIAL_S, TRIAL_LEAST_S, CROWD_S = 1.0, 0.25, 15.0
+NEWS_S = 0.1  # after a death, what the other gateways saw is here as a rule; then one under suspicion is tried again
+LAST_NEWS_S = 1.0  # and then one is refused
+YOUNG_S = 5.0  # an engine that has a request for longer will hardly die of it
+OCCUPIED_S = 0.05  # another gateway's is on trial there: how long until it is asked again
 SILENT_LEAST_S = 30.0  # a stream's first event may always take so long
 SILENT_TIMES = 10.0  # and so many times as long as the slowest of late
 WINDOW_S = 300.0
@@ -24,6 +32,14 @@ class Turns:
 
     def free(self) -> int:
         return max(0, self._places() - self._taken - len(self._waiting))
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def idle(self) -> bool:
+        return not self._taken and not self._waiting
 
     async def take(self) -> None:
         """The caller must `give` it back."""
@@ -59,55 +75,92 @@ def budget(running: Callable[[], int]) -> Turns:
 
 class Trials:
     """Second chances of those under whom an engine died, one at a time on each engine of a line: whoever killed it must not
-    have the innocent beside him again, or he would take them with him."""
+    have the innocent beside him again, or he would take them with him. Each has one engine, its home; the other gateways'
+    are kept apart by its door."""
 
-    def __init__(self, engines: Callable[[], int]) -> None:
-        self.on: set[str] = set()  # endpoints
-        self.turns = Turns(lambda: max(1, engines()))
+    def __init__(self) -> None:
+        self._turns: dict[str, Turns] = {}  # by home
+
+    async def take(self, home: Callable[[], str]) -> str:
+        """Waits until its home, which may change meanwhile, has nobody on trial, and returns it. The caller must `give` it
+        back."""
+        while True:
+            at = home()
+            turns = self._turns.setdefault(at, Turns(lambda: 1))
+            try:
+                await turns.take()
+            finally:
+                self._tidy(at)
+            if home() == at:
+                return at
+            self.give(at)
+
+    def give(self, at: str) -> None:
+        self._turns[at].give()
+        self._tidy(at)
+
+    def free(self, engines: int) -> int:
+        """How many of so many engines have nobody on trial."""
+        return max(0, engines - len(self._turns))
+
+    def length_s(self, at: str) -> float:
+        """Of the trial that is due there."""
+        return max(min(TRIAL_LEAST_S, TRIAL_S), min(TRIAL_S, CROWD_S / (1 + self._turns[at].waiting)))
+
+    def _tidy(self, at: str) -> None:
+        turns = self._turns.get(at)
+        if turns is not None and turns.idle:
+            del self._turns[at]
 
 
 class Retry:
-    """One request's further attempts."""
+    """One request's further attempts, and the first one of a request that is under suspicion."""
 
-    __slots__ = ("_budget", "_suspect", "_timer", "_trials", "_where", "taken")
+    __slots__ = ("_at", "_budget", "_since", "_timer", "_trials", "taken")
 
     def __init__(self, budget: Turns, trials: Trials) -> None:
         self._budget, self._trials = budget, trials
-        self.taken = self._suspect = False  # a place in the budget, and one among the trials
-        self._where = ""
+        self.taken = False  # a place in the budget
+        self._at: str | None = None  # where it has the turn to be on trial
+        self._since = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
-    async def turn(self, *, suspect: bool) -> None:
-        """Waits until it may be tried. `close` gives the turn back."""
-        if suspect:
-            await self._trials.turns.take()
-            self._suspect = True
-        await self._budget.take()
-        self.taken = True
+    @property
+    def trial_s(self) -> float:
+        """For how long it has been on trial at its engine now; 0 when it is not."""
+        return time.monotonic() - self._since if self._at is not None and self._timer is not None else 0.0
 
-    def sent(self, endpoint_id: str) -> None:
-        """It is at that engine. From now on it has the turn for a moment only."""
-        self._leave()
-        if self._suspect:
-            self._where = endpoint_id
-            self._trials.on.add(endpoint_id)
-        self._timer = asyncio.get_running_loop().call_later(TRIAL_S, self.close)
+    async def turn(self, home: Callable[[], str] | None) -> None:
+        """Waits until it may be tried: one under suspicion until nobody else is on trial at its `home`. `close` gives the turn
+        back."""
+        self._untimed()
+        if home is not None and self._at is None:
+            self._at = await self._trials.take(home)
+        if not self.taken:
+            await self._budget.take()
+            self.taken = True
+
+    def sent(self) -> float:
+        """It is on its way to an engine. From now on it has the turn for a moment only: so many seconds, when it is on trial,
+        else 0 is returned."""
+        self._untimed()
+        trial_s = 0.0 if self._at is None else self._trials.length_s(self._at)
+        self._since = time.monotonic()
+        self._timer = asyncio.get_running_loop().call_later(trial_s or MOMENT_S, self.close)
+        return trial_s
 
     def close(self) -> None:
         """It has an answer, or will not get one, or has not failed for a moment, as those that have no answer before they have
         all of it."""
-        self._leave()
+        self._untimed()
         if self.taken:
             self.taken = False
             self._budget.give()
-        if self._suspect:
-            self._suspect = False
-            self._trials.turns.give()
+        if self._at is not None:
+            at, self._at = self._at, None
+            self._trials.give(at)
 
-    def _leave(self) -> None:
-        if self._where:
-            self._trials.on.discard(self._where)
-            self._where = ""
+    def _untimed(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

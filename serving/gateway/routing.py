@@ -30,15 +30,27 @@ SESSION_TOKENS = 1024  # what it is worth to stay where the session was, beside 
 NOBODY: frozenset[str] = frozenset()
 
 
+class Charged(Protocol):
+    """Whether an engine died with a request inside."""
+
+    @property
+    def suspicion(self) -> int | None:
+        """None: no."""
+
+
 class Awaiting(Protocol):
     """An attempt that has no answer yet."""
 
     patient: bool  # nobody else would be tried
     stream: bool
     since: float  # monotonic seconds
+    charge: Charged | None  # None: it is on trial
 
     def give_up(self, why: str, *, suspect: bool) -> None:
         """It is tried elsewhere."""
+
+    def recall(self) -> None:
+        """It must be on trial."""
 
 
 class Upstream:

@@ -20,6 +20,7 @@ from serving.gateway.state import Fleet
 from serving.telemetry.metrics import GatewayMetrics, expose_up, merge
 
 TIMEOUT_S = 5.0  # of one source
+WHOLE_S = 2.0  # of the merged view: who has not answered by then is not in it
 FRESH_S = 1.0  # a merged view this young is given again: a scrape costs an engine ~10 ms of its event loop
 MAX_BYTES = 32 * 1024 * 1024  # of one source: more is a fault, and would fill this process
 
@@ -37,6 +38,7 @@ class Scraper:
         self._lock = asyncio.Lock()
         self._merged = ""
         self._merged_at = float("-inf")
+        self._asked: dict[str, asyncio.Task[str | None]] = {}  # by target
 
     async def start(self) -> None:
         self._http = aiohttp.ClientSession(
@@ -44,6 +46,8 @@ class Scraper:
         )
 
     async def stop(self) -> None:
+        for late in self._asked.values():
+            late.cancel()
         if self._http is not None:
             await self._http.close()
 
@@ -84,13 +88,24 @@ class Scraper:
         async with self._lock:
             if time.monotonic() - self._merged_at > FRESH_S:
                 targets = list(self._targets())
-                texts = await asyncio.gather(*(self._fetch(t) for t in targets))
-                told = [(t.joined, text) for t, text in zip(targets, texts, strict=True) if text is not None]
-                up = expose_up((t.joined, text is not None) for t, text in zip(targets, texts, strict=True))
+                texts = await self._ask([t for t in targets if t.id != self._id])
+                texts[self._id] = self._metrics.text()  # the last: the others are as old as what they waited for
+                told = [(t.joined, texts[t.id]) for t in targets if t.id in texts]
+                up = expose_up((t.joined, t.id in texts) for t in targets)
                 # In a thread: hundreds of engines are seconds of string work, and streams must not wait for it.
                 self._merged = await asyncio.to_thread(merge, [*told, ({}, up)])
                 self._merged_at = time.monotonic()
             return self._merged
+
+    async def _ask(self, targets: list[Target]) -> dict[str, str]:
+        """What they tell within `WHOLE_S`. Who has not answered when the next view is made is not waited for again: one process
+        that stands still must not make every scrape late."""
+        late = {i: task for i, task in self._asked.items() if not task.done()}
+        asked = {t.id: asyncio.create_task(self._fetch(t)) for t in targets if t.id not in late}
+        self._asked = late | asked
+        if asked:
+            await asyncio.wait(asked.values(), timeout=WHOLE_S)
+        return {i: text for i, task in asked.items() if task.done() and (text := task.result()) is not None}
 
     async def _fetch(self, target: Target) -> str | None:
         if target.id == self._id:

@@ -128,7 +128,7 @@ class Fleet:
         self.announced = tuple((known | targets).values())
         self._distribute(only_add=not snapshot.complete)
         self._count_elsewhere()
-        self.fuse.hear(g.deaths for g in self.gateways if g.id != self.gateway_id and g.deaths)
+        self.fuse.hear(g for g in self.gateways if g.id != self.gateway_id and g.deaths)
         for version, line in self.lines.items():
             others = {g.id: g.demand[version] for g in self.gateways if version in g.demand and g.id != self.gateway_id}
             line.others(others, snapshot.number)

@@ -35,6 +35,7 @@ pytestmark = [
 ]
 
 ITL_MS = 40  # of the slow model's streams
+HEAD_AWAY_S = float(os.environ.get("STEELYARD_TEST_HEAD_AWAY_S", "300"))
 
 
 @pytest.fixture(scope="module")
@@ -306,15 +307,18 @@ def test_a_node_that_joins_answers_soon_and_one_that_stops_ends_in_order(nodes: 
 def test_a_killed_worker_leaves_the_tables_and_the_others_serve_on(nodes: Cluster) -> None:
     count = Counter(at for at, _ in engines(nodes).values())
     other, victim = sorted(nodes.workers, key=lambda w: count[w.host.address])
-    asking_after = Asking(nodes, [nodes.head, other], "one")
     assert count[victim.host.address] > 0
+    asking = [Asking(nodes, [nodes.head, other], model) for model in ("one", "two")]
+    for a in asking:
+        a.start()
+    until(lambda: all(a.good for a in asking), "both are answered", 20)
     victim.kill()
     until(lambda: victim.host.address not in serving(nodes), "its engines are gone from the table", 15)
     until(lambda: answers(nodes.head) and answers(other), "both models are served by the other", 60)
-    asking_after.start()
     until(lambda: victim.host.address not in gateways(nodes), "its gateway is gone", 15)
     nodes.head.cli("up")  # is not held up by a gateway that has no node
-    asking_after.end()
+    for a in asking:  # what was at an engine of it, or waits for the next one, is answered too
+        a.end()
     victim.start()
     until(victim.up, "it joins again", 60)
     until(lambda: whole(nodes), "all is as it was", 90)
@@ -430,6 +434,52 @@ def far(nodes: Cluster) -> Iterator[Node]:
     for name in ("near", "far"):
         (models / f"{name}.yaml").unlink()
     nodes.head.cli("up")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(int(HEAD_AWAY_S) + 300)
+def test_a_head_that_is_stopped_for_minutes_stops_nothing_and_scales_again_when_it_is_back(nodes: Cluster) -> None:
+    """As an operator stops its unit, to mend the machine. Everybody's requests go on, by the engines that there were; load
+    that came meanwhile gets its engine within 10 s of the head's return."""
+    models = nodes.head.host.inside(CATALOG)
+    args = {"max-num-seqs": 8, "sim-itl-ms": ITL_MS}
+    model_file(models, "grows", {"a": args})
+    change(models / "grows.yaml", scaling={"min": 1, "max": 2, "target_ongoing": 2})
+    nodes.head.cli("up")
+    before = engines(nodes)
+    asking = Asking(nodes, nodes.workers, "one")
+    asking.start()
+    assert nodes.head.main is not None
+    nodes.head.main.signal(signal.SIGTERM)
+    assert nodes.head.main.wait(60) == 0, nodes.head.main.output()
+    assert not nodes.head.host.pids()
+    nodes.head.logs.unlink()
+    back = time.monotonic() + HEAD_AWAY_S
+    while time.monotonic() < back:
+        count = asking.good
+        until(lambda: asking.good > count + 40, "requests are answered without a head", 30)  # noqa: B023
+        assert all(answers(w) for w in nodes.workers)
+        time.sleep(1)
+    streams = [Stream(nodes, nodes.workers[i % 2], 60_000 // ITL_MS, model="grows") for i in range(6)]
+    nodes.head.start()
+    until(nodes.head.up, "the head is up again", 60)
+    returned = time.time()
+    until(lambda: ups(nodes, "grows"), "the load that came meanwhile gets its engine", 30)
+    assert ups(nodes, "grows")[0] < returned + 10
+    assert before.items() <= engines(nodes).items()
+    until(lambda: answers(nodes.head), "the head's own gateway answers", 30)
+    asking.end()
+    assert all(s.whole() for s in streams)
+    (models / "grows.yaml").unlink()
+    nodes.head.cli("up")
+
+
+def ups(nodes: Cluster, model: str) -> list[float]:
+    """When the model got another replica for its load, in epoch seconds; nothing while control is not back."""
+    told = nodes.head.cli("scale", "explain", model, "--json", check=False)
+    if told.returncode:
+        return []
+    return [c["at"] for c in json.loads(told.stdout)[0]["changes"] if c["cause"] == "load" and c["after"] > c["before"]]
 
 
 @pytest.mark.soak

@@ -29,7 +29,7 @@ from serving.catalog.spec import Catalog, ModelSpec
 from serving.engine.command import AdapterSpec, EngineSpec, build
 from serving.engine.door import STATUS_PATH, Door
 from serving.engine.process import EngineProcess
-from serving.fleet.endpoint import Endpoint, Snapshot, State, VersionFacts
+from serving.fleet.endpoint import Endpoint, GatewayInfo, Snapshot, State, VersionFacts
 from serving.fleet.manifest import gateway_config
 from serving.gateway.app import Gateway
 from serving.gateway.keys import KeyRing, create_key, revoke_key
@@ -307,13 +307,24 @@ class Front:
         self.table(*engines)
 
     def table(
-        self, *engines: Engine | Endpoint, complete: bool = True, facts: dict[str, VersionFacts] | None = None
+        self,
+        *engines: Engine | Endpoint,
+        complete: bool = True,
+        facts: dict[str, VersionFacts] | None = None,
+        gateways: tuple[GatewayInfo, ...] = (),
     ) -> None:
         self.engines += [e for e in engines if isinstance(e, Engine)]
         endpoints = tuple(e.endpoint if isinstance(e, Engine) else e for e in engines)
         self._number += 1
         self.gateway.fleet.set_snapshot(
-            Snapshot(epoch="test", number=self._number, complete=complete, endpoints=endpoints, versions=facts or {})
+            Snapshot(
+                epoch="test",
+                number=self._number,
+                complete=complete,
+                endpoints=endpoints,
+                gateways=gateways,
+                versions=facts or {},
+            )
         )
 
     def openai(self, key: str | None = None) -> openai.AsyncOpenAI:

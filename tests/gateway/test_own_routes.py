@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from serving.fleet.endpoint import GatewayInfo, Snapshot, State
+from serving.gateway import scrape as scraping
 from tests.gateway import harness
-from tests.gateway.harness import HOST, SECRET, EngineRoom, Front, Keys, chat, listening, refusing
+from tests.gateway.harness import HOST, SECRET, EngineRoom, Front, Keys, chat, eventually, listening, refusing
 
 
 async def scrape(front: Front, query: str = "", key: str | None = None) -> str:
@@ -80,6 +83,44 @@ async def test_a_source_that_is_gone_is_an_error_alone_and_left_out_of_the_whole
     answer = await front.ask("/metrics?source=gone", method="GET", key=front.keys.metrics)
     assert answer.status == 502
     assert "vllm:num_requests_running" in await scrape(front)
+
+
+async def test_a_process_that_stands_still_makes_no_scrape_late_and_is_there_again_when_it_moves(
+    gateway: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long one may take when it is asked for alone."""
+    monkeypatch.setattr(scraping, "TIMEOUT_S", 3600.0)
+    monkeypatch.setattr(scraping, "FRESH_S", -1.0)
+    asked, go = 0, asyncio.Event()
+
+    async def slow() -> str:
+        nonlocal asked
+        asked += 1
+        await go.wait()
+        return "slow_things 1\n"
+
+    gateway.gateway.sources["slow"] = slow
+    monkeypatch.setattr(scraping, "WHOLE_S", 0.3)
+    page = await scrape(gateway)
+    assert f'instance="{gateway.engines[0].endpoint.id}"' in page and "slow_things" not in page
+    assert re.search(r'steelyard_target_up\{[^}]*instance="slow"[^}]*\} 0', page)
+    monkeypatch.setattr(scraping, "WHOLE_S", 3600.0)
+    assert "slow_things" not in await scrape(gateway) and asked == 1, "nor is it asked again"
+    go.set()
+    await eventually("it has answered", lambda: gateway.gateway._own._scraper._asked["slow"].done())
+    assert re.search(r'steelyard_target_up\{[^}]*instance="slow"[^}]*\} 1', await scrape(gateway))
+    assert asked == 2
+
+
+async def test_its_own_figures_are_as_new_as_those_it_waited_for(gateway: Front) -> None:
+    async def other() -> str:
+        await gateway.ask(body=chat())
+        await eventually("it is done", lambda: gateway.metric("steelyard_requests_total", model="tiny"))
+        return "other 1\n"
+
+    gateway.gateway.sources["other"] = other
+    page = await scrape(gateway)
+    assert re.search(r'steelyard_requests_total\{[^}]*model="tiny"[^}]*\} 1', page)
 
 
 @pytest.fixture

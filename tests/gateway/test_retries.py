@@ -6,15 +6,18 @@ import asyncio
 import os
 import signal
 import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
 from unittest import mock
 
 import anthropic
 import msgspec
 import pytest
 
-from serving.fleet.endpoint import State
+from serving.fleet.endpoint import GatewayInfo, State
 from serving.gateway import retry, routing
 from serving.gateway.routing import TRIPS
+from tests.gateway import harness
 from tests.gateway.harness import (
     HOST,
     MESSAGES,
@@ -22,6 +25,7 @@ from tests.gateway.harness import (
     Engine,
     EngineRoom,
     Front,
+    Keys,
     chat,
     events,
     eventually,
@@ -110,7 +114,8 @@ async def test_a_prompt_that_kills_engines_takes_no_innocent_with_it(
     front: Front, room: EngineRoom, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All were inside when the first engine died, and none had an answer yet. They are not beside each other again."""
-    monkeypatch.setattr(retry, "TRIAL_S", 60.0)  # until they have an answer, however busy this machine is
+    for name in ("TRIAL_S", "CROWD_S"):
+        monkeypatch.setattr(retry, name, 600.0)  # until they have an answer, however busy this machine is
     dying = [room.start(sins="dies_on_prompt", sim_ttft_ms=ms, slots=32) for ms in (5000, 5, 5, 5)]
     front.serve(dying[0])
     innocent = [
@@ -125,7 +130,7 @@ async def test_a_prompt_that_kills_engines_takes_no_innocent_with_it(
     assert (await guilty).error["code"] == "request_crashed_engine"
     assert sum(e.process is not None and e.process.alive for e in dying) == 2
     fuse = front.gateway.fleet.fuse
-    await eventually("only the guilty one is remembered", lambda: len(fuse.told()) == 1)
+    await eventually("only the guilty one is remembered", lambda: len(fuse.told().deaths) == 1)
     assert not fuse.blown("anything")
 
 
@@ -143,6 +148,108 @@ async def test_the_same_request_that_waited_is_not_tried_when_its_fuse_has_blown
     assert {a.error["code"] for a in answers} == {"request_crashed_engine"}
     assert third.process is not None and third.process.alive
     assert (await front.ask(body=chat("hello"))).status == 200
+
+
+@pytest.fixture(autouse=True)
+def short_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gateways in one process hear of each other at once."""
+    monkeypatch.setattr(retry, "LAST_NEWS_S", 0.1)
+
+
+class Two:
+    """Two gateways before the same engines. Each hears of what the other's fuse saw, as by the directory."""
+
+    def __init__(self, *fronts: Front) -> None:
+        self.engines: dict[str, tuple[Engine, ...]] = {}
+        self.fronts = fronts
+        for f in fronts:
+            f.serve()
+            f.gateway.fleet.fuse.on_news = self.news
+
+    def table(self, front: Front, *engines: Engine) -> None:
+        self.engines[front.gateway.id] = engines
+        others = (f.gateway for f in self.fronts if f is not front)
+        told = ((g.id, g.fleet.fuse.told()) for g in others)
+        infos = (GatewayInfo(id=i, url="", deaths=t.deaths, trials=t.trials, suspects=t.suspects) for i, t in told)
+        front.table(*engines, gateways=tuple(infos))
+
+    def news(self) -> None:
+        for f in self.fronts:
+            self.table(f, *self.engines.get(f.gateway.id, ()))
+
+
+@pytest.fixture
+async def other(keys: Keys, tmp_path: Path) -> AsyncIterator[Front]:
+    async with harness.front(keys, tmp_path / "other") as other:
+        yield other
+        await other.rest()
+
+
+def dead(*engines: Engine) -> int:
+    return sum(e.process is not None and not e.process.alive for e in engines)
+
+
+async def test_who_is_on_trial_when_an_engine_dies_answers_for_those_who_are_not(
+    front: Front, other: Front, room: EngineRoom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The innocent were inside the first death and are inside the second, long past their own trials. They came by another
+    gateway than the guilty one."""
+    monkeypatch.setattr(retry, "TRIAL_S", 0.05)
+    a, b, c = (room.start(sins="dies_on_prompt", sim_ttft_ms=ms, slots=8) for ms in (60_000, 60_000, 1))
+    two = Two(front, other)
+    two.table(front, a)
+    two.table(other, a)
+    innocent = [asyncio.create_task(front.ask(body=chat(f"hello {i}"))) for i in range(4)]
+    await a.inside(4)
+    guilty = asyncio.create_task(other.ask(body=chat("SIM_DIE")))
+    await eventually("the first engine died", lambda: dead(a))
+    two.table(front, b)
+    await b.inside(4)
+    monkeypatch.setattr(retry, "TRIAL_S", 60.0)
+    two.table(other, b)
+    await eventually("the second engine died", lambda: dead(b))
+    two.table(front, c)
+    two.table(other, c)
+    answers: list[Answer] = await asyncio.gather(*innocent)
+    assert [a.status for a in answers] == [200] * 4
+    assert (await guilty).error["code"] == "request_crashed_engine"
+    assert not dead(c)
+
+
+async def test_copies_of_a_guilty_one_at_two_gateways_end_two_engines_in_all(
+    front: Front, other: Front, room: EngineRoom
+) -> None:
+    a, *more = (room.start(sins="dies_on_prompt", slots=8) for _ in range(4))
+    two = Two(front, other)
+    two.table(front, a)
+    guilty = [asyncio.create_task(f.ask(body=chat("SIM_DIE"))) for f in (front, other, other, other)]
+    await eventually("the first engine died", lambda: dead(a))
+    await eventually("the copies wait", lambda: other.waiting() == 3)
+    two.table(front, *more)
+    two.table(other, *more)
+    answers: list[Answer] = await asyncio.gather(*guilty)
+    assert {a.error["code"] for a in answers} == {"request_crashed_engine"}
+    assert dead(*more) == 1
+
+
+async def test_a_copy_in_another_engine_is_recalled_when_the_first_one_has_ended_its_own(
+    front: Front, other: Front, room: EngineRoom
+) -> None:
+    """It may be about to do the same there. What else is inside that engine stays."""
+    slow, dying = room.start(sim_ttft_ms=60_000, slots=8), room.start(sins="dies_on_prompt", slots=8)
+    two = Two(front, other)
+    two.table(front, slow)
+    two.table(other, dying)
+    copy, beside = (asyncio.create_task(front.ask(body=chat(text))) for text in ("SIM_DIE", "hello"))
+    await slow.inside(2)
+    guilty = asyncio.create_task(other.ask(body=chat("SIM_DIE")))
+    await eventually("it was recalled", lambda: front.metric(ATTEMPTS, outcome="recalled") == 1)
+    await eventually("it is there again, on trial", lambda: len(front.gateway.fleet.lines["tiny@v1"].trials._turns))
+    await slow.inside(2)
+    assert front.metric(ATTEMPTS) == 1, "the one beside it was left"
+    for task in (copy, beside, guilty):
+        task.cancel()
+    await asyncio.gather(copy, beside, guilty, return_exceptions=True)
 
 
 async def test_streams_cut_by_the_death_of_their_engine_count_and_then_the_request_is_refused(front: Front) -> None:

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from serving.cli.main import _troubles
-from serving.fleet.directory import FAILED_KEPT_S, LEASE_S, SETTLE_S, Table, pack, unpack
+from serving.fleet.directory import (
+    DOUBTED_GATEWAY_S,
+    DOUBTED_REPLICA_S,
+    FAILED_KEPT_S,
+    LEASE_S,
+    SETTLE_S,
+    Table,
+    pack,
+    unpack,
+)
 from serving.fleet.endpoint import (
     ALONE_LONGEST_S,
     CRASH_WINDOW_S,
@@ -120,6 +129,28 @@ def test_a_directory_that_stood_still_forgets_nobody_for_that() -> None:
     assert ids(table, 60.5) == ["a"]
     assert any([table.tidy(60.5 + half / 2) for half in range(1, 12)])  # nobody has reported since: they are gone
     assert table.snapshot(66).gateways == table.snapshot(66).endpoints == ()
+
+
+def test_whose_listener_ended_is_gone_soon_unless_it_says_that_it_lives() -> None:
+    table = Table(0)
+    for name in ("dead", "lives"):
+        table.announce(endpoint(name), 0)
+        table.announce_gateway(GatewayInfo(id=f"gateway-{name}", url="http://g"), 0)
+        table.doubt(name, 0)
+        table.doubt(f"gateway-{name}", 0)
+    table.announce(endpoint("lives"), 0.5)
+    table.announce_gateway(GatewayInfo(id="gateway-lives", url="http://g"), 1)
+    assert table.expire(DOUBTED_REPLICA_S + 0.01) and ids(table, 1) == ["lives"]
+    assert table.expire(DOUBTED_GATEWAY_S + 0.01)
+    assert [g.id for g in table.snapshot(2).gateways] == ["gateway-lives"]
+
+
+def test_a_failure_whose_listener_ended_stays_to_tell_why() -> None:
+    table = Table(0)
+    table.announce(endpoint(state=State.FAILED), 0)
+    assert table.doubt("a", 0) == table.doubt("unknown", 0) == 0
+    table.expire(DOUBTED_GATEWAY_S + 0.01)
+    assert ids(table, 3) == ["a"] and table.listeners() == {}
 
 
 def test_gateways_come_renew_withdraw_and_expire() -> None:

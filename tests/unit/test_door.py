@@ -55,6 +55,7 @@ async def ask(
     secret: str | None = SECRET,
     kind: str = "http",
     tokens: str | None = None,
+    trial: str | None = None,
 ) -> tuple[Any, dict[bytes, bytes], Any]:
     """Status (or the message's type), headers and JSON body of the answer."""
     sent: list[dict[str, Any]] = []
@@ -68,6 +69,8 @@ async def ask(
     headers = [] if secret is None else [(b"x-steelyard-secret", secret.encode())]
     if tokens is not None:
         headers.append((b"x-steelyard-tokens", tokens.encode()))
+    if trial is not None:
+        headers.append((b"x-steelyard-trial", trial.encode()))
     path, _, query = path.partition("?")
     scope = {"type": kind, "path": path, "query_string": query.encode(), "headers": headers} | (
         {"method": method} if kind == "http" else {}
@@ -239,3 +242,55 @@ async def test_the_budget_is_told_with_the_secret_only(room: tuple[Door, Engine]
     door, _ = room
     assert (await ask(door, f"{STATUS_PATH}?tokens=1", secret="wrong"))[0] == 401
     assert (await status(door))["budget"] == 100
+
+
+# -- those under suspicion
+
+
+async def test_one_is_on_trial_at_a_time_and_whoever_is_not_passes(make: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    door, engine = make(slots=50)
+    now = 100.0
+    monkeypatch.setattr(door_module.time, "monotonic", lambda: now)
+    first = asyncio.create_task(ask(door, trial="250"))
+    await asyncio.sleep(0)
+    code, headers, _ = await ask(door, trial="250")
+    assert (code, headers[b"x-steelyard-busy"]) == (503, b"trial")
+    beside = asyncio.create_task(ask(door))
+    now += 0.25
+    second = asyncio.create_task(ask(door, trial="250"))
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    assert (await ask(door, trial="250"))[0] == 503, "the first one's end is not the second one's"
+    assert (await status(door))["in_flight"] == 2
+    second.cancel()
+    await asyncio.gather(second, return_exceptions=True)
+    engine.go.set()
+    assert (await ask(door, trial="250"))[0] == (await beside)[0] == 200
+    assert (await status(door))["refused"] == 0, "the slots were free"
+
+
+async def test_a_trial_is_over_when_the_answer_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEELYARD_DOOR_SECRET", SECRET)
+    begin, end = asyncio.Event(), asyncio.Event()
+
+    async def stream(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"", "more_body": True})
+        await begin.wait()
+        await send({"type": "http.response.body", "body": b"1", "more_body": True})
+        await end.wait()
+        await send({"type": "http.response.body", "body": b"2"})
+
+    door = Door(stream)
+    first = asyncio.create_task(ask(door, trial="60000"))
+    await asyncio.sleep(0)
+    assert (await ask(door, trial="60000"))[0] == 503, "headers are no answer"
+    begin.set()
+    while door._trial is not None:
+        await asyncio.sleep(0)
+    second = asyncio.create_task(ask(door, trial="60000"))
+    await asyncio.sleep(0)
+    assert (await status(door))["in_flight"] == 2
+    end.set()
+    assert (await first)[0] == (await second)[0] == 200

@@ -13,11 +13,15 @@ from serving.fleet.endpoint import Endpoint, State
 from serving.gateway.fuse import DEATHS, MOST, REMEMBERED_S, TOLD, Charge, Fuse, fingerprint
 from serving.gateway.queue import Ticket, VersionLine
 from serving.gateway.retry import (
+    CROWD_S,
     LEAST,
     SHARE,
     SILENT_LEAST_S,
     SILENT_TIMES,
+    TRIAL_LEAST_S,
+    TRIAL_S,
     WINDOW_S,
+    YOUNG_S,
     Patience,
     Retry,
     Trials,
@@ -71,23 +75,62 @@ async def test_whoever_leaves_while_waiting_takes_no_turn_with_him() -> None:
 
 
 async def test_second_chances_are_given_one_at_a_time_on_each_engine() -> None:
-    trials = Trials(lambda: 2)
-    chances = [Retry(budget(lambda: 1000), trials) for _ in range(4)]
-    tasks = [asyncio.create_task(c.turn(suspect=True)) for c in chances]
+    trials = Trials()
+    homes = ["a", "b", "a", "a"]
+    chances = [Retry(budget(lambda: 1000), trials) for _ in homes]
+    tasks = [asyncio.create_task(c.turn(lambda i=i: homes[i])) for i, c in enumerate(chances)]  # type: ignore[misc]
     await asyncio.sleep(0)
-    assert [t.done() for t in tasks] == [True, True, False, False]
-    chances[0].sent("a")
-    chances[1].sent("b")
-    assert trials.on == {"a", "b"}
+    assert [t.done() for t in tasks] == [True, True, False, False] and trials.free(4) == 2
+    assert chances[0].sent() > 0 and chances[1].sent() > 0
     chances[1].close()
     chances[1].close()
     await asyncio.sleep(0)
-    assert trials.on == {"a"} and [t.done() for t in tasks] == [True, True, True, False]
+    assert [t.done() for t in tasks] == [True, True, False, False] and trials.free(4) == 3
+    homes[2:] = "c", "c"  # the one they waited for is gone
+    chances[0].close()
+    for _ in range(9):
+        await asyncio.sleep(0)
+    assert tasks[2].done() and not tasks[3].done() and trials.free(4) == 3
     for chance in chances:
         chance.close()
     await asyncio.gather(*tasks)
     chances[3].close()
-    assert not trials.on and trials.turns.free() == 2
+    assert trials.free(4) == 4
+
+
+@pytest.mark.parametrize("holder_first", [False, True])
+@pytest.mark.parametrize("at_once", [False, True])
+async def test_who_leaves_while_it_waits_for_its_trial_leaves_nothing_behind(holder_first: bool, at_once: bool) -> None:
+    trials = Trials()
+    first, second = (Retry(budget(lambda: 1000), trials) for _ in range(2))
+    await first.turn(lambda: "a")
+    waiting = asyncio.create_task(second.turn(lambda: "a"))
+    await asyncio.sleep(0)
+    if holder_first:
+        first.close()
+    waiting.cancel()
+    if at_once:
+        first.close()
+    assert await asyncio.gather(waiting, return_exceptions=True) and waiting.cancelled()
+    second.close()
+    first.close()
+    assert trials.free(1) == 1
+
+
+async def test_the_more_wait_for_an_engine_the_shorter_are_the_trials_there() -> None:
+    trials = Trials()
+    lengths = []
+    for others in (0, 59, 500):
+        first, *rest = (Retry(budget(lambda: 1000), trials) for _ in range(1 + others))
+        await first.turn(lambda: "a")
+        tasks = [asyncio.create_task(r.turn(lambda: "a")) for r in rest]
+        await asyncio.sleep(0)
+        lengths.append(first.sent())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        first.close()
+    assert lengths == [TRIAL_S, CROWD_S / 60, TRIAL_LEAST_S]
 
 
 async def test_answers_that_take_long_keep_no_other_retry_waiting() -> None:
@@ -96,11 +139,57 @@ async def test_answers_that_take_long_keep_no_other_retry_waiting() -> None:
     chances = [Retry(line.retries, line.trials) for _ in range(2 * LEAST)]
     with mock.patch("serving.gateway.retry.TRIAL_S", 0.001):
         for chance in chances:
-            await chance.turn(suspect=True)
-            chance.sent("a")
-    while line.trials.turns.free() == 0:
+            await chance.turn(lambda: "a")
+            assert chance.sent() == 0.001
+    while line.trials.free(1) == 0:
         await asyncio.sleep(0.001)
-    assert line.retries.free() == LEAST and not line.trials.on
+    assert line.retries.free() == LEAST
+
+
+def test_copies_of_one_suspect_have_one_home_at_all_gateways_and_others_have_others() -> None:
+    here, there = VersionLine("m@v", "x"), VersionLine("m@v", "y")
+    engines = [endpoint(name) for name in "abcd"]
+    here.update(engines, only_add=False)
+    there.update(engines[::-1], only_add=False)
+
+    def home(line: VersionLine, suspicion: int, **more: Any) -> str:
+        ticket = Ticket(since=0.0)
+        ticket.suspicion = suspicion
+        ticket.avoid = more.get("avoid", frozenset())
+        return line.home(ticket)
+
+    homes = [home(here, 1000 + i) for i in range(64)]
+    assert homes == [home(there, 1000 + i) for i in range(64)]
+    assert set(homes) == set("abcd")
+    first = homes[0]
+    next_ = home(here, 1000, avoid=frozenset(first))
+    assert next_ and next_ != first
+    for _ in range(8):
+        here.upstreams[first].bind(0.0)
+    assert home(here, 1000) == next_, "the same as if it were gone, while it has no room"
+    assert home(here, 1000, avoid=frozenset("abcd")) == next_, "better than none"
+    here.update([], only_add=False)
+    assert home(here, 1000) == ""
+
+
+async def test_a_suspect_that_waits_for_its_engine_keeps_no_place_elsewhere() -> None:
+    line = VersionLine("m@v")
+    line.update([endpoint("a"), endpoint("b")], only_add=False)
+    suspect = Ticket(since=0.0)
+    suspect.suspicion = 7
+    home = line.home(suspect)
+    free = next(i for i in "ab" if i != home)
+    line.upstreams[home].broken_until = line.upstreams[home].careful_until = float("inf")
+    for _ in range(7):
+        line.upstreams[free].bind(0.0)
+    suspect.avoid = frozenset(free)
+    waiting = asyncio.create_task(line.take(suspect, others=0, max_queue=8, max_wait_s=60, again=True))
+    await asyncio.sleep(0)
+    assert (await line.take(Ticket(since=1.0), others=0, max_queue=8, max_wait_s=0.1)).endpoint.id == free
+    assert not waiting.done()
+    line.upstreams[home].broken_until = line.upstreams[home].careful_until = 0.0
+    line.pump()
+    assert (await waiting).endpoint.id == home
 
 
 def test_a_first_event_may_take_ten_times_as_long_as_the_slowest_of_late() -> None:
@@ -192,6 +281,11 @@ class Attempt:
     def __init__(self, since: float, *, stream: bool = True, patient: bool = False) -> None:
         self.since, self.stream, self.patient = since, stream, patient
         self.gave_up: bool | None = None
+        self.charge: Charge | None = None
+        self.recalled = False
+
+    def recall(self) -> None:
+        self.recalled = True
 
     def give_up(self, why: str, *, suspect: bool) -> None:
         self.gave_up = suspect
@@ -246,11 +340,32 @@ def charge(fuse: Fuse, **fields: Any) -> Charge:
     return Charge(fuse, "m@v", "/v1/chat/completions", None, CHAT | fields)
 
 
+def test_copies_of_a_suspect_are_recalled_while_they_are_young_and_not_on_trial() -> None:
+    line, fuse, news = VersionLine("m@v"), Fuse(), []
+    fuse.on_suspects = lambda: news.append(1)
+    line.update([endpoint("a")], only_add=False)
+    copy, last, old, trial, another = (
+        Attempt(99.0),
+        Attempt(99.0, patient=True),
+        Attempt(99.0 - YOUNG_S),
+        Attempt(99.0),
+        Attempt(99.0),
+    )
+    copy.charge = last.charge = old.charge = charge(fuse)
+    another.charge = charge(fuse, max_tokens=7)
+    line.upstreams["a"].awaiting |= {copy, last, old, trial, another}
+    line.recall_suspects(100.0)
+    assert not news and not copy.recalled
+    charge(fuse).died("b")
+    line.recall_suspects(100.0)
+    assert news and [a.recalled for a in (copy, last, old, trial, another)] == [True, False, False, False, False]
+
+
 def test_a_blown_fuse_stays_so_whichever_engine_is_told_of_again() -> None:
     fuse = Fuse()
     for engine in ("a", "b", "a", "b", "c", "a"):
         deaths = fuse.died("print", engine)
-    assert deaths == DEATHS and fuse.blown("print")
+    assert deaths >= DEATHS and fuse.blown("print")
 
 
 def test_who_was_inside_before_anybody_was_remembered_acquits_too() -> None:
@@ -294,7 +409,7 @@ def test_who_is_answered_to_the_end_is_acquitted_here_and_of_what_others_tell() 
     charge(here).died("b")
     assert not charge(here).blown
     charge(here).survived()
-    assert here.told() == {}
+    assert here.told().deaths == {}
 
 
 def test_gateways_count_together() -> None:
@@ -309,11 +424,80 @@ def test_gateways_count_together() -> None:
     assert charge(here).blown
 
 
+def test_who_was_on_trial_answers_for_the_engines_that_died_with_it_inside() -> None:
+    here, there = Fuse(), Fuse()
+    for innocent in ("one", "other"):
+        here.died(innocent, "a")
+        here.died(innocent, "b")
+    there.died("guilty", "a")
+    there.died("guilty", "b", 0.2)
+    assert here.blown("one") and there.blown("guilty")
+    here.hear([there.told()])
+    assert not here.blown("one") and not here.blown("other") and here.blown("guilty")
+    assert (here.excused("one"), there.excused("guilty")) == (2, 0)
+    assert here.suspected("one"), "two may be guilty of the first death"
+    here.died("one", "c", 0.1)
+    assert here.blown("one"), "it is tried once more, and no more"
+
+
+def test_what_a_guilty_one_did_on_trial_makes_nobody_else_suspect() -> None:
+    """Else the next one that ends an engine would have it as a scapegoat, on trial there in that moment."""
+    fuse = Fuse()
+    fuse.died("guilty", "a")
+    fuse.died("innocent", "b")
+    assert fuse.suspected("innocent")
+    fuse.died("guilty", "b", 0.2)
+    assert not fuse.suspected("innocent")
+    fuse.died("innocent", "c", 0.1)  # whoever ended it came in while that was not known yet
+    assert fuse.suspected("innocent") and not fuse.blown("innocent") and fuse.excused("innocent") == 1
+    fuse.died("innocent", "d", 0.1)
+    assert fuse.blown("innocent")
+
+
+def test_of_two_that_say_they_were_on_trial_the_one_that_was_there_before_is_guilty() -> None:
+    """Doors let one in at a time: the other came when the engine was dead already."""
+    here, there = Fuse(), Fuse()
+    for fuse, print_, trial_s in (here, "late", 0.01), (there, "guilty", 0.2):
+        fuse.died(print_, "a")
+        fuse.died(print_, "b", trial_s)
+    assert here.blown("late")
+    here.hear([there.told()])
+    there.hear([here.told()])
+    assert [f.blown("late") for f in (here, there)] == [False, False]
+    assert [f.blown("guilty") for f in (here, there)] == [True, True]
+
+
+def test_only_who_had_no_answer_yet_goes_on_trial() -> None:
+    """Clients send again what was cut, all at once: they need not wait for each other."""
+    here, there = Fuse(), Fuse()
+    here.died("cut", "a", begun=True)
+    here.died("silent", "a")
+    there.hear([here.told()])
+    for fuse in (here, there):
+        assert [fuse.suspected(p) for p in ("cut", "silent", "another")] == [False, True, False]
+    there.died("cut", "b", begun=True)
+    assert there.blown("cut"), "but it counts"
+    there.survived("silent")
+    assert not there.suspected("silent")
+
+
+def test_one_death_on_trial_is_no_guilt_and_who_survives_explains_nothing_any_more() -> None:
+    fuse = Fuse()
+    fuse.died("first", "b", 0.2)
+    assert not fuse.blown("first")
+    for engine in "ab":
+        fuse.died("beside", engine)
+    fuse.died("first", "a")
+    assert fuse.blown("first") and not fuse.blown("beside")
+    fuse.survived("first")
+    assert not fuse.blown("first") and fuse.blown("beside")
+
+
 def test_what_is_remembered_and_told_is_bounded() -> None:
     fuse = Fuse()
     for i in range(MOST + 10):
         fuse.died(str(i), "a")
-    assert len(fuse._own) == MOST and len(fuse.told()) == TOLD
+    assert len(fuse._own) == MOST and len(fuse.told().deaths) == TOLD
 
 
 @pytest.mark.parametrize("count", [0, 3])

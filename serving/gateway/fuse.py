@@ -15,6 +15,7 @@ import msgspec
 from serving.gateway.prefix import stable_hash
 
 DEATHS = 2  # of engines, that one request may cost
+MOST_DEATHS = 3  # with it inside, whoever else answers for them: he may be a scapegoat
 REMEMBERED_S = 600.0  # since the last of them
 MOST = 4096  # requests that are remembered
 TOLD = 256  # of them, to the other gateways
@@ -97,7 +98,11 @@ class Fuse:
 
     def blown(self, print_: str) -> bool:
         """Whether this request is refused."""
-        return print_ in self._guilty or len(self._dead(print_) - self._explained) >= DEATHS
+        return (
+            print_ in self._guilty
+            or len(self._dead(print_) - self._explained) >= DEATHS
+            or len(self._all_dead(print_)) >= MOST_DEATHS
+        )
 
     def excused(self, print_: str) -> int:
         """How many engines died with it inside for which somebody else answers."""

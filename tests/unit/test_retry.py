@@ -454,6 +454,17 @@ def test_what_a_guilty_one_did_on_trial_makes_nobody_else_suspect() -> None:
     assert fuse.blown("innocent")
 
 
+def test_nobody_is_inside_more_than_three_whoever_answers_for_them() -> None:
+    """Copies that come at once have each a scapegoat, if one is on trial wherever they come."""
+    fuse = Fuse()
+    for engine in "abc":
+        assert not fuse.blown("copied")
+        fuse.died("copied", engine)
+        fuse.died(f"scapegoat-{engine}", "earlier")
+        fuse.died(f"scapegoat-{engine}", engine, 0.2)
+    assert fuse.blown("copied")
+
+
 def test_of_two_that_say_they_were_on_trial_the_one_that_was_there_before_is_guilty() -> None:
     """Doors let one in at a time: the other came when the engine was dead already."""
     here, there = Fuse(), Fuse()

@@ -1,4 +1,4 @@
-"""One trace from the client through the gateway into vLLM."""
+"""One trace from the client through the gateway into vLLM. (Before `test_killed`, after which there is no stack.)"""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ class Watch:
         while not self._ending.wait(LOOK_EVERY_S):
             with contextlib.suppress(OSError, ValueError):
                 listed = json.loads(self._get("/metrics/targets"))
-                gateways = sorted(t["labels"]["gateway"] for t in listed if "gateway" in t["labels"])
+                gateways = sorted(t["labels"]["instance"] for t in listed if t["labels"]["component"] == "gateway")
             for gateway in gateways:  # the first that answers: one may be the victim
                 with contextlib.suppress(OSError):
                     metrics = Metrics(self._get(f"/metrics?source={quote(gateway)}"))

@@ -93,7 +93,7 @@ def _apply(catalog: Catalog, running: cluster.ClusterFile | None, settings: Sett
     with cluster.joined(settings):
         with cluster.only_writer(settings):
             # Of several nodes, this one may run no engine: each replica checks the weights on its own.
-            config = _config(catalog, settings, say, nodes=len(cluster.nodes()), here=alone)
+            config = _config(catalog, settings, say, nodes=len(cluster.nodes()), alone=alone)
             served = cluster.deployed_apps()
             for name in surge(config, served, cluster.free_nodes()):
                 say(f"{name}: no node has room for a second replica, so the old one stops before the new one starts")
@@ -104,13 +104,23 @@ def _apply(catalog: Catalog, running: cluster.ClusterFile | None, settings: Sett
         _wait(config, _as_running(settings, running), say, before=before)
 
 
-def _config(catalog: Catalog, settings: Settings, say: Say, *, nodes: int = 1, here: bool = True) -> dict[str, Any]:
-    """What is to be served: the catalog, with the bounds that were set at run time over it."""
+def _config(catalog: Catalog, settings: Settings, say: Say, *, nodes: int = 1, alone: bool = True) -> dict[str, Any]:
+    """What is to be served: the catalog, with the bounds that were set at run time over it. `alone`: on this node for ever."""
     catalog, set_at_run_time = bounds.laid_over(catalog, settings)
     for line in set_at_run_time:
         say(line)
-    locate = locator(settings, here=here)
-    return manifest.serve_config(catalog, gateways=settings.gateways, nodes=nodes, locate=locate)
+    locate = locator(settings, here=alone)
+    config = manifest.serve_config(catalog, gateways=settings.gateways, nodes=nodes, locate=locate)
+    if alone:
+        gateways_go_anywhere(config)
+    return config
+
+
+def gateways_go_anywhere(config: dict[str, Any]) -> None:
+    """Where there is one node there is nothing to spread, and the bound would be in the way: Ray has each replica hold its share
+    of a node as it was at its start, so that with two of at most two there is no room for a third of at most four."""
+    app = next(a for a in config["applications"] if a["name"] == GATEWAY_APP)
+    del app["deployments"][0]["max_replicas_per_node"]
 
 
 def surge(config: dict[str, Any], served: Mapping[str, dict[str, Any]], nodes: Sequence[cluster.Room]) -> list[str]:
@@ -132,8 +142,9 @@ def keep_gateways(config: dict[str, Any], served: Mapping[str, dict[str, Any]], 
     """Leaves it to `fleet/keeper` to take gateways away when nodes are gone: before Serve has noticed whose node that is, a
     smaller number stops the gateway of a live one."""
     wanted = next(a for a in config["applications"] if a["name"] == GATEWAY_APP)["deployments"][0]
+    bound = wanted.get("max_replicas_per_node")
     before = served.get(GATEWAY_APP, {}).get("deployments", [{}])[0].get("max_replicas_per_node")
-    if before == wanted["max_replicas_per_node"]:
+    if bound is not None and before == bound:
         wanted["num_replicas"] = max(wanted["num_replicas"], steered_to)
 
 

@@ -75,3 +75,14 @@ def test_the_first_up_has_as_many_gateways_as_it_asks_for() -> None:
     wanted = config(nodes=2)
     up.keep_gateways(wanted, {}, 0)
     assert served(wanted)[GATEWAY_APP]["deployments"][0]["num_replicas"] == 2
+
+
+def test_on_one_node_their_number_changes_without_a_bound_in_the_way() -> None:
+    """Ray has a running replica hold the share of its node that the bound was when it started."""
+    before, now = config(gateways=2), config(gateways=4)
+    for one in (before, now):
+        up.gateways_go_anywhere(one)
+    up.keep_gateways(now, served(before), 2)
+    deployment = served(now)[GATEWAY_APP]["deployments"][0]
+    assert deployment["num_replicas"] == 4
+    assert "max_replicas_per_node" not in deployment

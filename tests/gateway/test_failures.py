@@ -138,7 +138,7 @@ async def test_a_prompt_that_kills_engines_is_refused_and_spares_the_third(front
     ):  # it is remembered, whatever differs that says nothing
         assert (await front.ask(body=chat("SIM_DIE", **again))).error["code"] == "request_crashed_engine"
     assert front.metric("steelyard_upstream_attempts_total", outcome="died") == 2
-    assert three.process is not None and three.process.alive
+    assert sum(e.process is not None and e.process.alive for e in (one, two, three)) == 1
     assert (await front.ask(body=chat())).status == 200
 
 

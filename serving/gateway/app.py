@@ -287,9 +287,10 @@ class Gateway:
                 if e.killed:
                     # Who came to an engine that stood still already is not the one that stopped it.
                     _count_death(x, charge, trial_s if e.outcome == "died" else 0.0)
-                    pause_s = retry.LAST_NEWS_S if charge.blown else retry.NEWS_S
                 elif x.line.attempts - charge.excused >= MAX_ATTEMPTS:
                     raise _out_of_attempts(x, line) from None
+                if e.killed or ticket.suspicion is not None:  # who finds nobody at its home may come after a copy
+                    pause_s = retry.news_s(line.siblings, last=charge.blown)
                 if e.answered and not line.ready_ids() - ticket.avoid:
                     raise EngineBroken(f"{line.version_id}: its engine answered with an internal error") from None
             except asyncio.CancelledError:

@@ -13,13 +13,20 @@ MOMENT_S = 0.25  # without a failure, or an answer sooner, and it is a request l
 # One under suspicion is so for longer: vLLM's server notices half a second later that its core is gone. Where many wait for
 # one engine each has less, so that the last has his turn within about `CROWD_S`, as far as the least allows.
 TRIAL_S, TRIAL_LEAST_S, CROWD_S = 1.0, 0.25, 15.0
-NEWS_S = 0.1  # after a death, what the other gateways saw is here as a rule; then one under suspicion is tried again
-LAST_NEWS_S = 1.0  # and then one is refused
+NEWS_S, LAST_NEWS_S = 0.1, 1.0
 YOUNG_S = 5.0  # an engine that has a request for longer will hardly die of it
 OCCUPIED_S = 0.05  # another gateway's is on trial there: how long until it is asked again
 SILENT_LEAST_S = 30.0  # a stream's first event may always take so long
 SILENT_TIMES = 10.0  # and so many times as long as the slowest of late
 WINDOW_S = 300.0
+
+
+def news_s(siblings: bool, *, last: bool) -> float:
+    """How long to wait after a death, before a request is tried again, or refused (`last`), for what others saw of it: in this
+    gateway, which are all told of it in the same moment, and at its siblings."""
+    if siblings:
+        return LAST_NEWS_S if last else NEWS_S
+    return NEWS_S if last else 0.0
 
 
 class Turns:

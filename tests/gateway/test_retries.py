@@ -168,8 +168,7 @@ class Two:
 
     def table(self, front: Front, *engines: Engine) -> None:
         self.engines[front.gateway.id] = engines
-        others = (f.gateway for f in self.fronts if f is not front)
-        told = ((g.id, g.fleet.fuse.told()) for g in others)
+        told = ((f.gateway.id, f.gateway.fleet.fuse.told()) for f in self.fronts)
         infos = (GatewayInfo(id=i, url="", deaths=t.deaths, trials=t.trials, suspects=t.suspects) for i, t in told)
         front.table(*engines, gateways=tuple(infos))
 

@@ -15,7 +15,7 @@ import msgspec
 from serving.gateway.prefix import stable_hash
 
 DEATHS = 2  # of engines, that one request may cost
-MOST_DEATHS = 3  # with it inside, whoever else answers for them: he may be a scapegoat
+MOST_DEATHS = 4  # with it inside, whoever else answers for them: he may be a scapegoat
 REMEMBERED_S = 600.0  # since the last of them
 MOST = 4096  # requests that are remembered
 TOLD = 256  # of them, to the other gateways

@@ -454,10 +454,10 @@ def test_what_a_guilty_one_did_on_trial_makes_nobody_else_suspect() -> None:
     assert fuse.blown("innocent")
 
 
-def test_nobody_is_inside_more_than_three_whoever_answers_for_them() -> None:
+def test_nobody_is_inside_more_than_four_whoever_answers_for_them() -> None:
     """Copies that come at once have each a scapegoat, if one is on trial wherever they come."""
     fuse = Fuse()
-    for engine in "abc":
+    for engine in "abcd":
         assert not fuse.blown("copied")
         fuse.died("copied", engine)
         fuse.died(f"scapegoat-{engine}", "earlier")

@@ -45,9 +45,16 @@ def replica_killed(scene: Scene) -> Victims:
 
 def gateway_killed(scene: Scene) -> Victims:
     """The one with most connections."""
-    held = {pid: scene.ports_of(pid) for pid in scene.fleet.gateways()}
-    pid = max(held, key=lambda pid: len(held[pid]))
-    return _hit(pid, signal.SIGKILL, Victims(ports=held[pid]))
+    pid, ports = _busiest_gateway(scene)
+    return _hit(pid, signal.SIGKILL, Victims(ports=ports))
+
+
+def _busiest_gateway(scene: Scene) -> tuple[int, set[int]]:
+    """The gateway with most connections, and their client ports. It is stopped: while it is looked at, and until it is killed, it
+    must not take others."""
+    pid = max(scene.fleet.gateways(), key=lambda pid: len(scene.ports_of(pid)))
+    os.kill(pid, signal.SIGSTOP)
+    return pid, scene.ports_of(pid)
 
 
 def directory_killed(scene: Scene) -> Victims:
@@ -120,8 +127,11 @@ def broken_version(scene: Scene) -> Victims:
 
 def two_faults(scene: Scene) -> Victims:
     """An engine and a gateway at once."""
-    engine, gateway = engine_killed(scene), gateway_killed(scene)
-    return Victims(engine.replicas, gateway.ports, engine.at)
+    replica, engine = scene.busiest()
+    gateway, ports = _busiest_gateway(scene)
+    victims = _hit(gateway, signal.SIGKILL, Victims({replica}, ports))
+    os.kill(engine, signal.SIGKILL)
+    return victims
 
 
 def poison(scene: Scene) -> Victims:

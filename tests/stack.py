@@ -28,7 +28,7 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def until(probe: Callable[[], T], what: str, within_s: float = 30.0) -> T:
+def until(probe: Callable[[], T], what: str, within_s: float = 30.0, every_s: float = 0.05) -> T:
     """The first true answer of `probe`; fails the test after `within_s`."""
     deadline = time.monotonic() + within_s
     while True:
@@ -37,7 +37,7 @@ def until(probe: Callable[[], T], what: str, within_s: float = 30.0) -> T:
             return found
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {within_s:g} s: {what}")
-        time.sleep(0.05)
+        time.sleep(every_s)
 
 
 class Stack:

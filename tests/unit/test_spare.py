@@ -13,7 +13,11 @@ from serving.fleet import spare
 RAYLET = """
 import ctypes, subprocess, sys
 ctypes.CDLL(None).prctl(15, sys.argv[1].encode(), 0, 0, 0)  # PR_SET_NAME
-children = [subprocess.Popen([name], executable="/bin/cat", stdin=subprocess.PIPE) for name in sys.argv[2:]]
+pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+children = [subprocess.Popen([name], executable="/bin/cat", bufsize=0, **pipes) for name in sys.argv[2:]]
+for c in children:
+    c.stdin.write(b"!")
+    c.stdout.read(1)  # it runs: in the middle of its exec it has no command line yet
 print(*(c.pid for c in children), flush=True)
 sys.stdin.read()
 for c in children:

@@ -35,7 +35,7 @@ class Cast:
     clients: Clients
     leavers: Callable[[str], Iterator[mix.Ask]]
     long_s: float
-    ready_s: float = 120.0
+    start_s: float = 5.0  # of an engine, at most
 
 
 def simulators(streams: int | None, long_s: float | None, *, quick: bool) -> Cast:
@@ -105,7 +105,7 @@ def real(streams: int | None, long_s: float | None, *, quick: bool) -> Cast:
     def leavers(whose: str) -> Iterator[mix.Ask]:
         return mix.remembered("tiny", corpus, whose, tokens)
 
-    return Cast(model, "cpu", 2, 2, clients, leavers, long_s, ready_s=400.0)
+    return Cast(model, "cpu", 2, 2, clients, leavers, long_s, start_s=300.0)
 
 
 CASTS = {"simulator": simulators, "vllm": real}

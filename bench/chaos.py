@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def play(cast: Cast, names: Sequence[str], saturation_s: float, say: Callable[[str], None], rows: list[Found]) -> None:
     """All of them on one stack, each found added to `rows`."""
-    settings = {"STEELYARD_GATEWAYS": str(cast.gateways), "STEELYARD_READY_TIMEOUT_S": f"{cast.ready_s:g}"}
+    settings = {"STEELYARD_GATEWAYS": str(cast.gateways), "STEELYARD_READY_TIMEOUT_S": f"{120 + cast.start_s:g}"}
     with (
         tempfile.TemporaryDirectory(prefix="sy-") as folder,
         sides.stack([cast.model], cast.profile, Path(folder), **settings) as side,
@@ -99,6 +99,7 @@ def play(cast: Cast, names: Sequence[str], saturation_s: float, say: Callable[[s
                 leavers=cast.leavers,
                 long_s=cast.long_s,
                 saturation_s=saturation_s,
+                start_s=cast.start_s,
                 say=say,
             )
             turns: Counter[str] = Counter()

@@ -58,7 +58,8 @@ class Found:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stack that is whole with so many replicas and gateways, and how much load a row puts on it."""
+    """A stack that is whole with so many replicas and gateways, and how much load a row puts on it. `start_s`: what one of its
+    engines may take to start."""
 
     fleet: Fleet
     model: dict[str, Any]
@@ -69,6 +70,7 @@ class Stage:
     leavers: Callable[[str], Iterator[mix.Ask]]
     long_s: float
     saturation_s: float
+    start_s: float
     say: Callable[[str], None]
     _failures: Counter[str] = field(default_factory=Counter)  # that were there when `up` forgave them
 
@@ -124,7 +126,7 @@ class Stage:
             up(self.fleet, self.model)  # ends the pauses of replicas that failed again and again, and forgets why
             self._failures.clear()
             self._failures.update(failures)
-        if not self.watch.until(self.replicas, self.gateways, _WHOLE_BEFORE_S):
+        if not self.watch.until(self.replicas, self.gateways, _WHOLE_BEFORE_S + self.start_s):
             raise procs.StartFailed(f"not whole before it: {self.watch.now()}")
 
     def _left_behind(self) -> str:
@@ -142,12 +144,13 @@ class Stage:
 
     def _see(self, row: Row, victims: Victims, found: Found) -> None:
         """Until the fault was noticed, and everything is as it was."""
+        recover_s = row.recover_s + self.start_s
         victims.wait()
         time.sleep(max(0.0, victims.at + victims.settle_s - time.monotonic()))
         if victims.leaves:
-            found.detect_s = self._gone_after(victims, row.recover_s)
-        if not self.watch.until(self.replicas, self.gateways, row.recover_s):
-            found.trouble = f"not whole again within {row.recover_s:g} s: {self.watch.now()}"
+            found.detect_s = self._gone_after(victims, recover_s)
+        if not self.watch.until(self.replicas, self.gateways, recover_s):
+            found.trouble = f"not whole again within {recover_s:g} s: {self.watch.now()}"
         elif found.detect_s is not None:
             gone = victims.at + found.detect_s
             back = self.watch.first(gone, lambda *now: now == (self.replicas, self.gateways))

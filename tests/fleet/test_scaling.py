@@ -3,6 +3,7 @@ and what an operator may change while it runs."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -116,7 +117,12 @@ def engines(sim: Stack) -> dict[str, int]:
 
 def titled(sim: Stack, title: bytes) -> list[int]:
     """Pids of Ray's processes by what they call themselves."""
-    return [p for p in sim.processes() if title in Path(f"/proc/{p}/cmdline").read_bytes()]
+    found = []
+    for pid in sim.processes():
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if title in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
 
 
 def idle_processes(sim: Stack) -> list[int]:
@@ -144,7 +150,7 @@ def test_the_first_request_after_nothing_wakes_a_replica_and_each_one_around_an_
     until(lambda: idle_processes(sim), "a process waits for the next replica", 30)
     assert sim.chat("zero", "hello", max_tokens=2).status_code == 200
     assert ready(sim, "zero") == 1
-    # Which process it got is Ray's choice: `make bench-scale` judges what that costs (from_zero_extra_s).
+    # Which process it got is Ray's choice, while `broken` starts one after the other: test_spare_real.py.
     # Around the moment at which the last replica leaves: some meet it, some its drain, some nothing.
     around = []
     for pause_s in (1.9, 2.1, 2.3):
@@ -152,15 +158,6 @@ def test_the_first_request_after_nothing_wakes_a_replica_and_each_one_around_an_
         around.append(clients.submit(stream, sim, "zero", 5))
     assert {f.result()[:2] for f in around} == {(200, True)}
     until(lambda: ready(sim, "zero") == 0, "it goes to zero again", 30)
-
-
-@pytest.mark.soak
-def test_the_process_that_waits_is_the_one_the_next_replica_gets(sim: Stack) -> None:
-    """Not in every run: beside another stack on two cores Ray was seen to give it a newer one (twice of four)."""
-    until(lambda: ready(sim, "zero") == 0, "nothing serves it", 30)
-    waiting = until(lambda: idle_processes(sim), "a process waits for the next replica", 30)
-    assert sim.chat("zero", "hello", max_tokens=2).status_code == 200
-    assert waiting == titled(sim, b"ray::ServeReplica:zero@a")
 
 
 def test_a_killed_directory_moves_nothing_and_scaling_goes_on_when_it_is_back(sim: Stack) -> None:

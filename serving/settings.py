@@ -191,7 +191,7 @@ def load_settings(**overrides: object) -> Settings:
     except ValidationError as e:
         first = e.errors()[0]
         name = "STEELYARD_" + "_".join(str(p) for p in first["loc"]).upper()
-        given_as = re.sub(r"://[^/@\s]*@", "://***@", repr(first.get("input")))  # a URL's password is nobody's to read
+        given_as = re.sub(r"://.*@", "://***@", repr(first.get("input")))  # a URL's password is nobody's to read
         told = first["msg"].removeprefix("Value error, ")
         raise OperatorError(f"{name}={given_as}: {told}", "correct or unset it") from None
 

@@ -89,8 +89,8 @@ class Gateway:
         self._admission = Admission(self.fleet.elsewhere)
         self.metrics = metrics
         metrics.before_text = self._observe
-        self.fleet.fuse.on_suspects = self._recall_soon
-        self._recalling = False
+        self._suspects = asyncio.Event()  # there are new ones
+        self.fleet.fuse.on_suspects = self._suspects.set
         self.requests = 0  # inside now
         self.draining = False  # `/readyz` says so; what is connected is answered all the same
         self.private_port = 0  # the listener for siblings; set by whoever opens it
@@ -106,7 +106,8 @@ class Gateway:
     async def start(self) -> None:
         self._engines = Engines(self._secret)
         await self._own.start()
-        self._tasks = [asyncio.create_task(self._reload_keys()), asyncio.create_task(self._mind_silence())]
+        minding = self._reload_keys(), self._mind_silence(), self._recall_suspects()
+        self._tasks = [asyncio.create_task(one) for one in minding]
 
     async def stop(self) -> None:
         """After the last request. Closes connections to engines and writes out the log."""
@@ -228,14 +229,16 @@ class Gateway:
     ) -> None:
         """Binds the request to a replica and relays; failures before the first byte are tried elsewhere."""
         self.fleet.arrived[line.version_id] += 1
-        again, failed, pause_s = False, "", 0.0
+        again, failed, news_s = False, "", 0.0
         while True:
             ticket.suspicion = charge.suspicion
             if ticket.suspicion is not None:
+                if not again:
+                    self._admit_suspect(line, model, metrics, ticket)
                 ticket.again = ticket.again or retry.Retry(line.retries, line.trials)
             if ticket.again is not None:
-                await self._turn(x, line, model, metrics, ticket, ticket.again, charge, pause_s)
-                pause_s = 0.0
+                await self._turn(x, line, model, metrics, ticket, ticket.again, charge, news_s)
+                news_s = 0.0
             if failed:
                 metrics.retried(failed)
                 failed = ""
@@ -270,8 +273,9 @@ class Gateway:
             except Busy as e:
                 _attempted(x, metrics, "busy")
                 settle, again = line.busy, True
-                if e.occupied:
-                    settle, pause_s = line.unsent, retry.OCCUPIED_S
+                if e.occupied and ticket.again is not None:
+                    settle = line.unsent
+                    ticket.again.occupied()
             except Recalled:
                 _attempted(x, metrics, "recalled")
                 settle, again = line.unsent, True
@@ -290,7 +294,7 @@ class Gateway:
                 elif x.line.attempts - charge.excused >= MAX_ATTEMPTS:
                     raise _out_of_attempts(x, line) from None
                 if e.killed or ticket.suspicion is not None:  # who finds nobody at its home may come after a copy
-                    pause_s = retry.news_s(line.siblings, last=charge.blown)
+                    news_s = retry.news_s(line.siblings, last=charge.blown)
                 if e.answered and not line.ready_ids() - ticket.avoid:
                     raise EngineBroken(f"{line.version_id}: its engine answered with an internal error") from None
             except asyncio.CancelledError:
@@ -299,6 +303,14 @@ class Gateway:
             finally:
                 metrics.running.dec()
                 settle(ticket)
+
+    def _admit_suspect(self, line: VersionLine, model: ModelConfig, metrics: ModelMetrics, ticket: Ticket) -> None:
+        others = self.fleet.waiting(model) - line.waiting
+        try:
+            line.admit_suspect(ticket, others=others, max_queue=model.limits.max_queue)
+        except QueueFull as e:
+            metrics.rejected(e.code, ticket.class_)
+            raise
 
     def _crashed(self, charge: Charge, metrics: ModelMetrics, ticket: Ticket) -> RequestCrashedEngine:
         metrics.rejected(RequestCrashedEngine.code, ticket.class_)
@@ -316,29 +328,33 @@ class Gateway:
         ticket: Ticket,
         again: retry.Retry,
         charge: Charge,
-        pause_s: float,
+        news_s: float,
     ) -> None:
-        """Waits for a place among the retries, as long as the request may wait at all. `pause_s`: first for the other gateways'
-        word, by which it may have been the last time, or for whoever is on trial."""
-        began = time.monotonic()
+        """Waits for a place among the retries, as long as the request may wait at all. `news_s`: first for the other gateways'
+        word, by which it may have been the last time; that counts against its deadline only."""
+        began = heard = time.monotonic()
         waited_s = (x.line.queue_ms or 0.0) / 1e3
         home = None if ticket.suspicion is None else functools.partial(line.home, ticket)
+        waiting = metrics.waiting(ticket.class_)
+        waiting.inc()
         try:
+            if news_s:
+                await asyncio.sleep(news_s)
+                heard = time.monotonic()
+            if charge.blown:
+                raise self._crashed(charge, metrics, ticket)
+            if x.line.attempts - charge.excused >= MAX_ATTEMPTS:
+                raise _out_of_attempts(x, line)
             async with asyncio.timeout(bound_wait(model.limits.max_wait_s - waited_s, ticket.deadline)):
-                if pause_s:
-                    await asyncio.sleep(pause_s)
-                if charge.blown:
-                    raise self._crashed(charge, metrics, ticket)
-                if x.line.attempts - charge.excused >= MAX_ATTEMPTS:
-                    raise _out_of_attempts(x, line)
                 await again.turn(home)
         except TimeoutError:
             raise EngineBroken(
                 "an engine failed with it, and too many other requests are being tried again", retry_after_s=1
             ) from None
         finally:
+            waiting.dec()
             now = time.monotonic()
-            x.line.queue_ms = round(waited_s * 1e3 + (now - began) * 1e3, 3)
+            x.line.queue_ms = round((waited_s + now - heard) * 1e3, 3)
             if x.trace is not None:
                 x.trace.step("retry wait", began, now)
 
@@ -541,18 +557,15 @@ class Gateway:
         if x.trace is not None and self._tracing is not None:
             self._tracing.end(x.trace, line, x.method, x.t0, now)
 
-    def _recall_soon(self) -> None:
+    async def _recall_suspects(self) -> None:
         """Once for all who were inside an engine that died."""
-        if not self._recalling:
-            self._recalling = True
-            asyncio.get_running_loop().call_soon(self._recall)
-
-    def _recall(self) -> None:
-        self._recalling = False
-        now = time.monotonic()
-        for line in self.fleet.lines.values():
-            if line.running:
-                line.recall_suspects(now)
+        while True:
+            await self._suspects.wait()
+            self._suspects.clear()
+            now = time.monotonic()
+            for line in tuple(self.fleet.lines.values()):
+                if line.running:
+                    await line.recall_suspects(now)
 
     async def _mind_silence(self) -> None:
         while True:

@@ -35,6 +35,7 @@ OTHERS_FORGOTTEN_S = 3.0  # without news of the other gateways, everybody takes 
 MOST_ASIDE = 16
 RETRY_UNKNOWN_S = 1.0  # when nothing is known of how fast slots come free
 LONGEST_RETRY_S = 3600.0
+RECALLED_AT_ONCE = 8  # attempts that are asked whether they are suspects, before anything else has its turn
 # A request enters when it will be served within this part of its longest wait, as far as can be told. The rest is for being
 # wrong: to wait for all of it and then be refused is the worst answer of all.
 HOPEFUL = 0.8
@@ -125,6 +126,11 @@ class VersionLine:
     def __len__(self) -> int:
         return len(self._order) + self._returned_count
 
+    @property
+    def waiting(self) -> int:
+        """Those in line, and those under suspicion that wait for their trial before they join it."""
+        return len(self) + self.trials.waiting
+
     def gone(self, endpoint_id: str) -> bool:
         """Whether nothing answers there, whatever the directory still says."""
         upstream = self.upstreams.get(endpoint_id)
@@ -201,6 +207,12 @@ class VersionLine:
             self._unshare()
         if self:
             self.pump()
+
+    def admit_suspect(self, ticket: Ticket, *, others: int, max_queue: int) -> None:
+        """A newcomer under suspicion is about to wait for its trial. Raises QueueFull (429) where that is one too many; `others`
+        as for `take`."""
+        if self.trials.taken(self.home(ticket)) and self.waiting + others >= max_queue:
+            raise self._full(ticket, self.waiting + others, max_queue)
 
     async def take(
         self, ticket: Ticket, *, others: int, max_queue: int, max_wait_s: float, again: bool = False
@@ -319,7 +331,7 @@ class VersionLine:
         """Attempts without an answer at engines that are suspect or gone, or for longer than any of late, are tried elsewhere
         where there is a place: as many as may be tried at once, and how many that were. The others lose nothing where they
         are, and have their answer if the engine is well again."""
-        count, bound_s = 0, self._patience.bound_s()
+        count, lost_count, bound_s = 0, 0, self._patience.bound_s()
         turns, trials = self.retries.free(), self.trials.free(len(self.ready_ids()))
         self._gone = [u for u in self._gone if u.awaiting]
         for u in (*self.upstreams.values(), *self._gone):
@@ -333,23 +345,30 @@ class VersionLine:
             others = (
                 o for o in self.upstreams.values() if o is not u and o.endpoint.state is State.READY and o.room(now)
             )
-            most = min(turns, trials) if lost else turns
-            places = min(sum(o.endpoint.slots - o.sent for o in others), most - count)
-            for attempt in sorted(due, key=lambda a: a.since)[:places]:
+            most = min(turns - count, trials - lost_count) if lost else turns - count
+            places = min(sum(o.endpoint.slots - o.sent for o in others), most)
+            for attempt in sorted(due, key=lambda a: a.since)[: max(0, places)]:
                 why = f"it is {e.state}" if lost else f"nothing came for {now - attempt.since:.0f} s"
                 attempt.give_up(f"{e.id}: {why}", suspect=lost)
                 count += 1
+                lost_count += lost
         return count
 
-    def recall_suspects(self, now: float) -> None:
+    async def recall_suspects(self, now: float) -> None:
         """Attempts without an answer whose copies were in an engine that died: they must be on trial. Those that their engine
-        has survived for a while stay."""
+        has survived for a while stay. To know one takes its fingerprint, 0.3 ms of a long prompt: few are asked at once."""
+        asked = 0
         for u in (*self.upstreams.values(), *self._gone):
             for attempt in tuple(u.awaiting):
                 if attempt.charge is None or attempt.patient or now - attempt.since > YOUNG_S:
                     continue
+                if attempt not in u.awaiting:  # it was answered meanwhile
+                    continue
                 if attempt.charge.suspicion is not None:
                     attempt.recall()
+                asked += 1
+                if asked % RECALLED_AT_ONCE == 0:
+                    await asyncio.sleep(0)
 
     def pump(self, now: float | None = None) -> None:
         """Binds as many of those who wait as there are free slots, in order.
@@ -514,10 +533,7 @@ class VersionLine:
         loser, error = None, None
         if len(self) + others >= max_queue:
             loser = self._order.give_way(ticket, max_queue) if max_queue else None
-            error = QueueFull(
-                f"{self.version_id}: {len(self) + others} requests already wait (max_queue {max_queue})",
-                retry_after_s=self._retry_after_s(loser or ticket, now),
-            )
+            error = self._full(loser or ticket, len(self) + others, max_queue)
             if loser is None:
                 raise error
         ahead, pace = self._outlook(ticket, now)
@@ -529,6 +545,12 @@ class VersionLine:
             )
         if loser is not None and error is not None:  # last: nobody gives way to one who does not enter
             self._fail(loser, error)
+
+    def _full(self, ticket: Ticket, waiting: int, max_queue: int) -> QueueFull:
+        return QueueFull(
+            f"{self.version_id}: {waiting} requests already wait (max_queue {max_queue})",
+            retry_after_s=self._retry_after_s(ticket, time.monotonic()),
+        )
 
     def _outlook(self, ticket: Ticket, now: float) -> tuple[int, float | None]:
         """How many would be served before a new one like it, and how many are a second; None while that is unknown."""

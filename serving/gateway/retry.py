@@ -106,6 +106,13 @@ class Trials:
         self._turns[at].give()
         self._tidy(at)
 
+    @property
+    def waiting(self) -> int:
+        return sum(turns.waiting for turns in self._turns.values())
+
+    def taken(self, at: str) -> bool:
+        return at in self._turns
+
     def free(self, engines: int) -> int:
         """How many of so many engines have nobody on trial."""
         return max(0, engines - len(self._turns))
@@ -123,12 +130,13 @@ class Trials:
 class Retry:
     """One request's further attempts, and the first one of a request that is under suspicion."""
 
-    __slots__ = ("_at", "_budget", "_since", "_timer", "_trials", "taken")
+    __slots__ = ("_at", "_budget", "_occupied", "_since", "_timer", "_trials", "taken")
 
     def __init__(self, budget: Turns, trials: Trials) -> None:
         self._budget, self._trials = budget, trials
         self.taken = False  # a place in the budget
         self._at: str | None = None  # where it has the turn to be on trial
+        self._occupied = False  # where it is to be on trial, another gateway's is
         self._since = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -141,7 +149,12 @@ class Retry:
         """Waits until it may be tried: one under suspicion until nobody else is on trial at its `home`. `close` gives the turn
         back."""
         self._untimed()
+        if self._occupied:
+            self._occupied = False
+            await asyncio.sleep(OCCUPIED_S)
         if home is not None and self._at is None:
+            # First the trial, then the place: whoever is on trial may be waiting for this one.
+            self._give_place()
             self._at = await self._trials.take(home)
         if not self.taken:
             await self._budget.take()
@@ -156,16 +169,24 @@ class Retry:
         self._timer = asyncio.get_running_loop().call_later(trial_s or MOMENT_S, self.close)
         return trial_s
 
+    def occupied(self) -> None:
+        """It keeps its turn, and is not to be sent again at once."""
+        self._occupied = True
+
     def close(self) -> None:
         """It has an answer, or will not get one, or has not failed for a moment, as those that have no answer before they have
         all of it."""
         self._untimed()
-        if self.taken:
-            self.taken = False
-            self._budget.give()
+        self._occupied = False
+        self._give_place()
         if self._at is not None:
             at, self._at = self._at, None
             self._trials.give(at)
+
+    def _give_place(self) -> None:
+        if self.taken:
+            self.taken = False
+            self._budget.give()
 
     def _untimed(self) -> None:
         if self._timer is not None:

@@ -145,10 +145,10 @@ class Fleet:
         return self.lines[f"{name.model}@{name.version}"]
 
     def waiting(self, model: ModelConfig) -> int:
-        """Requests that wait in all of the model's lines."""
+        """Requests that wait for all of the model's lines."""
         ids = (f"{model.name}@{v}" for v in model.versions)
         # `model` may be of an earlier catalog, and the version gone since.
-        return sum(len(line) for i in ids if (line := self.lines.get(i)) is not None)
+        return sum(line.waiting for i in ids if (line := self.lines.get(i)) is not None)
 
     def held(self) -> dict[str, int]:
         """Version id -> requests that wait for it here; at least one while it shall be woken."""

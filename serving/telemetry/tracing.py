@@ -41,13 +41,16 @@ _PARENT = re.compile(
 )
 _STATE = re.compile(rb"[\x20-\x7e]{1,512}")
 _SAMPLED = 1
-_NO_FAULT = ("ok", "busy", "client_gone")  # outcomes of attempts that are not the engine's doing
+_NO_FAULT = ("ok", "busy", "recalled", "client_gone")  # outcomes of attempts that are not the engine's doing
 
 
 class Trace:
     """What a sampled request leaves until its end. Times are monotonic seconds."""
 
-    __slots__ = ("_attempt", "_stream", "attempts", "class_", "left_out", "number", "parent", "root", "state", "steps")
+    __slots__ = (
+        *("attempts", "class_", "left_out", "number", "parent", "root", "state", "steps"),
+        *("_attempt", "_round", "_stream"),
+    )
 
     def __init__(self, number: int, parent: int, state: bytes) -> None:
         self.number = number  # of the trace
@@ -56,8 +59,9 @@ class Trace:
         self.steps: list[Step] = []  # each after the one that it is part of
         self.attempts = 0
         self.class_: str | None = None
-        self.left_out = 0  # attempts at full replicas that are too many to tell
+        self.left_out = 0  # attempts at full replicas, or recalled, that are too many to tell
         self._attempt: Step | None = None
+        self._round = 0  # where the steps of this attempt begin, with what it waited for
         self._stream: Step | None = None
 
     @property
@@ -100,9 +104,10 @@ class Trace:
         attempt.failed = outcome not in _NO_FAULT
         if self._stream is not None:
             self._stream.ended = now
-        if outcome == "busy" and len(self.steps) > MOST_STEPS:
-            del self.steps[-3:]  # the wait before it, its pick and itself
+        if outcome in ("busy", "recalled") and len(self.steps) > MOST_STEPS:
+            del self.steps[self._round :]
             self.left_out += 1
+        self._round = len(self.steps)
 
     def ended(self, reason: str, now: float) -> None:
         """The request has, and with it an attempt that told no outcome."""

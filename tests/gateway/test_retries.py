@@ -16,9 +16,11 @@ import pytest
 
 from serving.fleet.endpoint import GatewayInfo, State
 from serving.gateway import retry, routing
+from serving.gateway.fuse import fingerprint
 from serving.gateway.routing import TRIPS
 from tests.gateway import harness
 from tests.gateway.harness import (
+    CHAT,
     HOST,
     MESSAGES,
     Answer,
@@ -265,6 +267,44 @@ async def test_streams_cut_by_the_death_of_their_engine_count_and_then_the_reque
         assert (await front.line("third"))["reason"] == "request_crashed_engine"
         assert (await front.ask(body=chat("another", stream=True))).status == 200
         front.engines.clear()
+
+
+async def test_what_is_waited_for_after_a_death_is_no_part_of_what_a_request_may_wait(
+    front: Front, room: EngineRoom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NEWS_S", "LAST_NEWS_S"):
+        monkeypatch.setattr(retry, name, 0.3)
+    siblings = tuple(GatewayInfo(id=i, url="") for i in ("one", "two"))
+    async with recorded(cut=True) as one, recorded(cut=True) as two:
+        well = room.shared()
+        loaded = Engine(msgspec.structs.replace(well.endpoint, in_flight=7), well.process)  # the last to be chosen
+        front.serve(limits={"max_wait_s": 0.2})
+        front.table(one, loaded, gateways=siblings)
+        assert (await front.ask(body=chat())).status == 200
+        assert front.metric(ATTEMPTS, outcome="died") == 1
+        front.table(one, two, gateways=siblings)
+        assert (await front.ask(body=chat("boom"))).error["code"] == "request_crashed_engine"
+        front.engines.clear()
+
+
+async def test_newcomers_that_would_wait_for_a_trial_are_refused_where_the_queue_is_full(
+    front: Front, room: EngineRoom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "TRIAL_S", 600.0)
+    slow = room.start(sim_ttft_ms=60_000, slots=8)
+    front.serve(slow, limits={"max_queue": 1})
+    body = chat("hello")
+    front.gateway.fleet.fuse.died(fingerprint("tiny@v1", CHAT, None, body), "another")
+    copies = [asyncio.create_task(front.ask(body=body)) for _ in range(2)]
+    await slow.inside(1)
+    await eventually("one waits for its trial", lambda: front.waiting() == 1)
+    refused = await front.ask(body=body)
+    assert (refused.status, refused.error["code"]) == (429, "queue_full")
+    assert refused.headers["retry-after"]
+    assert front.waiting() == 1
+    for copy in copies:
+        copy.cancel()
+    await asyncio.gather(*copies, return_exceptions=True)
 
 
 async def test_it_is_told_in_the_dialect_of_the_route(front: Front) -> None:

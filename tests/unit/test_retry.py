@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from typing import Any
 from unittest import mock
 
+import msgspec
 import pytest
 
+from serving.errors import QueueFull
 from serving.fleet.endpoint import Endpoint, State
 from serving.gateway.fuse import DEATHS, MOST, REMEMBERED_S, TOLD, Charge, Fuse, fingerprint
-from serving.gateway.queue import Ticket, VersionLine
+from serving.gateway.queue import RECALLED_AT_ONCE, Ticket, VersionLine
 from serving.gateway.retry import (
     CROWD_S,
     LEAST,
+    OCCUPIED_S,
     SHARE,
     SILENT_LEAST_S,
     SILENT_TIMES,
@@ -115,6 +119,54 @@ async def test_who_leaves_while_it_waits_for_its_trial_leaves_nothing_behind(hol
     second.close()
     first.close()
     assert trials.free(1) == 1
+
+
+async def test_retries_that_become_suspects_do_not_stand_in_the_way_of_who_is_on_trial() -> None:
+    """They would wait for the trial with a place among the retries, and whoever has the trial for such a place."""
+    line = VersionLine("m@v")
+    places = [Retry(line.retries, line.trials) for _ in range(LEAST)]
+    for place in places:
+        await place.turn(None)
+    on_trial = Retry(line.retries, line.trials)
+    chances = [on_trial, *places]
+    tasks = [asyncio.create_task(chance.turn(lambda: "a")) for chance in chances]
+    for chance, task in zip(chances, tasks, strict=True):
+        for _ in range(9):
+            await asyncio.sleep(0)
+        assert task.done()
+        chance.close()
+    assert (line.retries.free(), line.trials.free(1), line.trials.waiting) == (LEAST, 1, 0)
+
+
+async def test_who_is_told_that_another_is_on_trial_there_keeps_its_turn_and_asks_again_later() -> None:
+    trials = Trials()
+    chance = Retry(budget(lambda: 0), trials)
+    await chance.turn(lambda: "a")
+    chance.occupied()
+    with mock.patch("serving.gateway.retry.asyncio.sleep") as pause:
+        await chance.turn(lambda: "a")
+        await chance.turn(lambda: "a")
+    pause.assert_awaited_once_with(OCCUPIED_S)
+    assert trials.free(1) == 0
+
+
+async def test_newcomers_under_suspicion_wait_for_their_trial_in_the_bounds_of_the_queue() -> None:
+    line = VersionLine("m@v")
+    line.update([endpoint("a")], only_add=False)
+    newcomer = Ticket(since=0.0)
+    newcomer.suspicion = 7
+    line.admit_suspect(newcomer, others=1, max_queue=0)  # nobody is on trial: it need not wait
+    chances = [Retry(line.retries, line.trials) for _ in range(3)]
+    tasks = [asyncio.create_task(chance.turn(lambda: "a")) for chance in chances]
+    await asyncio.sleep(0)
+    assert line.waiting == 2
+    line.admit_suspect(newcomer, others=0, max_queue=3)
+    with pytest.raises(QueueFull, match="3 requests already wait"):
+        line.admit_suspect(newcomer, others=1, max_queue=3)
+    for chance, task in zip(chances, tasks, strict=True):
+        await task
+        chance.close()
+    assert line.waiting == 0
 
 
 async def test_the_more_wait_for_an_engine_the_shorter_are_the_trials_there() -> None:
@@ -310,6 +362,20 @@ def test_attempts_at_a_suspect_go_elsewhere_as_far_as_there_are_a_place_and_a_tu
     assert line.give_up_on_the_silent(100) == 0
 
 
+def test_silent_streams_at_a_well_engine_send_no_more_of_the_lost_elsewhere_than_there_are_trials() -> None:
+    line = VersionLine("m@v")
+    line.update([endpoint("a"), endpoint("b"), endpoint("c")], only_add=False)
+    line.running = 50  # so that there are ten turns
+    silent, lost = [Attempt(0.0) for _ in range(4)], [Attempt(float(i), stream=False) for i in range(5)]
+    line.upstreams["a"].awaiting |= {*silent}
+    line.upstreams["b"].awaiting |= {*lost}
+    sick = msgspec.structs.replace(endpoint("b"), state=State.SUSPECT)
+    line.update([endpoint("a"), sick, endpoint("c")], only_add=False)
+    assert line.give_up_on_the_silent(SILENT_LEAST_S + 1) == 6
+    assert [a.gave_up for a in silent] == [False] * 4
+    assert [a.gave_up for a in lost] == [True, True, None, None, None], "one for each engine that is well"
+
+
 def test_attempts_at_one_that_left_the_table_go_elsewhere() -> None:
     line = VersionLine("m@v")
     line.update([endpoint("a"), endpoint("b")], only_add=False)
@@ -340,7 +406,7 @@ def charge(fuse: Fuse, **fields: Any) -> Charge:
     return Charge(fuse, "m@v", "/v1/chat/completions", None, CHAT | fields)
 
 
-def test_copies_of_a_suspect_are_recalled_while_they_are_young_and_not_on_trial() -> None:
+async def test_copies_of_a_suspect_are_recalled_while_they_are_young_and_not_on_trial() -> None:
     line, fuse, news = VersionLine("m@v"), Fuse(), []
     fuse.on_suspects = lambda: news.append(1)
     line.update([endpoint("a")], only_add=False)
@@ -354,11 +420,41 @@ def test_copies_of_a_suspect_are_recalled_while_they_are_young_and_not_on_trial(
     copy.charge = last.charge = old.charge = charge(fuse)
     another.charge = charge(fuse, max_tokens=7)
     line.upstreams["a"].awaiting |= {copy, last, old, trial, another}
-    line.recall_suspects(100.0)
+    await line.recall_suspects(100.0)
     assert not news and not copy.recalled
     charge(fuse).died("b")
-    line.recall_suspects(100.0)
+    await line.recall_suspects(100.0)
     assert news and [a.recalled for a in (copy, last, old, trial, another)] == [True, False, False, False, False]
+
+
+async def test_suspects_among_many_are_looked_for_a_few_at_a_time_while_everything_else_goes_on() -> None:
+    """A fingerprint takes 0.3 ms of a long prompt: all of them at once would hold up every stream."""
+    line, fuse, rounds = VersionLine("m@v"), Fuse(), [0]
+    line.update([endpoint("a")], only_add=False)
+    charge(fuse).died("b")
+    looked_at: list[int] = []
+
+    class Looked(Charge):
+        @property
+        def suspicion(self) -> int | None:
+            looked_at.append(rounds[0])
+            return super().suspicion
+
+    attempts = [Attempt(99.0) for _ in range(5 * RECALLED_AT_ONCE)]
+    for attempt in attempts:
+        attempt.charge = Looked(fuse, "m@v", "/v1/chat/completions", None, CHAT)
+    ended = None
+    line.upstreams["a"].awaiting |= {*attempts}
+    looking = asyncio.create_task(line.recall_suspects(100.0))
+    while not looking.done():
+        await asyncio.sleep(0)
+        if not rounds[0]:
+            ended = next(a for a in attempts if not a.recalled)
+            line.upstreams["a"].awaiting.discard(ended)
+        rounds[0] += 1
+    await looking
+    assert max(Counter(looked_at).values()) == RECALLED_AT_ONCE and len(looked_at) == len(attempts) - 1
+    assert [a for a in attempts if not a.recalled] == [ended], "it has ended meanwhile"
 
 
 def test_a_blown_fuse_stays_so_whichever_engine_is_told_of_again() -> None:

@@ -83,20 +83,24 @@ def test_the_ratio_is_of_requests() -> None:
         assert [begun(None, ratio=0.1) is not None for _ in draws] == [True, True, False, False]
 
 
-def test_a_request_that_is_told_busy_for_long_stays_small() -> None:
+@pytest.mark.parametrize("outcome", ["busy", "recalled"])
+@pytest.mark.parametrize("steps", [["queue"], ["retry wait", "queue"], ["queue", "retry wait", "queue"]])
+def test_a_request_that_is_told_busy_for_long_stays_small(outcome: str, steps: list[str]) -> None:
     trace = Trace(1, 0, b"")
     for i in range(1000):
-        trace.step("queue", i, i)
+        for step in steps:
+            trace.step(step, i, i)
         trace.sent("r", "n", i, i)
-        trace.attempted("busy", i)
+        trace.attempted(outcome, i)
     trace.step("queue", 1000, 1000)
     trace.sent("well", "n", 1000, 1000)
     trace.answered(1001, streamed=True)
     trace.attempted("ok", 1002)
     assert len(trace.steps) <= MOST_STEPS + 5
-    assert trace.left_out + sum(s.about.get("steelyard.outcome") == "busy" for s in trace.steps) == 1000
+    assert trace.left_out + sum(s.about.get("steelyard.outcome") == outcome for s in trace.steps) == 1000
     assert [s.name for s in trace.steps[-5:]] == ["queue", "pick", "attempt", "first byte", "stream"]
     assert trace.steps[-3].about["steelyard.replica"] == "well"
+    assert not any(s.failed for s in trace.steps)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +123,13 @@ def test_an_endpoint_that_is_none_is_named(bad: str) -> None:
     with pytest.raises(OperatorError, match="STEELYARD_OTLP_ENDPOINT") as e:
         load_settings(otlp_endpoint=bad)
     assert "u:p" not in str(e.value)
+
+
+@pytest.mark.parametrize("password", ["p", "p@ss", "pa/ss", "p@/s@s", "pa ss", "pa'ss", "pa\nss"])
+def test_an_endpoint_with_a_password_is_told_without_any_of_it(password: str) -> None:
+    with pytest.raises(OperatorError) as e:
+        load_settings(otlp_endpoint=f"http://u:{password}@collector")
+    assert "http://***@collector" in str(e.value)
 
 
 def test_workers_hear_of_it_and_of_no_secret(tmp_path: Path) -> None:

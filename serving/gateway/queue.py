@@ -440,6 +440,12 @@ class VersionLine:
 
     def _best(self, ticket: Ticket, now: float, avoid: frozenset[str]) -> Upstream | None:
         upstreams, siblings = self.upstreams.values(), self.siblings
+        if self.trials.homes:
+            # Apart, as far as there is room: a newcomer that ends an engine must not look like whoever is on trial there.
+            apart = avoid.union(self.trials.homes)
+            found = pick(upstreams, now, apart, ticket.tokens, ticket.blocks, ticket.session, siblings=siblings)
+            if found is not None:
+                return found
         return pick(upstreams, now, avoid, ticket.tokens, ticket.blocks, ticket.session, siblings=siblings)
 
     def home(self, ticket: Ticket) -> str:

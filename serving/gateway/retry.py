@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 SHARE = 0.2  # of the requests at a version's engines, so many at most may be there because an attempt has just failed
 LEAST = 3  # whatever runs
@@ -109,6 +109,11 @@ class Trials:
     @property
     def waiting(self) -> int:
         return sum(turns.waiting for turns in self._turns.values())
+
+    @property
+    def homes(self) -> Collection[str]:
+        """The engines where somebody is on trial."""
+        return self._turns.keys()
 
     def taken(self, at: str) -> bool:
         return at in self._turns

@@ -75,6 +75,14 @@ async def test_a_free_slot_is_bound_at_once_and_the_least_loaded_first() -> None
     assert [at(await take(to)) for _ in range(6)] == ["a", "b", "b", "a", "b", "b"]
 
 
+async def test_where_somebody_is_on_trial_others_go_only_when_there_is_no_room_elsewhere() -> None:
+    to = line(endpoint("a", 4), endpoint("b", 2))
+    await to.trials.take(lambda: "a")
+    assert [at(await take(to)) for _ in range(3)] == ["b", "b", "a"]
+    to.trials.give("a")
+    assert at(await take(to)) == "a"
+
+
 async def test_first_come_first_served() -> None:
     to = line(endpoint(slots=1))
     taken = await take(to)

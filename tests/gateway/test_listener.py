@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from serving.fleet.lifeline import Lifelines
 from serving.gateway import listener
 from serving.gateway.listener import Server
 
@@ -116,4 +117,25 @@ async def test_a_request_that_does_not_come_to_its_point_is_not_waited_for(
     assert await asyncio.wait_for(used.read(), 10) == b""
     used_out.close()
     quick.server.should_exit = True
+    await task
+
+
+async def test_a_lifeline_is_closed_like_all_that_is_mute_and_its_gateway_is_not_taken_for_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(listener, "HEAD_TIMEOUT_S", 0.02)
+    hall = Hall()
+    task = asyncio.create_task(hall.server.serve([hall.socket]))
+    cuts: asyncio.Queue[str] = asyncio.Queue()
+    lines = Lifelines(cuts.put_nowait)
+    lines.hold("one", "http://{}:{}".format(*hall.socket.getsockname()))
+    seen = set[Any]()
+    async with asyncio.timeout(10):
+        while len(seen) < 3:
+            seen |= hall.server.server_state.connections
+            await asyncio.sleep(0.001)
+        assert cuts.empty()
+        await hall.server.leave()
+        assert await cuts.get() == "one"
+    lines.keep(())
     await task

@@ -1,7 +1,7 @@
 """Whether a process is there, by the kernel's word: a connection to its listener, over which nobody says anything, ends with
 it. That is at once, where a lease takes seconds. A node that is lost says nothing: there the lease decides.
 
-A connection may also end because its process closes all that stay silent, as gateways do: whoever can be connected again lives."""
+A connection also ends where a process closes all that stay silent, as gateways do: whoever can be connected again lives."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class Server(uvicorn.Server):
 
     @property
     def busy(self) -> bool:
-        """After `leave`: whether any request is under way, or its answer not with the kernel yet, because its client reads slowly."""
+        """After `leave`: whether any request is under way, or its answer not with the kernel yet: its client reads slowly."""
         return bool(self.server_state.tasks or self.server_state.connections)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:

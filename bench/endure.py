@@ -36,6 +36,7 @@ LOOK_EVERY_S = 10.0
 WARM_UP = 0.2  # of the whole time
 LEAST_JUDGED_S = 1800.0
 MEMORY_MIB_PER_H, FILES = 1.0, 8.0  # the limits; files: idle connections come and go
+LOOKS_OF_ONE = 0.9  # of all looks, for a process to be judged
 _NAME = "endure"
 _REPLICAS, _GATEWAYS = 2, 2
 _STREAMS = 40
@@ -135,9 +136,9 @@ def watch(side: sides.Side, total_s: float, say: Callable[[str], None]) -> dict[
 
 
 def judge(result: Report, looks: Mapping[int, Grown], *, judged: bool) -> None:
-    """Of processes that were there from the first look to the last."""
+    """Of processes that were there nearly all the time. A look may miss one, on a busy machine."""
     most = max((len(g.at) for g in looks.values()), default=0)
-    stayed = [g for g in looks.values() if len(g.at) == most]
+    stayed = [g for g in looks.values() if len(g.at) >= most * LOOKS_OF_ONE]
     worst = max(stayed, key=lambda g: g.memory_per_h, default=None)
     if judged:
         result.judge("memory_mib_per_h", worst.memory_per_h if worst else None, "MiB/h", "<", MEMORY_MIB_PER_H)

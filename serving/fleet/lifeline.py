@@ -1,5 +1,7 @@
 """Whether a process is there, by the kernel's word: a connection to its listener, over which nobody says anything, ends with
-it. That is at once, where a lease takes seconds. A node that is lost says nothing: there the lease decides."""
+it. That is at once, where a lease takes seconds. A node that is lost says nothing: there the lease decides.
+
+A connection also ends where a process closes all that stay silent, as gateways do: whoever can be connected again lives."""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from urllib.parse import urlsplit
 
 CONNECT_S = 2.0
 AGAIN_S = 5.0  # after a connection that could not be made, until the next one
+AFRESH_S = 0.05  # after one that ended: an ending process closes its connections and its listener in any order
 
 
 class Lifelines:
@@ -37,17 +40,22 @@ class Lifelines:
             self.drop(gone)
 
     async def _until_cut(self, name: str, url: str) -> None:
-        parts = urlsplit(url)
-        try:
-            async with asyncio.timeout(CONNECT_S):
-                reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1)
-        except OSError:  # a TimeoutError is one; nothing was held, so nothing is known
-            await asyncio.sleep(AGAIN_S)
-            return
-        try:
-            await reader.read(1)
-        except OSError:
-            pass
-        finally:
-            writer.transport.abort()
+        parts, held = urlsplit(url), False
+        while True:
+            try:
+                async with asyncio.timeout(CONNECT_S):
+                    reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1)
+            except OSError:  # a TimeoutError is one
+                if held:
+                    break
+                await asyncio.sleep(AGAIN_S)  # nothing was held, so nothing is known
+                return
+            held = True
+            try:
+                await reader.read(1)
+            except OSError:
+                pass
+            finally:
+                writer.transport.abort()
+            await asyncio.sleep(AFRESH_S)
         self._on_cut(name)

@@ -111,8 +111,9 @@ class GatewayReplica:
         _wake_politely()
         public = listener(self._settings.host, self._settings.port, shared=True)
         private = listener(self._node, 0, shared=False)
-        self.gateway.private_port = private.getsockname()[1]
-        self._server = Server(self.gateway)
+        own = private.getsockname()[:2]
+        self.gateway.private_port = own[1]
+        self._server = Server(self.gateway, private=own)
         self._tasks = [
             asyncio.create_task(self._server.serve(sockets=[public, private])),
             asyncio.create_task(directory.follow(self._take, self._directory)),

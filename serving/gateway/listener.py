@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
@@ -23,7 +24,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 BACKLOG = 4096
 KEEP_ALIVE_S = 75  # of idle client connections
 HEAD_TIMEOUT_S = 30.0  # for the whole head of a request; looked at so often, so it may take twice as long
-LAST_CALL_S = 1.0  # at a planned stop, for whoever has just come and not said yet what it wants
+LAST_CALL_S = 1.0  # at a planned stop, for whoever is connected and has not said yet what it wants
+LOOK_EVERY_S = 0.05  # whether they have
 
 # A client whose machine is gone says nothing. What it left waiting here, and at an engine, is noticed after a minute. Accepted
 # sockets inherit this. No TCP_USER_TIMEOUT: it would cut a client that lives and reads slowly.
@@ -53,7 +55,8 @@ def listener(host: str, port: int, *, shared: bool) -> socket.socket:
 class Server(uvicorn.Server):
     """uvicorn without its signal handlers: the process is Ray's. `serve` runs it; `leave` is its planned end."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, *, private: tuple[str, int] | None = None) -> None:
+        """`private` is the address where only the stack's own processes connect: at the end nobody there is waited for."""
         super().__init__(
             uvicorn.Config(
                 app,
@@ -71,6 +74,7 @@ class Server(uvicorn.Server):
             )
         )
         self._app = app
+        self._private = private
         self._sockets: list[socket.socket] = []
 
     @contextlib.contextmanager
@@ -79,8 +83,8 @@ class Server(uvicorn.Server):
 
     @property
     def busy(self) -> bool:
-        """Whether any request is under way."""
-        return bool(self.server_state.tasks)
+        """After `leave`: whether any request is under way, or its answer not with the kernel yet: its client reads slowly."""
+        return bool(self.server_state.tasks or self.server_state.connections)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._sockets = sockets or []
@@ -91,9 +95,9 @@ class Server(uvicorn.Server):
             minding.cancel()
 
     async def leave(self) -> None:
-        """Takes no new connection and loses none: what the kernel had given to this process is answered like the rest, and
-        every answer from now on is the last on its connection. Returns when nothing more can come in; what is under way
-        goes on (`busy`)."""
+        """Takes no new connection and loses none: what the kernel had given to this process is answered like the rest. Who is
+        connected may ask once more for `LAST_CALL_S`; each answer whose head is sent from now on says that it is the last on
+        its connection. Returns when nothing more can come in; what is under way goes on (`busy`)."""
         # Nothing may come between: a connection is given to whoever listens at that moment.
         waiting = [c for s in self._sockets for c in _accepted(s)]
         for server in self.servers:
@@ -108,11 +112,14 @@ class Server(uvicorn.Server):
             with contextlib.suppress(OSError):  # it left meanwhile
                 await loop.connect_accepted_socket(self._protocol, connection)
         until = loop.time() + LAST_CALL_S
-        while loop.time() < until and any(c.cycle is None for c in self.server_state.connections):  # type: ignore[union-attr]
-            await asyncio.sleep(LAST_CALL_S / 20)
-        for open_one in list(self.server_state.connections):
-            open_one.shutdown()
+        while loop.time() < until and any(c.server != self._private for c in self._idle()):
+            await asyncio.sleep(LOOK_EVERY_S)
+        _close_unless_asked(self._idle())
+        await asyncio.sleep(LOOK_EVERY_S)  # what had come by now is read before uvicorn closes all that is idle
         self.should_exit = True
+
+    def _idle(self) -> list[Any]:
+        return [c for c in self.server_state.connections if _answered(c) and not c.transport.is_closing()]
 
     async def _answer_last(self, scope: Scope, receive: Receive, send: Send) -> None:
         cycle: RequestResponseCycle = send.__self__  # type: ignore[attr-defined]
@@ -135,10 +142,25 @@ class Server(uvicorn.Server):
             before = silent
 
 
+def _answered(connection: Any) -> bool:
+    """Between requests, or before the first one."""
+    return connection.cycle is None or bool(connection.cycle.response_complete)
+
+
 def _without_head(connection: Any) -> bool:
     """Between requests, and not for uvicorn's own timer to close."""
-    answered = connection.cycle is None or connection.cycle.response_complete
-    return answered and connection.timeout_keep_alive_task is None
+    return _answered(connection) and connection.timeout_keep_alive_task is None
+
+
+def _close_unless_asked(connections: list[Any]) -> None:
+    """The kernel resets a connection that is closed with something unread: the client must not lose a request that has come."""
+    poll, by_fd = select.poll(), {c.transport.get_extra_info("socket").fileno(): c for c in connections}
+    for fd in by_fd:
+        poll.register(fd, select.POLLIN)
+    unread = {fd for fd, _ in poll.poll(0)}
+    for fd, connection in by_fd.items():
+        if fd not in unread:
+            connection.transport.close()
 
 
 def _accepted(listening: socket.socket) -> Iterator[socket.socket]:

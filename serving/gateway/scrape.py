@@ -39,6 +39,7 @@ class Scraper:
         self._merged = ""
         self._merged_at = float("-inf")
         self._asked: dict[str, asyncio.Task[str | None]] = {}  # by target
+        self._late: set[str] = set()  # who has not answered since it was late
 
     async def start(self) -> None:
         self._http = aiohttp.ClientSession(
@@ -98,13 +99,16 @@ class Scraper:
             return self._merged
 
     async def _ask(self, targets: list[Target]) -> dict[str, str]:
-        """What they tell within `WHOLE_S`. Who has not answered when the next view is made is not waited for again: one process
-        that stands still must not make every scrape late."""
-        late = {i: task for i, task in self._asked.items() if not task.done()}
-        asked = {t.id: asyncio.create_task(self._fetch(t)) for t in targets if t.id not in late}
-        self._asked = late | asked
-        if asked:
-            await asyncio.wait(asked.values(), timeout=WHOLE_S)
+        """What they tell within `WHOLE_S`. Who was late once is not waited for until it has answered: one process that stands
+        still must not make every scrape late."""
+        last = self._asked
+        self._late = {i for i in self._late & last.keys() if not last[i].done() or last[i].result() is None}
+        under_way = {i: task for i, task in last.items() if not task.done()}
+        asked = {t.id: asyncio.create_task(self._fetch(t)) for t in targets if t.id not in under_way}
+        self._asked = under_way | asked
+        if waited := [task for i, task in asked.items() if i not in self._late]:
+            await asyncio.wait(waited, timeout=WHOLE_S)
+        self._late |= {i for i, task in asked.items() if not task.done()}
         return {i: text for i, task in asked.items() if task.done() and (text := task.result()) is not None}
 
     async def _fetch(self, target: Target) -> str | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
+from serving.fleet.lifeline import Lifelines
 from serving.gateway import listener
 from serving.gateway.listener import Server
 
@@ -19,18 +21,21 @@ BODY = b"hi"
 class Hall:
     """A server that answers when it is told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, said: bytes = b"ok") -> None:
+        self.said = said
         self.answer = asyncio.Event()
         self.answer.set()
         self.socket = listener.listener("127.0.0.1", 0, shared=True)
-        self.server = Server(self._app)
+        self.private = listener.listener("127.0.0.1", 0, shared=False)
+        self.server = Server(self._app, private=self.private.getsockname())
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
         while (await receive()).get("more_body"):
             pass
         await self.answer.wait()
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-        await send({"type": "http.response.body", "body": b"ok"})
+        length = str(len(self.said)).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
+        await send({"type": "http.response.body", "body": self.said})
 
     def knock(self) -> socket.socket:
         """A connection that the kernel has taken, and the server has not."""
@@ -46,10 +51,16 @@ class Hall:
 async def hall(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Hall]:
     monkeypatch.setattr(listener, "LAST_CALL_S", 0.2)
     hall = Hall()
-    task = asyncio.create_task(hall.server.serve([hall.socket]))
+    async with opened(hall):
+        yield hall
+
+
+@contextlib.asynccontextmanager
+async def opened(hall: Hall) -> AsyncIterator[None]:
+    task = asyncio.create_task(hall.server.serve([hall.socket, hall.private]))
     while not hall.server.started:
         await asyncio.sleep(0)
-    yield hall
+    yield
     hall.server.should_exit = True
     await asyncio.wait_for(task, 10)
 
@@ -83,7 +94,7 @@ async def test_what_runs_at_a_planned_stop_ends_in_its_time_and_is_the_last_on_i
     reader, writer = await hall.connect()
     writer.write(ASK + BODY)
     idle, _ = await hall.connect()
-    while not hall.server.busy:
+    while not hall.server.server_state.tasks:
         await asyncio.sleep(0)
     await hall.server.leave()
     assert await asyncio.wait_for(idle.read(), 10) == b""
@@ -92,6 +103,56 @@ async def test_what_runs_at_a_planned_stop_ends_in_its_time_and_is_the_last_on_i
     assert b"connection: close" in await answer(reader)
     assert await asyncio.wait_for(reader.read(), 10) == b""
     writer.close()
+
+
+@pytest.mark.parametrize("asks", ["in the last call", "as it ends"])
+async def test_a_kept_connection_whose_next_request_has_come_is_not_reset(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch, asks: str
+) -> None:
+    monkeypatch.setattr(listener, "LAST_CALL_S", 0.0 if asks == "as it ends" else 3600.0)
+    kept = hall.knock()
+    reader, writer = await asyncio.open_connection(sock=kept)
+    writer.write(ASK + BODY)
+    assert b"connection: close" not in await answer(reader)
+    leaving: Any = hall.server.leave()
+    if asks == "in the last call":
+        leaving = asyncio.create_task(leaving)
+        while hall.server.servers[0].is_serving():
+            await asyncio.sleep(0)
+    writer.write(ASK + BODY)
+    await leaving  # "as it ends": the server's loop has not run since the client wrote
+    assert b"connection: close" in await answer(reader)
+    assert await asyncio.wait_for(reader.read(), 10) == b""
+    writer.close()
+
+
+async def test_a_planned_stop_waits_for_no_lifeline(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "LAST_CALL_S", 3600.0)
+    reader, writer = await asyncio.open_connection(*hall.private.getsockname())
+    while not hall.server.server_state.connections:
+        await asyncio.sleep(0)
+    await asyncio.wait_for(hall.server.leave(), 10)
+    assert await asyncio.wait_for(reader.read(), 10) == b""
+    assert not hall.server.busy
+    writer.close()
+
+
+async def test_what_a_slow_reader_has_not_taken_yet_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "LAST_CALL_S", 0.0)
+    hall = Hall(b"." * 16_000_000 + b"ok")
+    async with opened(hall):
+        reader, writer = await hall.connect()
+        writer.write(ASK + BODY)
+        await asyncio.wait_for(reader.readexactly(1), 10)
+        while hall.server.server_state.tasks:  # the app has said all; most of it is in this process
+            await asyncio.sleep(0)
+        await hall.server.leave()
+        assert hall.server.busy
+        assert (await asyncio.wait_for(reader.read(), 10)).endswith(b".ok")
+        async with asyncio.timeout(10):
+            while hall.server.busy:
+                await asyncio.sleep(0.001)
+        writer.close()
 
 
 async def test_a_request_that_does_not_come_to_its_point_is_not_waited_for(
@@ -116,4 +177,25 @@ async def test_a_request_that_does_not_come_to_its_point_is_not_waited_for(
     assert await asyncio.wait_for(used.read(), 10) == b""
     used_out.close()
     quick.server.should_exit = True
+    await task
+
+
+async def test_a_lifeline_is_closed_like_all_that_is_mute_and_its_gateway_is_not_taken_for_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(listener, "HEAD_TIMEOUT_S", 0.02)
+    hall = Hall()
+    task = asyncio.create_task(hall.server.serve([hall.private]))
+    cuts: asyncio.Queue[str] = asyncio.Queue()
+    lines = Lifelines(cuts.put_nowait)
+    lines.hold("one", "http://{}:{}".format(*hall.private.getsockname()))
+    seen = set[Any]()
+    async with asyncio.timeout(10):
+        while len(seen) < 3:
+            seen |= hall.server.server_state.connections
+            await asyncio.sleep(0.001)
+        assert cuts.empty()
+        await hall.server.leave()
+        assert await cuts.get() == "one"
+    lines.keep(())
     await task

@@ -112,6 +112,35 @@ async def test_a_process_that_stands_still_makes_no_scrape_late_and_is_there_aga
     assert asked == 2
 
 
+async def test_a_process_that_is_asked_again_and_again_in_vain_makes_one_scrape_late(
+    gateway: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where scrapes are rarer than its timeout, so that each finds it unasked."""
+    monkeypatch.setattr(scraping, "TIMEOUT_S", 3600.0)
+    monkeypatch.setattr(scraping, "FRESH_S", -1.0)
+    asked, scraper = list[asyncio.Future[str]](), gateway.gateway._own._scraper
+
+    async def slow() -> str:
+        asked.append(asyncio.get_running_loop().create_future())
+        return await asked[-1]
+
+    gateway.gateway.sources["slow"] = slow
+    monkeypatch.setattr(scraping, "WHOLE_S", 0.3)
+    await scrape(gateway)
+    monkeypatch.setattr(scraping, "WHOLE_S", 3600.0)
+    for again in (2, 3):
+        asked[-1].set_exception(TimeoutError())
+        await eventually("its timeout is over", lambda: scraper._asked["slow"].done())
+        page = await asyncio.wait_for(scrape(gateway), 10)
+        assert re.search(r'steelyard_target_up\{[^}]*instance="slow"[^}]*\} 0', page) and len(asked) == again
+    asked[-1].set_result("slow_things 1\n")
+    await eventually("it has answered", lambda: scraper._asked["slow"].done())
+    after = asyncio.create_task(scrape(gateway))
+    await eventually("it is asked", lambda: len(asked) == 4)
+    asked[-1].set_result("slow_things 2\n")
+    assert re.search(r'steelyard_target_up\{[^}]*instance="slow"[^}]*\} 1', await after), "waited for again"
+
+
 async def test_its_own_figures_are_as_new_as_those_it_waited_for(gateway: Front) -> None:
     async def other() -> str:
         await gateway.ask(body=chat())

@@ -26,6 +26,14 @@ def test_a_leak_is_told_from_a_cache_that_fills_once() -> None:
     assert bars(process(0.0), process(2.0)) == {"memory_mib_per_h": False, "files_more": True}
 
 
+def test_a_process_that_missed_a_look_is_judged_and_one_that_was_there_for_a_while_is_not() -> None:
+    missed, passing = process(2.0), process(2.0)
+    missed = Grown("p", missed.at[1:], missed.memory[1:], missed.files[1:])
+    passing = Grown("p", passing.at[:50], passing.memory[:50], passing.files[:50])
+    assert not bars(process(0.0), missed)["memory_mib_per_h"]
+    assert bars(process(0.0), passing)["memory_mib_per_h"]
+
+
 def test_files_that_stay_open_are_seen_between_those_that_come_and_go() -> None:
     assert bars(process(0.0, files=3.0))["files_more"]
     assert not bars(process(0.0, files=60.0))["files_more"]

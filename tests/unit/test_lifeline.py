@@ -51,22 +51,37 @@ async def test_an_end_is_told_at_once_and_once_and_of_nobody_else() -> None:
     other.end()
 
 
-async def test_one_that_lives_on_is_held_again() -> None:
+async def test_one_that_only_closes_the_connection_is_held_again_and_not_taken_for_gone() -> None:
     listener = await Listener().start()
     cuts: asyncio.Queue[str] = asyncio.Queue()
     lines = Lifelines(cuts.put_nowait)
     lines.hold("one", listener.url)
-    await listener.connected(1)
-    listener.connections[0].transport.abort()
+    for count in range(1, 4):
+        await listener.connected(count)
+        listener.connections[-1].transport.abort()
+    await listener.connected(4)
+    assert cuts.empty()
+    listener.end()
+    async with asyncio.timeout(10):
+        assert await cuts.get() == "one"
+    lines.keep(())
+
+
+async def test_one_that_was_cut_is_held_again_when_it_says_that_it_lives() -> None:
+    before, after = await Listener().start(), await Listener().start()
+    cuts: asyncio.Queue[str] = asyncio.Queue()
+    lines = Lifelines(cuts.put_nowait)
+    lines.hold("one", before.url)
+    await before.connected(1)
+    before.end()
     async with asyncio.timeout(10):
         await cuts.get()
-    while len(listener.connections) < 2:
-        lines.hold("one", listener.url)
-        await asyncio.sleep(0.001)
+    lines.hold("one", after.url)
+    await after.connected(1)
     lines.keep({"one"})
     assert not lines._held["one"][1].done()
     lines.keep(())
-    listener.end()
+    after.end()
 
 
 async def test_one_that_is_known_to_be_gone_and_one_that_was_never_there_say_nothing() -> None:

@@ -291,7 +291,9 @@ class Gateway:
                 if e.killed:
                     # Who came to an engine that stood still already is not the one that stopped it.
                     _count_death(x, charge, trial_s if e.outcome == "died" else 0.0)
-                elif x.line.attempts - charge.excused >= MAX_ATTEMPTS:
+                elif e.outcome == "connect_error":
+                    ticket.again.unreached += 1
+                elif _spent(x, ticket.again, charge) >= MAX_ATTEMPTS:
                     raise _out_of_attempts(x, line) from None
                 if e.killed or ticket.suspicion is not None:  # who finds nobody at its home may come after a copy
                     news_s = retry.news_s(line.siblings, last=charge.blown)
@@ -343,7 +345,7 @@ class Gateway:
                 heard = time.monotonic()
             if charge.blown:
                 raise self._crashed(charge, metrics, ticket)
-            if x.line.attempts - charge.excused >= MAX_ATTEMPTS:
+            if _spent(x, again, charge) >= MAX_ATTEMPTS:
                 raise _out_of_attempts(x, line)
             async with asyncio.timeout(bound_wait(model.limits.max_wait_s - waited_s, ticket.deadline)):
                 await again.turn(home)
@@ -685,6 +687,12 @@ def _attempted(x: Exchange, metrics: ModelMetrics, outcome: str) -> None:
     metrics.attempted(outcome)
     if x.trace is not None:
         x.trace.attempted(outcome, time.monotonic())
+
+
+def _spent(x: Exchange, again: retry.Retry, charge: Charge) -> int:
+    """Attempts that count. Not those that no engine had: where a node is lost, whoever waits for the successor of the only engine
+    finds nobody there, second after second, until the tables know; `max_wait_s` bounds that."""
+    return x.line.attempts - again.unreached - charge.excused
 
 
 def _out_of_attempts(x: Exchange, line: VersionLine) -> EngineBroken:

@@ -135,11 +135,12 @@ class Trials:
 class Retry:
     """One request's further attempts, and the first one of a request that is under suspicion."""
 
-    __slots__ = ("_at", "_budget", "_occupied", "_since", "_timer", "_trials", "taken")
+    __slots__ = ("_at", "_budget", "_occupied", "_since", "_timer", "_trials", "taken", "unreached")
 
     def __init__(self, budget: Turns, trials: Trials) -> None:
         self._budget, self._trials = budget, trials
         self.taken = False  # a place in the budget
+        self.unreached = 0  # attempts whose connection nobody took: they cost no engine anything
         self._at: str | None = None  # where it has the turn to be on trial
         self._occupied = False  # where it is to be on trial, another gateway's is
         self._since = 0.0

@@ -8,6 +8,7 @@ import json
 import uuid
 from typing import Any
 
+import msgspec
 import openai
 import pytest
 
@@ -125,9 +126,22 @@ async def test_an_internal_error_everywhere_is_502_and_tells_nothing_of_it(front
 
 
 async def test_attempts_are_bounded(front: Front) -> None:
+    async with recorded(status=500) as engine:
+        front.serve(*(msgspec.structs.replace(engine.endpoint, id=f"bad-{i}") for i in range(5)))
+        assert (await front.ask(body=chat())).status == 502
+        assert front.metric("steelyard_upstream_attempts_total") == 3
+        front.table()
+
+
+async def test_a_connection_that_nobody_takes_is_no_attempt_and_the_successor_is_waited_for(
+    front: Front, room: EngineRoom
+) -> None:
+    """A lost node is in the tables for some seconds more."""
     front.serve(*(refusing(id=f"gone-{i}") for i in range(5)))
-    assert (await front.ask(body=chat())).status == 502
-    assert front.metric("steelyard_upstream_attempts_total") == 3
+    asked = asyncio.create_task(front.ask(body=chat()))
+    await eventually("all were asked", lambda: front.metric("steelyard_upstream_attempts_total") >= 5)
+    front.table(room.shared())
+    assert (await asked).status == 200
 
 
 async def test_an_engine_that_dies_over_a_whole_answer_is_replaced_by_another(front: Front, room: EngineRoom) -> None:

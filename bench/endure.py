@@ -102,7 +102,7 @@ def endure(total_s: float, say: Callable[[str], None], result: Report) -> None:
         with Crowd(side.base_url, side.headers, [(_STREAMS, asks)], 120.0) as crowd:
             looks = watch(side, total_s, say)
             answers = crowd.stop()
-        time.sleep(5.0)
+        time.sleep(5.0)  # those who left: their slots, gauges and log lines, told once a second
         verdicts = Counter(w.verdict() for w in answers)
         say(f"{len(answers)} answers: {dict(verdicts)}")
         inside = unrested_gauges(fleet.metrics().text)
@@ -120,7 +120,7 @@ def watch(side: sides.Side, total_s: float, say: Callable[[str], None]) -> dict[
     looked = began + total_s * WARM_UP
     while (now := time.monotonic()) < began + total_s:
         next(leaving)
-        time.sleep(_LEAVES_EVERY_S)
+        time.sleep(_LEAVES_EVERY_S)  # the pace of the load
         if now < looked:
             continue
         looked = now + LOOK_EVERY_S

@@ -187,7 +187,7 @@ def slow_clients(scene: Scene) -> Victims:
     while time.monotonic() < until:
         for client in opened:
             client.recv(1)
-        time.sleep(1.0)
+        time.sleep(1.0)  # that is the fault: a byte a second
     for client in opened:
         client.close()
 
@@ -234,7 +234,7 @@ def descriptors_gone(scene: Scene) -> Victims:
         for client in held:
             client.close()
     newcomers = [connected(scene.fleet.side, b"") for _ in range(40)]  # the kernel gives them to all gateways evenly
-    time.sleep(1.0)
+    time.sleep(1.0)  # nothing tells when it has been accepted but the table of sockets below
     taken = scene.ports_of(pid) & {client.getsockname()[1] for client in newcomers}
     for client in newcomers:
         client.close()

@@ -4,7 +4,7 @@
        uniform load at 1, 8 and 32 clients, then production-like load           -> latency, tokens/s, gateway CPU
     2. the stack over two simulated engines: idle; paced; thousands of streams  -> memory, errors, CPU per event
 
-The bars are those of the one table in docs/performance.md (`bench/plan.py`); figures without a bar are shown below them.
+The bars are those of the one table in docs/benchmarks.md (`bench/plan.py`); figures without a bar are shown below them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `bench.overhead` is asked to measure, and the bars it judges by (docs/performance.md shows the same table)."""
+"""What `bench.overhead` is asked to measure, and the bars it judges by (docs/benchmarks.md shows the same table)."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ from serving.telemetry.tracing import Tracing
 log = logging.getLogger(__name__)
 
 MAX_REQUESTS = 10_000  # inside one gateway at once; file descriptors and memory are finite
-MAX_ATTEMPTS = 3  # at different replicas, `busy` not counted, nor engines that died of another request
+MAX_ATTEMPTS = 3  # at different replicas; `_spent` says which count
 SILENCE_CHECK_EVERY_S = 0.5
 BODY_TIMEOUT_S = 60.0  # for the whole request body to arrive
 LAST_WORD_S = 5.0  # for a client to take its error

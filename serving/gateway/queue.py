@@ -70,9 +70,8 @@ class Ticket:
         self.blocks, self.session = blocks, session  # what of it an endpoint's cache may hold
         self.deadline, self.since = deadline, since
         self.avoid: frozenset[str] = NOBODY  # endpoints that failed it
-        self.suspicion: int | None = (
-            None  # an engine died with it inside, or a copy, for all of which this number is the same
-        )
+        # Once an engine died with it inside, or a copy: for all of these the same number.
+        self.suspicion: int | None = None
         self.again: Retry | None = None  # its further attempts
         self.upstream: Upstream | None = None  # where it is bound
         self._future: asyncio.Future[Upstream] | None = None  # while it waits

@@ -457,9 +457,9 @@ def test_a_head_that_is_stopped_for_minutes_stops_nothing_and_scales_again_when_
     back = time.monotonic() + HEAD_AWAY_S
     while time.monotonic() < back:
         count = asking.good
-        until(lambda: asking.good > count + 40, "requests are answered without a head", 30)  # noqa: B023
+        until(lambda: asking.good > count + 40, "requests are answered without a head", 30)  # noqa: B023 - called in this turn
         assert all(answers(w) for w in nodes.workers)
-        time.sleep(1)
+        time.sleep(1)  # the head stays away for so long; this only looks once a second
     streams = [Stream(nodes, nodes.workers[i % 2], 60_000 // ITL_MS, model="grows") for i in range(6)]
     nodes.head.start()
     until(nodes.head.up, "the head is up again", 60)

@@ -339,3 +339,14 @@ async def test_what_waits_at_the_end_is_sent(
             await front.rest()
             assert not collector.spans
     assert len(collector.spans) == 6
+
+
+async def test_no_post_has_more_spans_than_may_be_encoded_at_once(
+    keys: Keys, tmp_path: Path, collector: Collector, room: EngineRoom
+) -> None:
+    with mock.patch.object(otlp, "BATCH_SPANS", 4):
+        async with harness.front(keys, tmp_path, collector.url) as front:
+            front.serve(room.shared())
+            assert (await front.ask(body=chat())).status == 200
+            await front.rest()
+    assert (len(collector.bodies), len(collector.spans)) == (2, 6)

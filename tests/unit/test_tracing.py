@@ -177,12 +177,14 @@ def test_vllm_sends_its_spans_there_and_only_under_a_gateways() -> None:
     made = engine("vllm", traces)
     assert made.argv[made.argv.index("--otlp-traces-endpoint") + 1] == "http://c/v1/traces"
     assert "Bearer" not in " ".join(made.argv)
-    told = {name: value for name, value in made.env.items() if name.startswith("OTEL_")}
+    told = {name: value for name, value in made.env.items() if name.startswith(("OTEL_", "TRACE"))}
     assert told == {
         "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
         "OTEL_EXPORTER_OTLP_TRACES_HEADERS": "authorization=Bearer%20a%2Cb%3Dc",
         "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT": "3",
         "OTEL_TRACES_SAMPLER": "parentbased_always_off",
+        "TRACEPARENT": "none",
+        "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "64",
         "OTEL_SERVICE_NAME": "prod-engine",
         "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment=prod,service.instance.id=m%40v%231",
     }

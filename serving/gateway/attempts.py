@@ -198,6 +198,7 @@ class Attempts:
             tokens=ticket.tokens,
             trial_s=trial_s,
             charge=self.charge if ticket.suspicion is None else None,
+            let_in=None if self._retry is None else self._retry.let_in,
             stream=x.line.stream,
             patient=x.line.attempts + 1 >= MAX_ATTEMPTS,
         )
@@ -242,13 +243,13 @@ class Attempts:
         log.warning("attempt %d failed: %s", x.line.attempts, e, extra={"request_id": x.request_id})
         self._again, self._failed = True, e.outcome
         again = self._retried()
-        trial_s = again.trial_s
+        trial_s, killed = again.trial_s, e.killed and not again.outside
         again.close()
         ticket.avoid |= line.on_node_of(upstream) if e.unreachable else {upstream.endpoint.id}
-        if e.killed:
+        if killed:
             # Who came to an engine that stood still already is not the one that stopped it.
             self._engine_died(trial_s if e.outcome == "died" else 0.0)
-        elif e.outcome == "connect_error":
+        elif e.killed or e.outcome == "connect_error":
             again.unreached += 1
         elif self._spent >= MAX_ATTEMPTS:
             raise self._out_of_attempts() from None

@@ -87,7 +87,9 @@ def engine_lies(scene: Scene) -> Victims:
 
 def engine_wedged(scene: Scene) -> Victims:
     """It accepts, and nothing gets another token."""
-    return _sins(scene, "hangs", after=0)
+    victims = _sins(scene, "hangs", after=0)
+    victims.at = scene.last_step(*victims.replicas)
+    return victims
 
 
 def rolling_update(scene: Scene) -> Victims:

@@ -26,6 +26,7 @@ from bench.crowd import Crowd
 from bench.fleet import Fleet, Metrics
 from bench.load import sockets_of, taken
 from bench.mix import Ask, Witness
+from serving.engine import stats
 from serving.engine.door import SECRET_HEADER
 from serving.engine.process import ENGINE_MARK
 
@@ -34,6 +35,7 @@ Lines = Mapping[str, Mapping[str, Any]]
 EVERY = "*"  # as a victim: whoever it was
 LOOK_EVERY_S = 0.2
 _UP_TIMEOUT_S = 300.0
+_STILL_S = 1.5  # without a step: one that is busy makes dozens
 
 
 @dataclass
@@ -121,13 +123,36 @@ class Scene:
 
     def sin(self, replica: str, *names: str, after: int = 8) -> float:
         """Turn one simulated engine bad; when, on the monotonic clock."""
-        url = next(str(r["url"]) for r in self.status()["replicas"] if r["id"] == replica) + "/-/sins"
+        body = json.dumps({"names": names, "after": after}).encode()
+        url = self._url(replica)
+        at = time.monotonic()
+        self._ask(url + "/-/sins", body)
+        return at
+
+    def last_step(self, replica: str) -> float:
+        """When an engine that is about to stand still has made its last step, by its own counters, on the monotonic clock: a
+        simulated one that is told to obeys at its next request."""
+        url = self._url(replica)
+        at, mark = time.monotonic(), None
+        while time.monotonic() < at + _STILL_S:
+            asked = time.monotonic()
+            found = stats.vitals(self._ask(url + stats.VITALS_PATH))
+            if found is None:
+                raise procs.StartFailed(f"{replica} says nothing of its steps")
+            if found.mark != mark:
+                at, mark = asked, found.mark
+            time.sleep(0.1)
+        return at
+
+    def _url(self, replica: str) -> str:
+        return next(str(r["url"]) for r in self.status()["replicas"] if r["id"] == replica)
+
+    def _ask(self, url: str, body: bytes | None = None) -> str:
+        """An engine, past its door."""
         secret = (self.state_dir / "cluster-secret").read_text().strip()
         headers = {SECRET_HEADER.decode(): secret, "content-type": "application/json"}
-        body = json.dumps({"names": names, "after": after}).encode()
-        at = time.monotonic()
-        urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=10).close()
-        return at
+        with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=10) as response:
+            return str(response.read().decode())
 
     def up(self, model: dict[str, Any] | None = None, **settings: str) -> subprocess.CompletedProcess[str]:
         """`steelyard up` with another model file, or other settings; its own one again without any."""

@@ -11,6 +11,7 @@ Runs inside the engine, so: standard library only, and it reads its own three va
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import os
@@ -119,8 +120,13 @@ class Door:
             if message.get("body"):
                 over()
 
+        async def told() -> MutableMapping[str, Any]:
+            message = await receive()  # the server says `100 Continue` here, by which the gateway knows that it is in
+            await asyncio.sleep(0)  # uvloop writes at the end of its round: before the engine can die of it
+            return message
+
         try:
-            await self._inside(scope, receive, until_answered, tokens)
+            await self._inside(scope, told, until_answered, tokens)
         finally:
             over()
 

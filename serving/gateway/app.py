@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import math
 import time
-from collections.abc import Awaitable
 from typing import Any
 
 import msgspec
@@ -22,27 +20,25 @@ from serving.errors import (
     EngineBroken,
     Internal,
     LimitReached,
-    NoReplica,
     QueueFull,
-    RequestCrashedEngine,
     RequestError,
     ScopeMissing,
     UnknownModel,
-    WaitTooLong,
 )
-from serving.gateway import retry, routes
+from serving.gateway import routes
 from serving.gateway.admission import Admission
+from serving.gateway.attempts import Attempts, crashed
+from serving.gateway.delivery import used
 from serving.gateway.exchange import ClientGone, Exchange, Receive, Scope, Send, rest
 from serving.gateway.fuse import Charge
-from serving.gateway.hold import NO_CACHE, KeepAlive
+from serving.gateway.hold import KeepAlive
 from serving.gateway.keys import Key, KeyRing
 from serving.gateway.order import RANK
 from serving.gateway.own import OwnRoutes, visible
 from serving.gateway.prefix import BLOCK_BYTES, blocks_of, stable_hash
-from serving.gateway.queue import Ticket, VersionLine, bound_wait
-from serving.gateway.relay import Broken, Busy, Engines, Recalled, Reply, error_event
+from serving.gateway.queue import Ticket
+from serving.gateway.relay import Engines, error_event
 from serving.gateway.routes import Route
-from serving.gateway.routing import Upstream
 from serving.gateway.sizes import check_input, has_media
 from serving.gateway.state import Fleet, ModelConfig, Name
 from serving.telemetry.logs import RequestLog
@@ -51,7 +47,6 @@ from serving.telemetry.metrics import (
     UNKNOWN_MODEL,
     GatewayMetrics,
     ModelMetrics,
-    StreamMeter,
     set_all,
     slo_verdict,
 )
@@ -60,7 +55,6 @@ from serving.telemetry.tracing import Tracing
 log = logging.getLogger(__name__)
 
 MAX_REQUESTS = 10_000  # inside one gateway at once; file descriptors and memory are finite
-MAX_ATTEMPTS = 3  # at different replicas; `_spent` says which count
 SILENCE_CHECK_EVERY_S = 0.5
 BODY_TIMEOUT_S = 60.0  # for the whole request body to arrive
 LAST_WORD_S = 5.0  # for a client to take its error
@@ -165,6 +159,8 @@ class Gateway:
         await self._own.answer(route, x, key)
 
     async def _generate(self, x: Exchange, route: Route, key: Key) -> None:
+        engines = self._engines
+        assert engines is not None
         if self._tracing is not None:
             self._trace(x, key, self._tracing)
         if self.requests > MAX_REQUESTS:
@@ -179,14 +175,14 @@ class Gateway:
         ticket = _ticket(x, key, model, line.size_of(route, fields, len(body)))
         charge = Charge(self.fleet.fuse, line.version_id, route.path, name.adapter, fields)
         if charge.blown:
-            raise self._crashed(charge, self.metrics.of(model.name), ticket)
+            raise crashed(charge, self.metrics.of(model.name), ticket)
         ticket.adapter = name.adapter
         if len(line.upstreams) > 1:  # else there is nothing to choose
             if len(body) >= BLOCK_BYTES:
                 ticket.blocks = blocks_of(route, fields, name.adapter)
             ticket.session = _session(x, key, fields)
         x.line.stream = bool(fields.get("stream"))
-        body, withhold_usage = _adapted(body, fields, route, name)
+        body, withhold = _adapted(body, fields, route, name)
         metrics = self.metrics.of(name.model, name.version, name.adapter or "")
         metrics.held.inc()
         entered = False
@@ -195,15 +191,16 @@ class Gateway:
             entered = True
             with _Watch(x, ticket.deadline - x.t0):
                 keep_alive = KeepAlive(x, model.limits.keep_alive_after_s if x.line.stream and key.keep_alive else None)
-                await self._answer(x, route, line, model, metrics, ticket, keep_alive, body, withhold_usage, charge)
+                attempts = Attempts(
+                    self.fleet, engines, x, route, line, model, metrics, ticket, charge, keep_alive, body, withhold
+                )
+                await attempts.answer()
             media = has_media(route, fields, len(body))
             line.sizes.learn(len(body), x.line.prompt_tokens, x.line.completion_tokens, media=media)
         finally:
             metrics.held.dec()
-            if ticket.again is not None:
-                ticket.again.close()
             if entered:
-                self._admission.leave(key, model, ticket.tokens, _used(x))
+                self._admission.leave(key, model, ticket.tokens, used(x))
             if x.line.queue_ms is not None:  # of all its attempts together: one that is told `busy` waits on
                 metrics.queue_wait(ticket.class_).observe(x.line.queue_ms / 1e3)
 
@@ -213,267 +210,6 @@ class Gateway:
         except LimitReached as e:
             metrics.rejected(e.code, ticket.class_)
             raise
-
-    async def _answer(
-        self,
-        x: Exchange,
-        route: Route,
-        line: VersionLine,
-        model: ModelConfig,
-        metrics: ModelMetrics,
-        ticket: Ticket,
-        keep_alive: KeepAlive,
-        body: bytes,
-        withhold_usage: bool,
-        charge: Charge,
-    ) -> None:
-        """Binds the request to a replica and relays; failures before the first byte are tried elsewhere."""
-        self.fleet.arrived[line.version_id] += 1
-        again, failed, news_s = False, "", 0.0
-        while True:
-            ticket.suspicion = charge.suspicion
-            if ticket.suspicion is not None:
-                if not again:
-                    self._admit_suspect(line, model, metrics, ticket)
-                ticket.again = ticket.again or retry.Retry(line.retries, line.trials)
-            if ticket.again is not None:
-                await self._turn(x, line, model, metrics, ticket, ticket.again, charge, news_s)
-                news_s = 0.0
-            if failed:
-                metrics.retried(failed)
-                failed = ""
-            upstream = await self._slot(x, line, model, metrics, ticket, keep_alive, again)
-            if charge.blown:  # while it waited, engines died with the same request inside
-                line.release(ticket)
-                raise self._crashed(charge, metrics, ticket)
-            if ticket.suspicion is None and charge.suspicion is not None:
-                line.unsent(ticket)
-                again = True
-                continue
-            x.line.replica = upstream.endpoint.id
-            settle = line.release
-            metrics.running.inc()
-            trial_s = 0.0 if ticket.again is None else ticket.again.sent()
-            try:
-                reply = await self._open(x, upstream, route, body, withhold_usage, ticket, trial_s, charge)
-                x.line.attempts += 1
-                if ticket.again is not None:
-                    ticket.again.close()
-                line.entered(ticket)
-                if reply.scan is not None:
-                    line.answered_first(ticket)
-                await self._deliver(x, route, reply, metrics)
-                self.fleet.finished[line.version_id] += 1
-                if reply.crashed:
-                    _count_death(x, charge, begun=True)
-                elif reply.scan is None or reply.finished:
-                    charge.survived()
-                _attempted(x, metrics, "died" if reply.scan is not None and reply.scan.died else "ok")
-                return
-            except Busy as e:
-                _attempted(x, metrics, "busy")
-                settle, again = line.busy, True
-                if e.occupied and ticket.again is not None:
-                    settle = line.unsent
-                    ticket.again.occupied()
-            except Recalled:
-                _attempted(x, metrics, "recalled")
-                settle, again = line.unsent, True
-            except Broken as e:
-                x.line.attempts += 1
-                _attempted(x, metrics, e.outcome)
-                log.warning("attempt %d failed: %s", x.line.attempts, e, extra={"request_id": x.request_id})
-                settle, again, failed = (line.broken if e.gone else line.failed), True, e.outcome
-                ticket.again = ticket.again or retry.Retry(line.retries, line.trials)
-                trial_s = ticket.again.trial_s
-                ticket.again.close()
-                ticket.avoid |= line.on_node_of(upstream) if e.unreachable else {upstream.endpoint.id}
-                if e.killed:
-                    # Who came to an engine that stood still already is not the one that stopped it.
-                    _count_death(x, charge, trial_s if e.outcome == "died" else 0.0)
-                elif e.outcome == "connect_error":
-                    ticket.again.unreached += 1
-                elif _spent(x, ticket.again, charge) >= MAX_ATTEMPTS:
-                    raise _out_of_attempts(x, line) from None
-                if e.killed or ticket.suspicion is not None:  # who finds nobody at its home may come after a copy
-                    news_s = retry.news_s(line.siblings, last=charge.blown)
-                if e.answered and not line.ready_ids() - ticket.avoid:
-                    raise EngineBroken(f"{line.version_id}: its engine answered with an internal error") from None
-            except asyncio.CancelledError:
-                _attempted(x, metrics, "client_gone" if x.line.client_gone else "timeout")
-                raise
-            finally:
-                metrics.running.dec()
-                settle(ticket)
-
-    def _admit_suspect(self, line: VersionLine, model: ModelConfig, metrics: ModelMetrics, ticket: Ticket) -> None:
-        others = self.fleet.waiting(model) - line.waiting
-        try:
-            line.admit_suspect(ticket, others=others, max_queue=model.limits.max_queue)
-        except QueueFull as e:
-            metrics.rejected(e.code, ticket.class_)
-            raise
-
-    def _crashed(self, charge: Charge, metrics: ModelMetrics, ticket: Ticket) -> RequestCrashedEngine:
-        metrics.rejected(RequestCrashedEngine.code, ticket.class_)
-        log.error("refused: engines died with %s inside; it stays refused for a while", charge.print)
-        return RequestCrashedEngine(
-            "engines died while they had this request: it is not tried again, and the same one is refused for some minutes"
-        )
-
-    async def _turn(
-        self,
-        x: Exchange,
-        line: VersionLine,
-        model: ModelConfig,
-        metrics: ModelMetrics,
-        ticket: Ticket,
-        again: retry.Retry,
-        charge: Charge,
-        news_s: float,
-    ) -> None:
-        """Waits for a place among the retries, as long as the request may wait at all. `news_s`: first for the other gateways'
-        word, by which it may have been the last time; that counts against its deadline only."""
-        began = heard = time.monotonic()
-        waited_s = (x.line.queue_ms or 0.0) / 1e3
-        home = None if ticket.suspicion is None else functools.partial(line.home, ticket)
-        waiting = metrics.waiting(ticket.class_)
-        waiting.inc()
-        try:
-            if news_s:
-                await asyncio.sleep(news_s)
-                heard = time.monotonic()
-            if charge.blown:
-                raise self._crashed(charge, metrics, ticket)
-            if _spent(x, again, charge) >= MAX_ATTEMPTS:
-                raise _out_of_attempts(x, line)
-            async with asyncio.timeout(bound_wait(model.limits.max_wait_s - waited_s, ticket.deadline)):
-                await again.turn(home)
-        except TimeoutError:
-            raise EngineBroken(
-                "an engine failed with it, and too many other requests are being tried again", retry_after_s=1
-            ) from None
-        finally:
-            waiting.dec()
-            now = time.monotonic()
-            x.line.queue_ms = round((waited_s + now - heard) * 1e3, 3)
-            if x.trace is not None:
-                x.trace.step("retry wait", began, now)
-
-    async def _slot(
-        self,
-        x: Exchange,
-        line: VersionLine,
-        model: ModelConfig,
-        metrics: ModelMetrics,
-        ticket: Ticket,
-        keep_alive: KeepAlive,
-        again: bool,
-    ) -> Upstream:
-        began = time.monotonic()
-        waited_s = (x.line.queue_ms or 0.0) / 1e3  # in earlier attempts
-        patience_s = bound_wait(model.limits.max_wait_s - waited_s, ticket.deadline)
-        waiting = metrics.waiting(ticket.class_)
-        waiting.inc()
-        try:
-            if line.version_id in self.fleet.asleep:
-                self.fleet.wake(line, patience_s)
-            async with keep_alive:
-                return await line.take(
-                    ticket,
-                    others=self.fleet.waiting(model) - len(line),
-                    max_queue=model.limits.max_queue,
-                    max_wait_s=patience_s,
-                    again=again,
-                )
-        except (QueueFull, WaitTooLong, NoReplica) as e:
-            metrics.rejected(e.code, ticket.class_)
-            raise
-        except BaseException:
-            if ticket.upstream is not None:  # it was bound in the same instant
-                line.release(ticket)
-            raise
-        finally:
-            waiting.dec()
-            now = time.monotonic()
-            x.line.queue_ms = round((x.line.queue_ms or 0.0) + (now - began) * 1e3, 3)
-            if x.trace is not None:
-                x.trace.class_ = ticket.class_
-                x.trace.step("queue", began, now if ticket.upstream is None else ticket.bound_at)
-
-    async def _open(
-        self,
-        x: Exchange,
-        upstream: Upstream,
-        route: Route,
-        body: bytes,
-        withhold_usage: bool,
-        ticket: Ticket,
-        trial_s: float,
-        charge: Charge,
-    ) -> Reply:
-        assert self._engines is not None
-        trace = b""
-        if x.trace is not None:
-            e = upstream.endpoint
-            trace = x.trace.sent(e.id, e.node, ticket.bound_at, time.monotonic())
-        reply = await self._engines.open(
-            upstream,
-            route,
-            body,
-            x.request_id,
-            withhold_usage=withhold_usage,
-            trace=trace,
-            tokens=ticket.tokens,
-            trial_s=trial_s,
-            charge=charge if ticket.suspicion is None else None,
-            stream=x.line.stream,
-            patient=x.line.attempts + 1 >= MAX_ATTEMPTS,
-        )
-        if x.trace is not None:
-            x.trace.answered(time.monotonic(), streamed=reply.scan is not None)
-        return reply
-
-    async def _deliver(self, x: Exchange, route: Route, reply: Reply, metrics: ModelMetrics) -> None:
-        meter = metrics.stream(x.t0)
-        scan = reply.scan
-        try:
-            if scan is None:
-                assert reply.body is not None
-                if x.started:  # keep-alives left already
-                    raise _refusal(reply)
-                await x.answer(reply.status, reply.body, reply.content_type)
-                x.line.reason = "ok" if reply.status < 400 else "engine_refused"
-                _count_unstreamed(x, reply, metrics)
-                return
-            await self._stream(x, route, reply, meter)
-        finally:
-            reply.close()
-            meter.flush()
-            if scan is not None:
-                x.line.events = scan.events
-                _count_streamed(x, reply, metrics)
-            if meter.ttft_s is not None:
-                x.line.ttft_ms = round(meter.ttft_s * 1e3, 3)
-            if (itl_s := meter.itl_s) is not None:
-                x.line.itl_p50_ms, x.line.itl_max_ms = round(itl_s[0] * 1e3, 3), round(itl_s[1] * 1e3, 3)
-
-    async def _stream(self, x: Exchange, route: Route, reply: Reply, meter: StreamMeter) -> None:
-        """Bytes as they come. After the first one left, trouble is one error event and the end."""
-        scan = reply.scan
-        assert scan is not None
-        if not x.started:
-            await x.start(reply.status, reply.content_type, NO_CACHE)
-        await reply.relay(_Client(x, meter))
-        if reply.finished:
-            x.line.reason = "ok"
-            return
-        scan.died = True
-        how = reply.error or scan.error[:300].decode(errors="replace") or "it ended without its end"
-        log.warning("stream broken after %d events: %s", scan.events, how, extra={"request_id": x.request_id})
-        error = EngineBroken("the engine died while it generated; what came before is incomplete")
-        x.line.reason = error.code
-        await x.end(error_event(route.path, x.dialect, error, x.request_id))
 
     # -- the rooms of the flow -----------------------------------------------------------------------------------
 
@@ -585,34 +321,6 @@ class Gateway:
                 log.error("the keys file cannot be used, the last good keys stay: %s", error)
 
 
-class _Client:
-    """The client as a stream's sink (`relay.Sink`), with the times of its pieces."""
-
-    __slots__ = ("_chunk", "_count", "_x")
-
-    def __init__(self, x: Exchange, meter: StreamMeter) -> None:
-        self._x = x
-        self._chunk = x.chunks()
-        self._count = meter.chunk
-
-    def push(self, data: bytes) -> Awaitable[None] | None:
-        slow = self._x.push(data)
-        self._count(time.monotonic())
-        return slow
-
-    def chunk(self, data: bytes) -> bool:
-        if self._chunk is None or not self._chunk(data):
-            return False
-        self._count(time.monotonic())
-        return True
-
-    def end(self, data: bytes) -> Awaitable[None] | None:
-        slow = self._x.push_end(data)
-        if data:
-            self._count(time.monotonic())
-        return slow
-
-
 class _Watch:
     """While a request runs: a client that leaves, or a deadline that passes, cancels it once.
 
@@ -683,45 +391,12 @@ def _ticket(x: Exchange, key: Key, model: ModelConfig, tokens: int) -> Ticket:
     return Ticket(since=x.t0, deadline=x.t0 + timeout_s, key=key.id, rank=rank, weight=float(key.weight), tokens=tokens)
 
 
-def _attempted(x: Exchange, metrics: ModelMetrics, outcome: str) -> None:
-    metrics.attempted(outcome)
-    if x.trace is not None:
-        x.trace.attempted(outcome, time.monotonic())
-
-
-def _spent(x: Exchange, again: retry.Retry, charge: Charge) -> int:
-    """Attempts that count. Not those that no engine had: where a node is lost, whoever waits for the successor of the only engine
-    finds nobody there, second after second, until the tables know; `max_wait_s` bounds that."""
-    return x.line.attempts - again.unreached - charge.excused
-
-
-def _out_of_attempts(x: Exchange, line: VersionLine) -> EngineBroken:
-    return EngineBroken(f"{line.version_id}: {x.line.attempts} attempts failed")
-
-
-def _count_death(x: Exchange, charge: Charge, trial_s: float = 0.0, *, begun: bool = False) -> None:
-    """An engine died with this request inside, which was on trial there for so long, or not (0)."""
-    deaths = charge.died(x.line.replica or "", trial_s, begun=begun)
-    how = "on trial" if trial_s else "inside"
-    log.warning("an engine died with %s %s, %d by now", charge.print, how, deaths, extra={"request_id": x.request_id})
-
-
 def _session(x: Exchange, key: Key, fields: dict[str, Any]) -> int | None:
     """What requests of one conversation have in common, by the client's word; other keys' words are others."""
     given = x.headers.get(SESSION_HEADER) or fields.get("prompt_cache_key")
     if isinstance(given, str):
         given = given.encode("utf-8", "replace")
     return stable_hash(given, stable_hash(key.id.encode())) if isinstance(given, bytes) else None
-
-
-def _used(x: Exchange) -> int | None:
-    """Tokens that an ended request has used: none when it was refused, None when the engine did not say."""
-    line = x.line
-    if not line.attempts or not x.started or line.status >= 400:
-        return 0
-    if line.prompt_tokens is None and line.completion_tokens is None:
-        return None
-    return (line.prompt_tokens or 0) + (line.completion_tokens or 0)
 
 
 def _adapted(body: bytes, fields: dict[str, Any], route: Route, name: Name) -> tuple[bytes, bool]:
@@ -740,77 +415,3 @@ def _adapted(body: bytes, fields: dict[str, Any], route: Route, name: Name) -> t
             asked = {k: v for k, v in options.items() if k != "continuous_usage_stats"} | {"include_usage": True}
             body = routes.splice(body, b'"stream_options":' + msgspec.json.encode(asked))
     return body, withhold
-
-
-class _EngineMessage(msgspec.Struct):
-    message: str = ""
-
-
-class _EngineError(msgspec.Struct):
-    error: _EngineMessage
-
-
-def _refusal(reply: Reply) -> RequestError:
-    """An engine's answer that is no stream, for a client that got a stream's 200 already."""
-    message = ""
-    with contextlib.suppress(msgspec.MsgspecError):
-        message = msgspec.json.decode(reply.body or b"", type=_EngineError).error.message
-    if reply.status < 500:
-        return BadRequest(message or f"the engine refused the request with status {reply.status}")
-    return EngineBroken(f"the engine answered with status {reply.status}")
-
-
-class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class _UnstreamedUsage(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    prompt_tokens_details: _Details | None = None
-    input_tokens_details: _Details | None = None
-
-
-class _Choice(msgspec.Struct):
-    finish_reason: str | None = None
-
-
-class _Unstreamed(msgspec.Struct):
-    usage: _UnstreamedUsage | None = None
-    choices: tuple[_Choice, ...] = ()
-    stop_reason: str | None = None  # of a message
-    status: str | None = None  # of a response
-
-
-_decode_answer = msgspec.json.Decoder(_Unstreamed).decode
-
-
-def _count_unstreamed(x: Exchange, reply: Reply, metrics: ModelMetrics) -> None:
-    if reply.status != 200 or reply.body is None:
-        return
-    with contextlib.suppress(msgspec.MsgspecError):
-        answer = _decode_answer(reply.body)
-        why = answer.choices[-1].finish_reason if answer.choices else answer.stop_reason or answer.status
-        x.line.finish = why
-        usage = answer.usage
-        if usage is not None:
-            prompt = usage.prompt_tokens if usage.prompt_tokens is not None else usage.input_tokens
-            completion = usage.completion_tokens if usage.completion_tokens is not None else usage.output_tokens
-            x.line.prompt_tokens, x.line.completion_tokens = prompt, completion
-            details = usage.prompt_tokens_details or usage.input_tokens_details
-            metrics.used(prompt, completion, details.cached_tokens if details is not None else None)
-
-
-def _count_streamed(x: Exchange, reply: Reply, metrics: ModelMetrics) -> None:
-    """What its engine counted, of a stream that came to its end; of any other, what its events tell."""
-    scan = reply.scan
-    assert scan is not None
-    if reply.finished and not scan.died:
-        x.line.prompt_tokens, x.line.completion_tokens = scan.usage.prompt, scan.usage.completion
-        x.line.finish = scan.finish
-        metrics.used(scan.usage.prompt, scan.usage.completion, scan.usage.cached)
-    else:
-        x.line.aborted_tokens = scan.tokens
-        metrics.aborted(scan.tokens)

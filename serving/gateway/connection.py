@@ -41,6 +41,9 @@ class Receiver(Protocol):
     def answered(self, status: int, headers: dict[bytes, bytes]) -> None:
         """The final status line and headers are here; names in lower case."""
 
+    def awaited(self) -> None:
+        """`100 Continue`: whoever answers has begun to read the request."""
+
     def received(self, data: bytes) -> None:
         """A piece of the body, without its framing."""
 
@@ -157,8 +160,12 @@ class Connection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         headers, self._headers = self._headers, {}
         status = self._parser.get_status_code()
-        if status >= 200 and self._receiver is not None and not self._complete:
+        if self._receiver is None or self._complete:
+            return
+        if status >= 200:
             self._receiver.answered(status, headers)
+        elif status == 100:
+            self._receiver.awaited()
 
     def on_body(self, body: bytes) -> None:
         if not self._complete:

@@ -20,7 +20,7 @@ from serving.gateway import shares
 from serving.gateway.order import CLASSES, Order
 from serving.gateway.pace import Holds, Pace
 from serving.gateway.prefix import KEPT_BLOCKS
-from serving.gateway.retry import YOUNG_S, Patience, Retry, Trials, budget
+from serving.gateway.retry import YOUNG_S, Patience, Trials, budget
 from serving.gateway.routes import Route
 from serving.gateway.routing import NOBODY, Upstream, pick
 from serving.gateway.sizes import Sizes
@@ -45,7 +45,7 @@ class Ticket:
     """One request's claim to a slot, from its arrival to its end, over all its attempts. Times are monotonic seconds."""
 
     __slots__ = (
-        *("adapter", "again", "at", "avoid", "blocks", "cost", "deadline", "key", "place", "rank", "session", "since"),
+        *("adapter", "at", "avoid", "blocks", "cost", "deadline", "key", "place", "rank", "session", "since"),
         *("bound_at", "suspicion", "tokens", "upstream", "weight", "_again_as", "_future", "_over", "_pending"),
     )
 
@@ -72,7 +72,6 @@ class Ticket:
         self.avoid: frozenset[str] = NOBODY  # endpoints that failed it
         # Once an engine died with it inside, or a copy: for all of these the same number.
         self.suspicion: int | None = None
-        self.again: Retry | None = None  # its further attempts
         self.upstream: Upstream | None = None  # where it is bound
         self._future: asyncio.Future[Upstream] | None = None  # while it waits
         self.place = -1  # among those that wait, for `Order`

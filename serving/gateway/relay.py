@@ -11,7 +11,7 @@ import asyncio
 import errno
 import re
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -26,6 +26,8 @@ from serving.gateway.routing import Charged, Upstream
 BUSY_HEADER, OCCUPIED = b"x-steelyard-busy", b"trial"
 MAX_ANSWER_BYTES = 256 * 1024 * 1024  # of one unstreamed answer
 MAX_EVENT_BYTES = 8 * 1024 * 1024  # of one SSE event
+# The door says whom it lets in that is on trial: of who was still before it, its engine did not die.
+_TRIAL = b"expect: 100-continue\r\nx-steelyard-trial: %d\r\n"
 _OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)  # says nothing of the engine
 
 # Inside a JSON string quotes and line feeds are escaped, so none of these can come from generated text.
@@ -217,6 +219,7 @@ class Reply:
             "_ended",
             "_fault",
             "_held",
+            "_let_in",
             "_news",
             "_route",
             "_sink",
@@ -230,11 +233,11 @@ class Reply:
         self,
         connection: Connection,
         route: Route,
-        *,
         withhold_usage: bool,
         stream: bool = False,
         patient: bool = True,
         charge: Charged | None = None,
+        let_in: Callable[[], None] | None = None,
     ) -> None:
         self.stream, self.patient = stream, patient  # asked for a stream; never tried elsewhere for silence
         self.charge = charge
@@ -248,6 +251,7 @@ class Reply:
         self._connection = connection
         self._route, self._withhold = route, withhold_usage
         self._busy, self._ended = b"", False
+        self._let_in = let_in
         self._held: list[bytes] = []
         self._size = 0  # bytes in `_held`
         self._sink: Sink | None = None
@@ -324,6 +328,10 @@ class Reply:
         self._busy = headers.get(BUSY_HEADER, b"") if status == 503 else b""
         if 200 <= status < 300 and self.content_type.startswith(b"text/event-stream"):
             self.scan = StreamScan(self._route, withhold_usage=self._withhold)
+
+    def awaited(self) -> None:
+        if self._let_in is not None:
+            self._let_in()
 
     def received(self, data: bytes) -> None:
         scan = self.scan
@@ -409,6 +417,7 @@ class Engines:
         stream: bool = False,
         patient: bool = True,
         charge: Charged | None = None,
+        let_in: Callable[[], None] | None = None,
     ) -> Reply:
         """Sends the request and returns when the first bytes of a good answer are here.
 
@@ -416,18 +425,19 @@ class Engines:
         answers: they come back as a Reply. `trace`: header lines of its trace. `tokens`: what the request may take of the KV
         cache, for the door, which has nobody else on trial for `trial_s`, unless the answer begins before. Unless `patient`,
         an engine that says nothing is given up where another one is better (`VersionLine.give_up_on_the_silent`). With a
-        `charge`, Recalled when it comes under suspicion before it has an answer.
+        `charge`, Recalled when it comes under suspicion before it has an answer. `let_in` is called when the door has
+        let it in that is on trial.
         """
         who = upstream.endpoint.id
         address, host = _address(upstream.endpoint.url)
         head = b"POST %b HTTP/1.1\r\nhost: %b\r\n%b%b\r\n%bx-steelyard-tokens: %d\r\n%bcontent-length: %d\r\n\r\n" % (
             *(route.path.encode(), host, self._common),
-            *(request_id.encode(), trace, tokens, b"x-steelyard-trial: %d\r\n" % (trial_s * 1e3) if trial_s else b""),
+            *(request_id.encode(), trace, tokens, _TRIAL % (trial_s * 1e3) if trial_s else b""),
             len(body),
         )
         kept = self._pool.take(address)
         if kept is not None:
-            reply = Reply(kept, route, withhold_usage=withhold_usage, stream=stream, patient=patient, charge=charge)
+            reply = Reply(kept, route, withhold_usage, stream, patient, charge, let_in)
             await _asked(upstream, kept, reply, head, body)
             if reply.status != 0:
                 return _good(who, reply)
@@ -444,7 +454,7 @@ class Engines:
             raise Broken(
                 "connect_error", f"{who}: {e or 'timeout'}", killed=False, gone=True, unreachable=silent
             ) from None
-        reply = Reply(new, route, withhold_usage=withhold_usage, stream=stream, patient=patient, charge=charge)
+        reply = Reply(new, route, withhold_usage, stream, patient, charge, let_in)
         await _asked(upstream, new, reply, head, body)
         return _good(who, reply)
 

@@ -13,6 +13,8 @@ MOMENT_S = 0.25  # without a failure, or an answer sooner, and it is a request l
 # One under suspicion is so for longer: vLLM's server notices half a second later that its core is gone. Where many wait for
 # one engine each has less, so that the last has his turn within about `CROWD_S`, as far as the least allows.
 TRIAL_S, TRIAL_LEAST_S, CROWD_S = 1.0, 0.25, 15.0
+# So much longer nobody else is let in on trial at that engine: its death is noticed late where a gateway is busy.
+LAG_S = 0.25
 NEWS_S, LAST_NEWS_S = 0.1, 1.0
 YOUNG_S = 5.0  # an engine that has a request for longer will hardly die of it
 OCCUPIED_S = 0.05  # another gateway's is on trial there: how long until it is asked again
@@ -86,6 +88,7 @@ class Trials:
     are kept apart by its door."""
 
     def __init__(self) -> None:
+        self.doors_tell = False  # whom they let in; from the first one that did
         self._turns: dict[str, Turns] = {}  # by home
 
     async def take(self, home: Callable[[], str]) -> str:
@@ -135,21 +138,31 @@ class Trials:
 class Retry:
     """One request's further attempts, and the first one of a request that is under suspicion."""
 
-    __slots__ = ("_at", "_budget", "_occupied", "_since", "_timer", "_trials", "taken", "unreached")
+    __slots__ = (
+        *("_alone_s", "_at", "_budget", "_inside", "_occupied", "_since", "_timer", "_trials"),
+        *("taken", "unreached"),
+    )
 
     def __init__(self, budget: Turns, trials: Trials) -> None:
         self._budget, self._trials = budget, trials
         self.taken = False  # a place in the budget
-        self.unreached = 0  # attempts whose connection nobody took: they cost no engine anything
+        self.unreached = 0  # attempts that no engine had: they cost none anything
         self._at: str | None = None  # where it has the turn to be on trial
         self._occupied = False  # where it is to be on trial, another gateway's is
-        self._since = 0.0
+        self._inside = False  # the door where it is on trial has let it in
+        self._since, self._alone_s = 0.0, 0.0  # and nobody else meanwhile
         self._timer: asyncio.TimerHandle | None = None
 
     @property
     def trial_s(self) -> float:
-        """For how long it has been on trial at its engine now; 0 when it is not."""
-        return time.monotonic() - self._since if self._at is not None and self._timer is not None else 0.0
+        """For how long it has been on trial at its engine now, and nobody else can have been; 0 when that is not sure."""
+        passed_s = time.monotonic() - self._since
+        return passed_s if self._inside and passed_s <= self._alone_s else 0.0
+
+    @property
+    def outside(self) -> bool:
+        """It was to be on trial, and the door, which would have told, has not let it in."""
+        return self._alone_s > 0 and not self._inside and self._trials.doors_tell
 
     async def turn(self, home: Callable[[], str] | None) -> None:
         """Waits until it may be tried: one under suspicion until nobody else is on trial at its `home`. `close` gives the turn
@@ -167,23 +180,31 @@ class Retry:
             self.taken = True
 
     def sent(self) -> float:
-        """It is on its way to an engine. From now on it has the turn for a moment only: so many seconds, when it is on trial,
-        else 0 is returned."""
+        """It is on its way to an engine. From now on it has the turn for a moment only. For so many seconds nobody else may be
+        on trial there, when it is, else 0 is returned."""
         self._untimed()
         trial_s = 0.0 if self._at is None else self._trials.length_s(self._at)
-        self._since = time.monotonic()
-        self._timer = asyncio.get_running_loop().call_later(trial_s or MOMENT_S, self.close)
-        return trial_s
+        self._inside, self._since = False, time.monotonic()
+        self._alone_s = trial_s and trial_s + LAG_S
+        self._timer = asyncio.get_running_loop().call_later(trial_s or MOMENT_S, self._give_turn)
+        return self._alone_s
+
+    def let_in(self) -> None:
+        """By the door where it is on trial."""
+        self._inside = self._trials.doors_tell = True
 
     def occupied(self) -> None:
         """It keeps its turn, and is not to be sent again at once."""
         self._occupied = True
 
     def close(self) -> None:
-        """It has an answer, or will not get one, or has not failed for a moment, as those that have no answer before they have
-        all of it."""
+        """It has an answer, or will not get one."""
+        self._give_turn()
+        self._occupied, self._alone_s = False, 0.0
+
+    def _give_turn(self) -> None:
+        """Also when it has not failed for a moment, as those that have no answer before they have all of it."""
         self._untimed()
-        self._occupied = False
         self._give_place()
         if self._at is not None:
             at, self._at = self._at, None

@@ -217,6 +217,33 @@ async def test_who_is_on_trial_when_an_engine_dies_answers_for_those_who_are_not
     assert not dead(c)
 
 
+async def test_whom_the_door_had_not_let_in_when_the_engine_died_was_not_inside(
+    front: Front, room: EngineRoom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was on its way, or in the socket's queue, behind the one that ended the engine."""
+    well = room.shared()
+    front.serve(well)
+    fuse = front.gateway.fleet.fuse
+    asked = chat("hello")
+    for body in (asked, chat("another")):
+        fuse.died(fingerprint("tiny@v1", CHAT, None, body), "earlier")
+    assert (await front.ask(body=chat("another"))).status == 200  # so this gateway knows that doors tell
+    with socket.socket() as dying:
+        dying.bind((HOST, 0))
+        dying.listen()
+        url = f"http://{HOST}:{dying.getsockname()[1]}"
+        front.table(Engine(msgspec.structs.replace(well.endpoint, id="dying", url=url)))
+        task = asyncio.create_task(front.ask(body=asked))
+        connection, _ = await asyncio.get_running_loop().run_in_executor(None, dying.accept)
+        assert b"expect: 100-continue" in await asyncio.get_running_loop().run_in_executor(None, connection.recv, 65536)
+        connection.close()
+    front.table(well)
+    assert (await task).status == 200
+    assert front.metric(ATTEMPTS, outcome="died") == 1
+    assert fuse.told().deaths == {}
+    front.engines.clear()
+
+
 async def test_copies_of_a_guilty_one_at_two_gateways_end_two_engines_in_all(
     front: Front, other: Front, room: EngineRoom
 ) -> None:

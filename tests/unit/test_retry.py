@@ -17,6 +17,7 @@ from serving.gateway.fuse import DEATHS, MOST, REMEMBERED_S, TOLD, Charge, Fuse,
 from serving.gateway.queue import RECALLED_AT_ONCE, Ticket, VersionLine
 from serving.gateway.retry import (
     CROWD_S,
+    LAG_S,
     LEAST,
     OCCUPIED_S,
     SHARE,
@@ -150,6 +151,32 @@ async def test_who_is_told_that_another_is_on_trial_there_keeps_its_turn_and_ask
     assert trials.free(1) == 0
 
 
+async def test_who_is_on_trial_says_so_while_nobody_else_can_be_and_once_its_door_has_let_it_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A gateway that is busy notices the death late, when its turn here is over; the door's is not."""
+    now = [100.0]
+    monkeypatch.setattr("serving.gateway.retry.time.monotonic", lambda: now[0])
+    chance = Retry(budget(lambda: 0), Trials())
+    await chance.turn(lambda: "a")
+    alone_s = chance.sent()
+    now[0] += alone_s / 2
+    assert (chance.trial_s, chance.outside) == (0, False), "nobody knows whether doors tell"
+    chance.let_in()
+    chance._give_turn()  # what the timer does
+    assert (chance.trial_s, chance.outside) == (alone_s / 2, False)
+    now[0] += alone_s
+    assert (chance.trial_s, chance.outside) == (0, False), "another one may be on trial there"
+    await chance.turn(lambda: "b")
+    chance.sent()
+    assert (chance.trial_s, chance.outside) == (0, True)
+    chance.close()
+    await chance.turn(None)
+    chance.sent()
+    assert (chance.trial_s, chance.outside) == (0, False), "it is not on trial"
+    chance.close()
+
+
 async def test_newcomers_under_suspicion_wait_for_their_trial_in_the_bounds_of_the_queue() -> None:
     line = VersionLine("m@v")
     line.update([endpoint("a")], only_add=False)
@@ -182,7 +209,7 @@ async def test_the_more_wait_for_an_engine_the_shorter_are_the_trials_there() ->
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         first.close()
-    assert lengths == [TRIAL_S, CROWD_S / 60, TRIAL_LEAST_S]
+    assert lengths == [s + LAG_S for s in (TRIAL_S, CROWD_S / 60, TRIAL_LEAST_S)]
 
 
 async def test_answers_that_take_long_keep_no_other_retry_waiting() -> None:
@@ -192,7 +219,7 @@ async def test_answers_that_take_long_keep_no_other_retry_waiting() -> None:
     with mock.patch("serving.gateway.retry.TRIAL_S", 0.001):
         for chance in chances:
             await chance.turn(lambda: "a")
-            assert chance.sent() == 0.001
+            assert chance.sent() == 0.001 + LAG_S
     while line.trials.free(1) == 0:
         await asyncio.sleep(0.001)
     assert line.retries.free() == LEAST

@@ -286,7 +286,7 @@ ROWS: dict[str, Row] = {
     "engine-killed": Row(engine_killed, detects="death", quick=True, real=True),
     "engine-stopped": Row(engine_stopped, detects="hang", real=True),
     "replica-killed": Row(replica_killed, detects="death"),
-    "gateway-killed": Row(gateway_killed, quick=True, real=True),
+    "gateway-killed": Row(gateway_killed, detects="death", quick=True, real=True),
     "directory-killed": Row(directory_killed),
     "controller-killed": Row(controller_killed),
     "engine-500s": Row(engine_fails),

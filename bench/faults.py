@@ -296,7 +296,7 @@ ROWS: dict[str, Row] = {
     "scale-down": Row(scale_down),
     "broken-version": Row(broken_version),
     "two-faults": Row(two_faults, detects="death"),
-    "saturation": Row(saturation, over=3.3, large=6, real=True),
+    "saturation": Row(saturation, over=3.3, large=24, real=True),
     "gateways-scaled": Row(gateways_scaled),
     "slow-clients": Row(slow_clients),
     "half-open-clients": Row(half_open_clients),

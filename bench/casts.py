@@ -18,8 +18,8 @@ _ITL_S = 0.2
 _SHORT_TOKENS = (8, 24)
 _LONG_SHARE = 0.3
 _SPARE = 1.25  # slots of three replicas over streams: the fourth may go
-# Room for ten prompts of 32k tokens beside everything else, and half a second to compute one.
-_CONTEXT, _KV_TOKENS, _PREFILL_US = 40_960, 400_000, 16.0
+# Room for four prompts of 32k tokens and little beside them, so that it runs out under more; half a second to compute one.
+_CONTEXT, _KV_TOKENS, _PREFILL_US = 40_960, 132_000, 16.0
 _LARGE_TOKENS = 20
 _REAL_TOKENS_PER_S = 60.0  # of one stream, two engines on two cores; so a long stream lasts about as long as asked
 
@@ -47,6 +47,7 @@ def simulators(streams: int | None, long_s: float | None, *, quick: bool) -> Cas
         "max-num-seqs": slots,
         "max-model-len": _CONTEXT,
         "sim-kv-tokens": _KV_TOKENS,
+        "sim-preempts": True,
         "sim-prefill-us": _PREFILL_US,
         "sim-ttft-ms": 100,
         "sim-itl-ms": _ITL_S * 1e3,

@@ -125,6 +125,7 @@ def judge(result: Report, rows: Sequence[Found], asked: int) -> None:
             result.judge("poison_deaths_per_fingerprint", max(row.deaths, default=None), "", "<=", 2.0)
         if row.fault == "saturation":
             result.judge("false_positives", sum(row.verdicts.values()), "", "==", 0.0)
+            result.note("preempted", row.preempted, "")
 
 
 def table(rows: Sequence[Found]) -> Table:
@@ -138,7 +139,8 @@ def table(rows: Sequence[Found]) -> Table:
         said = (row.in_flight, row.on_victim, row.retried, row.typed, row.cut)
         bad = (row.off_victim_failed, row.silent, row.wrong, row.unsent_failed)
         times = ["" if s is None else f"{s:.1f}" for s in (row.detect_s, row.full_s)]
-        verdicts = ", ".join(f"{k} {v:.0f}" for k, v in row.verdicts.items())
+        said_of = row.verdicts | ({"preempted": row.preempted} if row.preempted else {})
+        verdicts = ", ".join(f"{k} {v:.0f}" for k, v in said_of.items())
         counts = [*map(str, said), *(f"[red]{n}[/]" if n else "0" for n in bad)]
         out.add_row(row.fault, *counts, *times, f"[red]{row.trouble}[/]" if row.trouble else verdicts)
     return out

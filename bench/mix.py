@@ -32,7 +32,8 @@ _KINDS: dict[str, tuple[int, str, dict[str, Any]]] = {
     "n2": (2, CHAT, {"n": 2}),
     "unstreamed": (2, CHAT, {"stream": False}),
 }
-LONG_PROMPT = "tides " * 32_000  # as many tokens
+# As many tokens, and a third of the bytes: of one or the other a gateway, which goes by bytes, has to guess wrong.
+LONG_PROMPTS = ("tides " * 32_000, "a " * 32_000)
 _ORDER = [kind for kind, (weight, _, _) in _KINDS.items() for _ in range(weight)]
 
 Expect = Callable[[str, str, int, int], tuple[str, ...]]  # path, prompt, tokens, choices -> the texts
@@ -81,7 +82,7 @@ def asks(
 def large_asks(model: str, expect: Expect, whose: str, size: int) -> Iterator[Ask]:
     """Requests with prompts of 32k tokens, none with the beginning of another."""
     for number in itertools.count():
-        yield ask(model, expect, "chat", f"{whose} {number} {LONG_PROMPT}", size)
+        yield ask(model, expect, "chat", f"{whose} {number} {LONG_PROMPTS[number % 2]}", size)
 
 
 def corpus(file: Path) -> list[tuple[str, str]]:

@@ -34,7 +34,8 @@ Clients = Callable[[str, Row], list[tuple[int, Iterator[mix.Ask]]]]
 @dataclass
 class Found:
     """One row of the table. Seconds are None where nothing was to go, or nothing came back. `verdicts`: of replicas'
-    watches against their engines, by cause. `trouble`: why the row shows less than it should."""
+    watches against their engines, by cause. `preempted`: times that an engine gave up a request's KV cache, and computed it
+    again. `trouble`: why the row shows less than it should."""
 
     fault: str
     turn: int = 0
@@ -51,6 +52,7 @@ class Found:
     detect_s: float | None = None
     full_s: float | None = None
     verdicts: dict[str, float] = field(default_factory=dict)
+    preempted: float = 0.0
     deaths: list[float] = field(default_factory=list)
     odd: list[dict[str, Any]] = field(default_factory=list)
     trouble: str = ""
@@ -85,7 +87,7 @@ class Stage:
 
     def _play(self, row: Row, found: Found) -> None:
         self._ready()
-        verdicts = self._verdicts()
+        verdicts, preempted = self._verdicts(), self._preempted()
         side = self.fleet.side
         clients = self.clients(f"{found.fault} {found.turn}", row)
         with Crowd(side.base_url, side.headers, clients, self.long_s + _HANGS_S) as crowd:
@@ -117,6 +119,7 @@ class Stage:
         found.odd.extend(_odd(answers, lines))
         found.deaths = victims.deaths
         found.verdicts = {k: v - verdicts.get(k, 0.0) for k, v in self._verdicts().items() if v > verdicts.get(k, 0.0)}
+        found.preempted = sum(max(0.0, n - preempted.get(replica, 0.0)) for replica, n in self._preempted().items())
         found.trouble = found.trouble or victims.check(lines, answers) or self._left_behind()
 
     def _ready(self) -> None:
@@ -170,6 +173,9 @@ class Stage:
             if gone is not None or time.monotonic() > victims.at + within_s:
                 return gone
             time.sleep(0.2)
+
+    def _preempted(self) -> dict[str, float]:
+        return self.fleet.metrics().engines("num_preemptions_total", str(self.model["name"]))
 
     def _verdicts(self) -> dict[str, float]:
         """Verdicts against replicas so far, by state and cause."""

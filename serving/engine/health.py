@@ -27,6 +27,7 @@ _FIRST_STEP_S, _BUCKETS = 0.001, 18
 _HALF_LIFE_S = 600.0
 _TELLING = 0.999
 STOOD_STILL_S = 10.0  # between two looks
+UNREAD_S = 2.0  # since its counters were read: until then nothing new of them is no news
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -65,6 +66,7 @@ class Memory(msgspec.Struct, frozen=True):
     sick_since: float | None = None
     probed_at: float = -math.inf  # when the last probe was asked for
     mark: tuple[float, ...] = ()
+    read_at: float | None = None  # when that was
     entered: int = 0
     doubted: bool = False  # requests came and went, and no step was seen
     steps: tuple[float, ...] = ()  # by length, their weight halved every `_HALF_LIFE_S`
@@ -96,7 +98,7 @@ def judge(look: Look, limits: Limits, memory: Memory, now: float) -> Judgement:
         due = _due(look, limits, m, now)
         judged = _aged(_asked(m, now) if due else m, cause, now - m.sick_since, 0.0, limits.sick_s, why)
         return msgspec.structs.replace(judged, probe=due)
-    waited_s = now - max(m.proved_at, m.busy_since) if m.busy_since is not None else 0.0
+    waited_s = _seen_until(m, limit_s, now) - max(m.proved_at, m.busy_since) if m.busy_since is not None else 0.0
     if look.probe == "pending":
         # A core that stands still also says what it last said of its load: only the probe tells that from a slow client.
         asked_s = now - max(m.probed_at, m.proved_at)
@@ -122,11 +124,19 @@ def _awake(m: Memory, now: float) -> Memory:
         looked_at=now,
         proved_at=m.proved_at + late_s,
         probed_at=m.probed_at + late_s,
+        read_at=None if m.read_at is None else m.read_at + late_s,
         steps_at=m.steps_at + late_s,
         busy_since=None if m.busy_since is None else m.busy_since + late_s,
         silent_since=None if m.silent_since is None else m.silent_since + late_s,
         sick_since=None if m.sick_since is None else m.sick_since + late_s,
     )
+
+
+def _seen_until(m: Memory, limit_s: float, now: float) -> float:
+    """Until when it was seen to make no step. Where a machine has too little time for everybody its counters may not be had for
+    seconds, while it computes; that they are late for twice the limit is no better than standing still."""
+    unread_s = 0.0 if m.read_at is None else now - m.read_at
+    return now - unread_s if UNREAD_S < unread_s < 2 * limit_s else now
 
 
 def limit_of(limits: Limits, memory: Memory) -> float:
@@ -182,6 +192,7 @@ def _remember(look: Look, m: Memory, now: float) -> Memory:
         silent_since=None if look.answers else _since(m.silent_since, now - look.waited_s),
         sick_since=_since(m.sick_since, now) if bad or (m.sick_since is not None and not proved) else None,
         mark=m.mark if look.mark is None else look.mark,
+        read_at=m.read_at if look.mark is None else now,
         entered=look.entered,
         doubted=not proved and (m.doubted or look.entered != m.entered),
         steps=steps,

@@ -52,8 +52,8 @@ NAME = "directory"
 NAMESPACE = "steelyard"
 REPORT_EVERY_S = 0.5
 LEASE_S = 5.0  # an entry not renewed for this long is gone: its process or node died without a word
-# So long, when nobody listens there any more: who lives renews it within a half (a replica) or a whole second (a gateway).
-DOUBTED_REPLICA_S, DOUBTED_GATEWAY_S = 1.0, 2.0
+# So long, when nobody listens there any more: who lives, as a gateway does that drains, renews it twice as often.
+DOUBTED_S = 1.0
 FAILED_KEPT_S = 60.0  # how long a FAILED entry stays to tell why
 # A restarted directory's table may lack some for this long: a report that waits for it gives up after `CALL_S`, and Ray
 # needs a moment to reconnect. Until then gateways forget nobody.
@@ -198,13 +198,13 @@ class Table:
         """Its listener ended. Shortens its lease, to so many seconds; 0 for what is not in the table, or has failed."""
         if name in self._endpoints and self._endpoints[name][0].state is not State.FAILED:
             endpoint, until = self._endpoints[name]
-            self._endpoints[name] = endpoint, min(until, now + DOUBTED_REPLICA_S)
-            return DOUBTED_REPLICA_S
-        if name in self._gateways:
+            self._endpoints[name] = endpoint, min(until, now + DOUBTED_S)
+        elif name in self._gateways:
             gateway, until = self._gateways[name]
-            self._gateways[name] = gateway, min(until, now + DOUBTED_GATEWAY_S)
-            return DOUBTED_GATEWAY_S
-        return 0.0
+            self._gateways[name] = gateway, min(until, now + DOUBTED_S)
+        else:
+            return 0.0
+        return DOUBTED_S
 
     def listeners(self) -> dict[str, str]:
         """What is there, by id, and where it listens."""

@@ -31,7 +31,6 @@ from serving.telemetry.tracing import tracing
 
 log = logging.getLogger(__name__)
 
-ANNOUNCE_EVERY_S = 1.0
 HELD_CHECK_EVERY_S = 0.25  # replicas report their loads twice a second
 FIRST_KEYS_S = 30.0  # longest wait of a new worker's gateway for the head's keys, before it opens its port
 
@@ -163,7 +162,7 @@ class GatewayReplica:
         return str(await self._directory.call("metrics"))
 
     async def _announce_for_ever(self) -> None:
-        """At once when a version must be woken, soon when what is held changed, each second in any case."""
+        """At once when a version must be woken, soon when what is held changed, twice a second in any case."""
         url = f"http://{self._node}:{self.gateway.private_port}"
         untold, told, told_at = False, (dict[str, int](), Deaths()), float("-inf")
         news = asyncio.Event()
@@ -173,7 +172,7 @@ class GatewayReplica:
                 await asyncio.wait_for(news.wait(), HELD_CHECK_EVERY_S)
             news.clear()
             held, deaths = self.gateway.fleet.held(), self.gateway.fleet.fuse.told()
-            if (held, deaths) == told and time.monotonic() - told_at < ANNOUNCE_EVERY_S:
+            if (held, deaths) == told and time.monotonic() - told_at < directory.REPORT_EVERY_S:
                 continue
             told, told_at = (held, deaths), time.monotonic()
             try:

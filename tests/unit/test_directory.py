@@ -11,8 +11,7 @@ import pytest
 
 from serving.cli.main import _troubles
 from serving.fleet.directory import (
-    DOUBTED_GATEWAY_S,
-    DOUBTED_REPLICA_S,
+    DOUBTED_S,
     FAILED_KEPT_S,
     LEASE_S,
     SETTLE_S,
@@ -139,17 +138,16 @@ def test_whose_listener_ended_is_gone_soon_unless_it_says_that_it_lives() -> Non
         table.doubt(name, 0)
         table.doubt(f"gateway-{name}", 0)
     table.announce(endpoint("lives"), 0.5)
-    table.announce_gateway(GatewayInfo(id="gateway-lives", url="http://g"), 1)
-    assert table.expire(DOUBTED_REPLICA_S + 0.01) and ids(table, 1) == ["lives"]
-    assert table.expire(DOUBTED_GATEWAY_S + 0.01)
-    assert [g.id for g in table.snapshot(2).gateways] == ["gateway-lives"]
+    table.announce_gateway(GatewayInfo(id="gateway-lives", url="http://g"), 0.5)
+    assert table.expire(DOUBTED_S + 0.01) and ids(table, 1) == ["lives"]
+    assert [g.id for g in table.snapshot(1).gateways] == ["gateway-lives"]
 
 
 def test_a_failure_whose_listener_ended_stays_to_tell_why() -> None:
     table = Table(0)
     table.announce(endpoint(state=State.FAILED), 0)
     assert table.doubt("a", 0) == table.doubt("unknown", 0) == 0
-    table.expire(DOUBTED_GATEWAY_S + 0.01)
+    table.expire(DOUBTED_S + 0.01)
     assert ids(table, 3) == ["a"] and table.listeners() == {}
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.engine.health import Judgement, Limits, Look, Memory, judge, limit_of, slow_step_s
+from serving.engine.health import UNREAD_S, Judgement, Limits, Look, Memory, judge, limit_of, slow_step_s
 
 LIMITS = Limits()
 EVERY_S = 0.5
@@ -65,6 +65,17 @@ def test_a_pause_of_the_whole_machine_is_held_against_no_engine() -> None:
     engine.now += 60
     assert engine.looks(EVERY_S, mark=None, **busy()) == "ok"
     assert engine.looks(LIMITS.stuck_s, **busy()) == "suspect stuck", "it is watched as before"
+
+
+def test_counters_that_could_not_be_read_say_nothing_for_a_while() -> None:
+    engine = Engine()
+    engine.looks(10, steps_a_look=20, **busy())
+    assert engine.looks(2 * LIMITS.stuck_s - EVERY_S, mark=None, **busy()) == "ok"
+    assert engine.looks(EVERY_S, mark=None, **busy()) == "suspect stuck"
+    engine = Engine()
+    engine.looks(10, steps_a_look=20, **busy())
+    engine.looks(UNREAD_S + 1, mark=None, **busy())
+    assert engine.looks(1, **busy()) == "suspect stuck", "read again, and nothing has moved since"
 
 
 def test_anything_that_only_its_core_moves_is_a_step() -> None:

@@ -22,7 +22,7 @@ from serving.gateway.queue import Ticket, VersionLine
 __all__ = ["World", "run"]
 
 NETWORK_S = 0.001  # one way, with what a door needs to say `busy`
-ANNOUNCE_EVERY_S = 1.0
+ANNOUNCE_EVERY_S = 0.5
 TABLE_EVERY_S = 0.25
 REPORT_EVERY_S = 0.5
 

@@ -71,6 +71,7 @@ def build(args: argparse.Namespace, sins: Sins) -> tuple[Core, ASGIApp]:
         sins=sins,
         metrics=Metrics(registry, args.served_model_name[0], args.max_model_len, kv),
         prefill_s=args.sim_prefill_us / 1e6,
+        preempts=args.sim_preempts,
     )
     models = Models(
         served=tuple(args.served_model_name),
@@ -157,6 +158,11 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     )
     sim.add_argument("--sim-itl-ms", type=float, default=5, help="between tokens")
     sim.add_argument("--sim-kv-tokens", type=_count, help="KV room; default: every slot at full context")
+    sim.add_argument(
+        "--sim-preempts",
+        action="store_true",
+        help="answers take KV room token by token; when it is full, who came last gives its own back and is computed again",
+    )
     sim.add_argument("--sim-start-s", type=float, default=0.5, help="seconds from its making until it listens")
     sim.add_argument("--sim-sins", help=f"comma-separated, of {', '.join(NAMES)}; default: environment SIM_SINS")
     sim.add_argument("--sim-sin-after", type=int, help="tokens; default: environment SIM_SIN_AFTER, else 8")

@@ -33,9 +33,12 @@ class ClientGone(Exception):
 class Core:
     """Admits requests first come, first served, while a slot and their KV room are free.
 
-    A request holds prompt + max_tokens tokens of `kv` from admission to its end: unlike vLLM, which grows and
-    preempts, so that a test can count on who waits. Prompts are computed one after the other, `prefill_s` a token, but for
-    what is in the cache; then the first token takes `ttft_s`.
+    A request holds prompt + max_tokens tokens of `kv` from admission to its end, so that a test can count on who waits; with
+    `preempts` its answer takes them as they come, as vLLM's do: when there is no more, who was admitted last gives up what it
+    holds, waits before all others, and what it had is computed again.
+
+    Prompts are computed one after the other, `prefill_s` a token, but for what is in the cache; then the first token takes
+    `ttft_s`.
     """
 
     def __init__(
@@ -48,16 +51,18 @@ class Core:
         sins: Sins,
         metrics: Metrics,
         prefill_s: float = 0.0,
+        preempts: bool = False,
     ) -> None:
         self.slots = slots
         self.kv = kv
         self.ttft_s = ttft_s
         self.prefill_s = prefill_s
+        self.preempts = preempts
         self.itl_s = itl_s
         self.grid_s = min(_GRID_S, itl_s / 100)
         self.sins = sins
         self.metrics = metrics
-        self.running: set[Sequence] = set()
+        self.running: dict[Sequence, None] = {}  # in the order of admission
         self.waiting: dict[Sequence, None] = {}  # a FIFO that forgets a member in O(1)
         self._prefilling_until = 0.0  # loop time
         self.frozen = False
@@ -108,19 +113,34 @@ class Core:
     def _leave(self, seq: Sequence) -> None:
         self.waiting.pop(seq, None)
         if seq in self.running:
-            self.running.discard(seq)
-            assert seq.held is not None
-            self.kv.free(seq.held)
+            self._let_go(seq)
         self._admit()
+
+    def _let_go(self, seq: Sequence) -> None:
+        del self.running[seq]
+        assert seq.held is not None
+        self.kv.free(seq.held)
+        seq.held = None
+
+    def grow(self, seq: Sequence, tokens: int) -> bool:
+        """Room for so many tokens more of a running answer, made by whoever was admitted last; False when that was this one."""
+        while self.preempts and seq.held is not None and not self.kv.grow(seq.held, tokens):
+            last = next(reversed(self.running))
+            self._let_go(last)
+            self.waiting = {last: None, **self.waiting}
+            last.pause()
+            self.metrics.preempted()
+        return seq.held is not None
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.slots:
             seq = next(iter(self.waiting))
-            seq.held = self.kv.take(seq.blocks, seq.prompt_tokens, seq.choices * seq.max_tokens)
+            answer = seq.sent if self.preempts else seq.max_tokens
+            seq.held = self.kv.take(seq.blocks, seq.prompt_tokens, seq.choices * answer)
             if seq.held is None:
                 return
             del self.waiting[seq]
-            self.running.add(seq)
+            self.running[seq] = None
             seq.begin()
 
 
@@ -136,9 +156,12 @@ class Sequence:
         self.blocks = blocks
         self.held: Held | None = None
         self.sent = 0
+        self.cached = 0  # tokens of its prompt that were in the cache when it was first admitted
+        self._uncomputed = 0
         self._arrived = self._last = asyncio.get_running_loop().time()
         self._started: float | None = None
-        self._first_due = 0.0
+        self._ready = 0.0  # when the first token after its admission falls due
+        self._first_due = 0.0  # and when the first of all, had it never been preempted
         self._failed: Exception | None = None
         self._wake: asyncio.Future[None] | None = None
 
@@ -150,21 +173,25 @@ class Sequence:
         self._core._leave(self)
 
     def begin(self) -> None:
-        """Called by the core at admission."""
+        """Called by the core at admission, and at that after a `pause`: then all that it had said is computed too."""
         core = self._core
+        assert self.held is not None
+        if not self.sent:
+            self.cached = self.held.cached
         self._started = asyncio.get_running_loop().time()
-        self._first_due = core.prefill(self.prompt_tokens - self.cached) + core.ttft_s
+        self._uncomputed = self.prompt_tokens + self.sent * self.choices - self.held.cached
+        self._ready = core.prefill(self._uncomputed) + core.ttft_s
+        self._first_due = self._ready - self.sent * core.itl_s
         self._settle()
 
-    @property
-    def cached(self) -> int:
-        """Tokens of its prompt that were in the cache; 0 before it is admitted."""
-        return 0 if self.held is None else self.held.cached
+    def pause(self) -> None:
+        """Called by the core when it is preempted: no token falls due until it is admitted again."""
+        self._started = None
 
     @property
     def kept(self) -> int:
-        """Tokens of its prompt that are in the cache now and were not before."""
-        return 0 if self.held is None else max(0, len(self.blocks) * self._core.kv.block_tokens - self.held.cached)
+        """Tokens of its prompt that are in the cache now and were not before; 0 before it is admitted."""
+        return 0 if self.held is None else max(0, len(self.blocks) * self._core.kv.block_tokens - self.cached)
 
     def fail(self, error: Exception) -> None:
         """End the generation: the pending or the next `next()` raises `error`."""
@@ -173,22 +200,27 @@ class Sequence:
 
     def prompt_left(self) -> float:
         """Tokens of the prompt that are not computed yet."""
-        if self.sent or self._started is None or self._first_due <= self._started:
+        if not self._uncomputed or self._started is None or self._ready <= self._started:
             return 0.0
-        done = (asyncio.get_running_loop().time() - self._started) / (self._first_due - self._started)
-        return (self.prompt_tokens - self.cached) * max(0.0, 1.0 - done)
+        done = (asyncio.get_running_loop().time() - self._started) / (self._ready - self._started)
+        return self._uncomputed * max(0.0, 1.0 - done)
 
     async def next(self) -> range:
         """Indexes of the tokens due, one at least, all that are due when the caller comes late; empty at the end."""
         if self.sent == self.max_tokens:
             return range(0)
-        if self._started is None:
-            await self._until(None)
-        await self._sin_or_wait(self._first_due + self.sent * self._core.itl_s)
-        now = asyncio.get_running_loop().time()
-        tokens = range(self.sent, self._due_by(now))
-        self._count(tokens, now)
-        return tokens
+        while True:
+            if self._started is None:
+                await self._until(None)
+            since = self._started
+            await self._sin_or_wait(self._first_due + self.sent * self._core.itl_s)
+            if self._started != since:  # preempted meanwhile
+                continue
+            now = asyncio.get_running_loop().time()
+            tokens = range(self.sent, self._due_by(now))
+            if self._core.grow(self, len(tokens) * self.choices):
+                self._count(tokens, now)
+                return tokens
 
     async def _sin_or_wait(self, due: float) -> None:
         core = self._core
@@ -214,7 +246,7 @@ class Sequence:
         else:
             metrics.inter_token.observe(now - self._last)
         self._last = now
-        computed = self.prompt_tokens - self.cached if tokens.start == 0 else 0
+        computed, self._uncomputed = self._uncomputed, 0
         made = len(tokens) * self.choices
         metrics.tokens(made + computed, made)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Held:
     """One request's part of the cache."""
 
@@ -52,9 +52,17 @@ class KvCache:
             idle.pop(block, None)
             holders[block] = holders.get(block, 0) + 1
         self.used += (len(blocks) - shared) * size + own
-        while self.used + self.idle > self.tokens:
-            del idle[next(iter(idle))]
+        self._make_room()
         return Held(blocks, own, cached)
+
+    def grow(self, held: Held, tokens: int) -> bool:
+        """Room for so much more of one answer; False while there is too little."""
+        if self.used + tokens > self.tokens:
+            return False
+        held.own += tokens
+        self.used += tokens
+        self._make_room()
+        return True
 
     def free(self, held: Held) -> None:
         """The request ended."""
@@ -65,3 +73,7 @@ class KvCache:
                 del self._holders[block]
                 self._idle[block] = None
                 self.used -= self.block_tokens
+
+    def _make_room(self) -> None:
+        while self.used + self.idle > self.tokens:
+            del self._idle[next(iter(self._idle))]

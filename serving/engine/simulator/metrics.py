@@ -89,6 +89,9 @@ class Metrics:
         self._step.observe(step)
         self._generation_tokens.inc(generated)
 
+    def preempted(self) -> None:
+        self._preemptions.inc()
+
     def finished(self, reason: str, *, prompt_tokens: int, tokens: int, waited_s: float, ran_s: float) -> None:
         self._success[reason].inc()
         self._e2e.observe(waited_s + ran_s)

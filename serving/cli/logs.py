@@ -26,7 +26,7 @@ from serving.cli import cluster
 from serving.cli.term import one_line_errors
 from serving.errors import OperatorError
 from serving.settings import Settings, load_settings
-from serving.telemetry.logs import masked
+from serving.telemetry.masking import masked
 
 POLL_S = 0.5
 _MAX_LINE = 1 << 20  # bytes of one line; what is longer comes in pieces

@@ -46,7 +46,10 @@ def load(path: Path | str, profile: Profile, *, simulated_gpus: bool = False) ->
 
 def files(path: Path | str) -> list[Path]:
     """The model files that `load` would read, in its order."""
-    return [file for part in str(path).split(",") for file in _files(Path(part.strip()))]
+    parts = [part.strip() for part in str(path).split(",")]
+    if not all(parts):
+        raise CatalogError(f"{str(path)!r} names no catalog", "Name a model file, a folder of *.yaml, or a comma list")
+    return [file for part in parts for file in _files(Path(part))]
 
 
 def document(file: Path) -> Any:

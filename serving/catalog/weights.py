@@ -112,7 +112,7 @@ def verify(path: Path, kind: Literal["model", "adapter"], sha256: str | None = N
         _check_manifest(path, sha256, shards)
 
 
-def require_free_disk(path: Path, needed_bytes: int, what: str) -> None:
+def require_free_disk(path: Path, needed_bytes: int, what: str, setting: str) -> None:
     """Refuse before writing `needed_bytes` under `path` (which may not exist yet) would fill the disk."""
     existing = path.absolute()
     while not existing.exists():
@@ -121,7 +121,7 @@ def require_free_disk(path: Path, needed_bytes: int, what: str) -> None:
     if free < needed_bytes:
         raise WeightsError(
             f"{what} needs {needed_bytes / 2**30:.1f} GiB and {existing} has {free / 2**30:.1f} GiB free",
-            "Free some space or set STEELYARD_CACHE_DIR to another disk",
+            f"Free some space or set {setting} to another disk",
         )
 
 

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from serving.cli.term import one_line_errors
+from serving.cli.term import one_line_errors, show
 from serving.errors import OperatorError
 from serving.gateway.keys import OPTIONS, Key, as_record, create_key, list_keys, revoke_key
 
@@ -105,7 +105,7 @@ def list_(file: File = None, as_json: Json = False) -> None:
                 _day(key.created_at),
                 f"{_state(key, now)}{_options(key)}",
             )
-        Console(highlight=False).print(table)
+        show(table)
 
 
 @app.command()

@@ -26,7 +26,7 @@ from serving.cli import cluster
 from serving.cli.term import one_line_errors
 from serving.errors import OperatorError
 from serving.settings import Settings, load_settings
-from serving.telemetry.logs import masked
+from serving.telemetry.masking import masked
 
 POLL_S = 0.5
 _MAX_LINE = 1 << 20  # bytes of one line; what is longer comes in pieces
@@ -315,6 +315,8 @@ def logs(
 
 def run(settings: Settings, target: str, *, follow: bool, since: str | None, errors: bool, last: int) -> Iterator[Line]:
     """The lines to show; endless with `follow`. Raises OperatorError when nothing is known of `target`."""
+    if not target.partition("@")[0]:
+        raise OperatorError(f"{target!r} names nothing", "give a model, or the id of a request or a trace")
     if not settings.log_dir.is_dir():
         raise OperatorError(f"there are no logs in {settings.log_dir}", "name the stack's state folder: --state-dir")
     young = time.time() - seconds(since) if since else 0.0

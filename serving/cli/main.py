@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from serving import __version__
@@ -20,7 +19,7 @@ from serving.catalog import store
 from serving.cli import bounds, cluster, doctor, keys, node, up
 from serving.cli.logs import logs
 from serving.cli.scale import scale_app
-from serving.cli.term import one_line_errors
+from serving.cli.term import one_line_errors, show
 from serving.cli.top import top
 from serving.errors import OperatorError
 from serving.fleet import endpoint, manifest
@@ -130,7 +129,7 @@ def status(state_dir: State = None, as_json: Json = False) -> None:
                 rows = [(g.id, "", "", "", g.url) for g in table.gateways]
             for row in rows or [("",) * 5]:
                 view.add_row(name, state, *row)
-        Console(highlight=False).print(view)
+        show(view)
         print(*_troubles(table), sep="", end="")
 
 
@@ -164,7 +163,7 @@ def models(models: Models = None, profile: ProfileOption = None, as_json: Json =
             adapters = ", ".join(a.name for a in v.adapters) or "-"
             counts = f"{v.scaling.min}" if v.scaling.min == v.scaling.max else f"{v.scaling.min} to {v.scaling.max}"
             view.add_row(m.name, v.version + stable, v.engine.kind, source, adapters, counts)
-        Console(highlight=False).print(view)
+        show(view)
 
 
 @app.command()

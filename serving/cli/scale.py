@@ -83,10 +83,12 @@ def set_(
             apps = cluster.deployed_apps()
             name = _version(apps, model)
             old = _bounds_of(apps[name])
+            low, high = old.min if min_ is None else min_, old.max if max_ is None else max_
             try:
-                new = Bounds(min=old.min if min_ is None else min_, max=old.max if max_ is None else max_)
+                new = Bounds(min=low, max=high)
             except ValueError as e:
-                raise OperatorError(f"{name}: {e} (now {old.min} to {old.max})", "give both --min and --max") from None
+                fix = "give both --min and --max" if high < low and None in (min_, max_) else ""
+                raise OperatorError(f"{name}: {e} (now {old.min} to {old.max})", fix) from None
             kept = bounds.read(settings)
             bounds.write(settings, kept | {name: new})
             try:
@@ -191,7 +193,8 @@ def _version(apps: dict[str, AppConfig], model: str) -> str:
 
 
 def _unknown(apps: dict[str, AppConfig], model: str) -> str:
-    return f"{model} is not served here; there is: {', '.join(sorted(apps.keys() - {GATEWAY_APP})) or 'nothing'}"
+    there = ", ".join(sorted(apps.keys() - {GATEWAY_APP})) or "nothing"
+    return f"{model or repr(model)} is not served here; there is: {there}"
 
 
 def _gateway(apps: dict[str, AppConfig]) -> dict[str, Any]:

@@ -6,13 +6,14 @@ import contextlib
 import io
 import json
 import os
+import re
 import select
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from datetime import datetime
 from pathlib import Path
@@ -20,8 +21,9 @@ from typing import Annotated, TextIO
 
 import msgspec
 import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -47,7 +49,8 @@ def top(
     as_json: Annotated[bool, typer.Option("--json", help="Print one frame as JSON.")] = False,
     state_dir: Annotated[Path | None, typer.Option(help="Folder of keys, secrets, pid and logs.")] = None,
 ) -> None:
-    """Models, replicas, queue, tokens, GPUs, the last decisions and faults, live. `q` or Ctrl-C ends it.
+    """Models, replicas, queue, tokens, GPUs, the last decisions and faults, live. Arrows, PgUp and PgDn scroll;
+    `q` or Ctrl-C ends it.
 
     Figures come from this node's gateways (`/metrics`, with the key of the state folder), for the whole cluster; slots,
     decisions and faults from the directory.
@@ -153,22 +156,73 @@ class _Source:
 
 def _live(source: _Source, interval: float) -> None:
     console = Console(file=source.out, highlight=False)
+    window = _Window()
     quit_it = contextlib.suppress(KeyboardInterrupt)
-    with quit_it, _keys() as quit_within, Live(console=console, screen=True, auto_refresh=False) as live:
+    with quit_it, _keys() as key_within, Live(window, console=console, screen=True, auto_refresh=False) as live:
         while True:
             trouble = ""
             try:
                 source.look()
             except OperatorError as e:
                 trouble = str(e)
-            live.update(view(source.frame(), source.url, time.time(), trouble), refresh=True)
-            if quit_within(interval):  # after each scrape, however long it took: never more than one a second
-                return
+            shown = source.frame()
+            window.head, window.body = _head(shown, source.url, time.time(), trouble), _body(shown)
+            live.refresh()
+            until = time.monotonic() + interval  # after each scrape, however long it took: never more than one a second
+            while key := key_within(until - time.monotonic()):
+                if key == "quit":
+                    return
+                window.move(key)
+                live.refresh()
+
+
+class _Window:
+    """As much of a frame as the terminal has room for; the rest is scrolled to, and told of in the last line."""
+
+    def __init__(self) -> None:
+        self.head: Sequence[RenderableType] = ()  # stays
+        self.body: Sequence[RenderableType] = ()  # scrolls
+        self._first = 0  # line of it that is shown
+        self._room = 1
+
+    def move(self, key: str) -> None:
+        page = max(1, self._room - 1)
+        self._first += {"up": -1, "down": 1, "page up": -page, "page down": page, "home": -_FAR, "end": _FAR}[key]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        free = options.update(height=None)
+        head, body = (console.render_lines(Group(*part), free, pad=False) for part in (self.head, self.body))
+        self._room = max(1, console.height - len(head))
+        if len(body) > self._room:
+            self._room = max(1, self._room - 1)
+        self._first = max(0, min(self._first, len(body) - self._room))
+        below = max(0, len(body) - self._room - self._first)
+        for line in (*head, *body[self._first : self._first + self._room]):
+            yield from line
+            yield Segment.line()
+        if self._first or below:
+            told = f"{self._first} lines above, {below} below: arrows, PgUp, PgDn, Home, End; q quits"
+            yield Text(told, "reverse", no_wrap=True, overflow="ellipsis")
+
+
+_FAR = 1 << 30
+_PRESSED = {
+    **dict.fromkeys((b"q", b"Q", b""), "quit"),
+    **dict.fromkeys((b"\x1b[A", b"\x1bOA", b"k"), "up"),
+    **dict.fromkeys((b"\x1b[B", b"\x1bOB", b"j"), "down"),
+    **dict.fromkeys((b"\x1b[5~", b"b"), "page up"),
+    **dict.fromkeys((b"\x1b[6~", b" "), "page down"),
+    **dict.fromkeys((b"\x1b[H", b"\x1bOH", b"\x1b[1~", b"g"), "home"),
+    **dict.fromkeys((b"\x1b[F", b"\x1bOF", b"\x1b[4~", b"G"), "end"),
+}
+# A key as terminals send it: one character, or what an escape begins; of which the rest may not have come yet.
+_KEY = re.compile(rb"(?P<begun>\x1b(?:[\[O][0-9;]*)?\Z)|\x1b[\[O][0-9;]*[A-Za-z~]|.", re.DOTALL)
 
 
 @contextmanager
-def _keys() -> Iterator[Callable[[float], bool]]:
-    """Gives what waits for a `q` for so many seconds. The terminal is as it was afterwards, whatever happens."""
+def _keys() -> Iterator[Callable[[float], str]]:
+    """Gives what waits for a key that means something, for so many seconds: its meaning, or nothing. The terminal is as it
+    was afterwards, whatever happens."""
     import termios
     import tty
 
@@ -179,25 +233,37 @@ def _keys() -> Iterator[Callable[[float], bool]]:
     before = termios.tcgetattr(terminal)
     try:
         tty.setcbreak(terminal)
-        yield lambda seconds: _pressed(terminal, seconds)
+        yield _Keyboard(terminal).key_within
     finally:
         termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
 
-def _nap(seconds: float) -> bool:
-    time.sleep(seconds)
-    return False
+def _nap(seconds: float) -> str:
+    time.sleep(max(0.0, seconds))
+    return ""
 
 
-def _pressed(terminal: int, seconds: float) -> bool:
-    """Whether `q` (or the end of the input) comes within the time."""
-    deadline = time.monotonic() + seconds
-    while (left := deadline - time.monotonic()) > 0:
-        if select.select([terminal], [], [], left)[0]:
-            typed = os.read(terminal, 64)
-            if not typed or b"q" in typed.lower():
-                return True
-    return False
+class _Keyboard:
+    """The keys typed at a terminal."""
+
+    def __init__(self, terminal: int) -> None:
+        self._terminal = terminal
+        self._typed = b""
+
+    def key_within(self, seconds: float) -> str:
+        """The next one's meaning, `quit` at the end of the input; empty when none comes within the time."""
+        deadline = time.monotonic() + seconds
+        while True:
+            while (found := _KEY.match(self._typed)) and not found["begun"]:
+                self._typed = self._typed[found.end() :]
+                if key := _PRESSED.get(found[0]):
+                    return key
+            if not select.select([self._terminal], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                return ""
+            more = os.read(self._terminal, 64)
+            if not more:
+                return "quit"
+            self._typed += more
 
 
 # -- the view ------------------------------------------------------------------------------------------------------
@@ -205,20 +271,25 @@ def _pressed(terminal: int, seconds: float) -> bool:
 
 def view(shown: Frame, url: str, clock: float, trouble: str = "") -> RenderableType:
     """The frame as text. `clock` is epoch seconds; `trouble` is why the figures are old."""
+    return Group(*_head(shown, url, clock, trouble), *_body(shown))
+
+
+def _head(shown: Frame, url: str, clock: float, trouble: str) -> list[RenderableType]:
     at = datetime.fromtimestamp(clock).astimezone().strftime("%Y-%m-%d %H:%M:%S")
     tokens = sum(v.tokens_per_s or 0 for v in shown.versions)
     head = Text.assemble(("Steelyard ", "bold"), f"{url}  {at}  {shown.gateways} gateway(s)  {tokens:,.0f} tokens/s")
-    parts: list[RenderableType] = [head]
-    if trouble:
-        parts.append(Text(trouble, "bold red"))
-    parts += [Text(), _versions(shown)]
+    return [head, Text(trouble, "bold red")] if trouble else [head]
+
+
+def _body(shown: Frame) -> list[RenderableType]:
+    parts: list[RenderableType] = [Text(), _versions(shown)]
     if any(v.replicas for v in shown.versions):
         parts += [Text(), _replicas(shown)]
     if shown.gpus:
         parts += [Text(), _gpus(shown.gpus)]
     parts += [Text(), *_events("decisions", shown.decisions, shown.directory, "no change of a replica count yet")]
     parts += [Text(), *_events("faults", shown.faults, shown.directory, "none")]
-    return Group(*parts)
+    return parts
 
 
 def _versions(shown: Frame) -> Table:

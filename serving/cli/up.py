@@ -189,6 +189,7 @@ def detach(settings: Settings, argv: list[str], say: Say) -> None:
     if cluster.read_cluster_file(settings):
         run(settings, say)
         return
+    weights.require_free_disk(settings.state_dir, _FREE_DISK_BYTES, "the state folder", "STEELYARD_STATE_DIR")
     log = settings.log_dir / "up.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     ready = settings.state_dir / "ready"
@@ -241,9 +242,8 @@ def check_engine_arguments(catalog: Catalog, settings: Settings) -> None:
 
 
 def preflight(settings: Settings) -> None:
-    """Port, disk and secrets' files, before the slow things."""
+    """Port and secrets' files, before the slow things."""
     settings.otlp_headers()
-    weights.require_free_disk(settings.state_dir, _FREE_DISK_BYTES, "the state folder")
     with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -289,6 +289,7 @@ def prepare_secrets(settings: Settings, say: Say) -> None:
 
 
 def only_one(settings: Settings) -> FileLock:
+    weights.require_free_disk(settings.state_dir, _FREE_DISK_BYTES, "the state folder", "STEELYARD_STATE_DIR")
     settings.state_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(settings.state_dir / "up.lock", timeout=0)
     try:

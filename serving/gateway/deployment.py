@@ -17,7 +17,7 @@ from ray import serve
 
 from serving.errors import OperatorError
 from serving.fleet import directory, spare
-from serving.fleet.endpoint import GatewayInfo, Snapshot, State
+from serving.fleet.endpoint import GatewayInfo, Snapshot
 from serving.gateway import keys
 from serving.gateway.app import Gateway
 from serving.gateway.fuse import Deaths
@@ -154,9 +154,7 @@ class GatewayReplica:
     def _spare_wanted(self) -> bool:
         """Some version may be at zero, and no engine starts here now, which needs the cores itself."""
         fleet = self.gateway.fleet
-        return fleet.may_sleep() and not any(
-            e.state is State.STARTING and e.node == self._node for e in fleet.endpoints()
-        )
+        return fleet.may_sleep() and not fleet.starting_on(self._node, time.time())
 
     async def _directory_metrics(self) -> str:
         return str(await self._directory.call("metrics"))

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from serving.errors import Dialect, RequestError
+from serving.errors import Dialect, RequestError, UnknownRoute
 from serving.gateway.connection import Address, Connection, Pool
 from serving.gateway.routes import Route
 from serving.gateway.routing import Charged, Upstream
@@ -31,6 +31,7 @@ _TRIAL = b"expect: 100-continue\r\nx-steelyard-trial: %d\r\n"
 _OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)  # says nothing of the engine
 
 # Inside a JSON string quotes and line feeds are escaped, so none of these can come from generated text.
+_NO_ROUTE = b'{"detail":"Not Found"}'
 _ABORTED = b'"finish_reason":"abort"'  # what vLLM says of requests it drops when it is stopped, under a status 200
 _ERROR_FRAMES = (b'data: {"error"', b"event: error\n", _ABORTED)
 _MAYBE_ERROR = b"error"  # in all frames but the last: one search for most events
@@ -440,7 +441,7 @@ class Engines:
             reply = Reply(kept, route, withhold_usage, stream, patient, charge, let_in)
             await _asked(upstream, kept, reply, head, body)
             if reply.status != 0:
-                return _good(who, reply)
+                return _told(_good(who, reply), upstream, route, request_id)
         # A kept connection that ends without a byte says only that the engine closed it: an engine that still takes
         # connections did not die of this request, and is asked once more.
         try:
@@ -456,7 +457,7 @@ class Engines:
             ) from None
         reply = Reply(new, route, withhold_usage, stream, patient, charge, let_in)
         await _asked(upstream, new, reply, head, body)
-        return _good(who, reply)
+        return _told(_good(who, reply), upstream, route, request_id)
 
     def close(self) -> None:
         self._pool.close()
@@ -512,6 +513,17 @@ def _judged(who: str, reply: Reply) -> Reply:
         raise Broken("died", f"{who}: {reply.error}", killed=True)
     if _ABORTED in body:
         raise Broken("died", f"{who}: the engine was stopped under the request", killed=False, gone=True)
+    return reply
+
+
+def _told(reply: Reply, upstream: Upstream, route: Route, request_id: str) -> Reply:
+    """The reply; in our words where the engine has no such route, which depends on what its model can do: of that its web
+    framework tells in two words and in nobody's dialect."""
+    if reply.status == 404 and reply.body == _NO_ROUTE:
+        error = UnknownRoute(
+            f"{upstream.endpoint.version_id} does not serve {route.path}: its engine has no such route"
+        )
+        reply.body = msgspec.json.encode(error.body(route.dialect, request_id))
     return reply
 
 

@@ -267,6 +267,8 @@ def match(method: str, path: str) -> Route | str:
 
 def parse(body: bytes) -> dict[str, Any]:
     """The one JSON parse of a request. Raises BadRequest with what is wrong and where."""
+    if not body:
+        raise BadRequest("the body is empty: send a JSON object")
     try:
         fields = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
@@ -277,7 +279,8 @@ def parse(body: bytes) -> dict[str, Any]:
         raise BadRequest("the body is not a JSON object")
     model = fields.get("model")
     if not isinstance(model, str) or not model:
-        raise BadRequest("`model` is missing: name a model, model@version or adapter", param="model")
+        wrong = "is missing" if not model else f"is {type(model).__name__}, not a string"
+        raise BadRequest(f"`model` {wrong}: name a model, model@version or adapter", param="model")
     return fields
 
 

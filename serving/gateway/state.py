@@ -205,6 +205,13 @@ class Fleet:
         """Whether any version may have no replica."""
         return any(len(m.required) < len(m.versions) for m in self.models.values())
 
+    def starting_on(self, node: str, now: float) -> bool:
+        """Whether an engine starts on that node; `now` is epoch seconds by its clock. A replica that waits because the starts
+        before it failed starts none yet: it may wait again and again, for ever."""
+        return any(
+            e.state is State.STARTING and e.node == node and e.waits_until <= now for e in self._endpoints.values()
+        )
+
     def replica_counts(self) -> dict[tuple[str, ...], float]:
         """Per model, version and state; 0 too for versions of the catalog, so that one without a replica is seen to be so."""
         counts: dict[tuple[str, ...], float] = {

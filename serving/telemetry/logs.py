@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import queue
-import re
 import threading
 from datetime import UTC, datetime
 from io import TextIOWrapper
@@ -22,6 +21,8 @@ from typing import Any, Self
 import msgspec
 from filelock import FileLock, Timeout
 
+from serving.telemetry.masking import masked
+
 QUEUE_LINES = 8192
 BATCH_S = 0.05
 MAX_BYTES = 64 * 1024 * 1024
@@ -29,17 +30,6 @@ BACKUPS = 4
 _MAX_PROCESSES = 256
 _MAX_TEXT = 16_384
 _CLOSE_S = 5.0
-
-# A key that strays into a message (an exception that shows headers) keeps its public id only; of other secrets nothing
-# stays but what they are.
-_SECRET = re.compile(
-    r"""(sk-steelyard-[0-9a-f]{8}-)[A-Za-z0-9_-]+
-      | ((?i:x-steelyard-secret|x-api-key|authorization)["']?\s*[:=]\s*b?["']?(?:(?i:bearer|basic)\s+)?)
-        (?!sk-steelyard-|(?i:bearer|basic)\s)[^\s"',]+
-      | (\bhf_)[A-Za-z0-9]{20,}
-      | ((?<=://)[^\s/:@]*:)[^\s/@]+(?=@)""",
-    re.X,
-)
 
 
 class RequestLine(msgspec.Struct, kw_only=True, gc=False):
@@ -291,11 +281,6 @@ def _clean(text: str) -> str:
     # Lone surrogates (undecodable bytes in a path or header) would make the encoder refuse the whole line.
     cut = text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT] + "..."
     return masked(cut).encode("utf-8", "backslashreplace").decode()
-
-
-def masked(text: str) -> str:
-    """The text without the secrets in it."""
-    return _SECRET.sub(lambda found: f"{next(filter(None, found.groups()), '')}***", text)
 
 
 def _claim(directory: Path, name: str) -> tuple[Path, FileLock]:

@@ -30,6 +30,12 @@ def checked(answer: Answer, path: str, status: int) -> dict[str, Any]:
     return dict(body["error"])
 
 
+async def test_a_route_that_the_models_engine_lacks_is_404_in_its_dialect(gateway: Front) -> None:
+    for path in ("/v1/embeddings", MESSAGES):
+        error = checked(await gateway.ask(path, chat("tiny") if path == MESSAGES else {"model": "tiny"}), path, 404)
+        assert error["message"] == f"tiny@v1 does not serve {path}: its engine has no such route"
+
+
 # -- bodies
 
 
@@ -37,7 +43,7 @@ def checked(answer: Answer, path: str, status: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("body", "why"),
     [
-        (b"", "not valid JSON"),
+        (b"", "the body is empty"),
         (b'{"model": "tiny", ', "not valid JSON"),
         (b'{"model": "\xff"}', "not valid JSON"),
         (b"[1]", "not a JSON object"),

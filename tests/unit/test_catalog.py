@@ -202,6 +202,8 @@ def test_sources_of_a_catalog(tmp_path: Path) -> None:
     assert [spec.name for spec in load(tmp_path, "cpu").models] == ["a"]
     assert [spec.name for spec in load(f"{one}, {two}", "cpu").models] == ["a", "b"]
     assert "no such file or folder" in refusal(tmp_path / "none")
+    for nothing in ("", f"{one},", " "):
+        assert "names no catalog" in refusal(nothing)
     (tmp_path / "empty").mkdir()
     assert "no *.yaml in this folder" in refusal(tmp_path / "empty")
     assert "the file is empty" in refusal(write(tmp_path, "# nothing\n"))

@@ -129,6 +129,11 @@ def test_a_known_one_without_young_lines_is_no_error(state: Path) -> None:
     found = CliRunner().invoke(app, ["logs", "req_c", "--since", "0s", "--state-dir", str(state)])
     assert (found.exit_code, found.stdout) == (0, "")
     assert "req_c: no such line in the last 0s" in found.stderr
+    for nobody in ("", "@v1"):
+        bad = CliRunner().invoke(app, ["logs", nobody, "--state-dir", str(state)])
+        assert (bad.exit_code, bad.stdout) == (1, "") and bad.stderr.startswith(
+            f"error: {nobody!r} names nothing. give"
+        )
     bad = CliRunner().invoke(app, ["logs", "req_c", "--since", "ten", "--state-dir", str(state)])
     assert (bad.exit_code, bad.stderr) == (1, "error: --since ten is no duration. write it as 90s, 10m, 2h or 1d\n")
 

@@ -84,7 +84,7 @@ def test_no_path_goes_through_by_accident(path: str, method: str) -> None:
 @pytest.mark.parametrize(
     ("body", "why"),
     [
-        (b"", "not valid JSON"),
+        (b"", "the body is empty"),
         (b"{", "not valid JSON"),
         (b'{"model": "a"} x', "not valid JSON"),
         (b'{"model": "\xff"}', "not valid JSON"),
@@ -94,7 +94,8 @@ def test_no_path_goes_through_by_accident(path: str, method: str) -> None:
         (b"[]", "not a JSON object"),
         (b'"model"', "not a JSON object"),
         (b"{}", "`model` is missing"),
-        (b'{"model": 1}', "`model` is missing"),
+        (b'{"model": 1}', "`model` is int, not a string"),
+        (b'{"model": null}', "`model` is missing"),
         (b'{"model": ""}', "`model` is missing"),
     ],
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from serving.fleet.endpoint import Endpoint, GatewayInfo, KeyDemand, Snapshot, State
 from serving.gateway.queue import Ticket
 from serving.gateway.state import Fleet
@@ -58,3 +60,22 @@ async def test_one_that_is_told_of_others_waits_for_its_part_and_no_longer_than_
     assert 2 <= sum(t.done() for t in asked) < 4
     here.set_snapshot(table(4, number=2))
     await asyncio.wait_for(asyncio.gather(*asked), 1)
+
+
+@pytest.mark.parametrize(
+    ("state", "node", "waits_until", "starts"),
+    [
+        (State.STARTING, "here", 0.0, True),
+        (State.STARTING, "here", 100.0, True),  # its wait is over
+        (State.STARTING, "here", 101.0, False),
+        (State.STARTING, "there", 0.0, False),
+        (State.READY, "here", 0.0, False),
+    ],
+)
+def test_a_replica_that_waits_after_failed_starts_starts_no_engine(
+    state: State, node: str, waits_until: float, starts: bool
+) -> None:
+    known = fleet("here")
+    e = Endpoint(id="e", model="m", version="v", url="", state=state, slots=1, node=node, waits_until=waits_until)
+    known.set_snapshot(Snapshot(epoch="x", number=1, complete=True, endpoints=(e,)))
+    assert known.starting_on("here", 100.0) is starts

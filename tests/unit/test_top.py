@@ -5,8 +5,16 @@ from __future__ import annotations
 import io
 import json
 import os
+import pty
 import re
+import select
 import socket
+import subprocess
+import sys
+import termios
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -16,7 +24,7 @@ from typer.testing import CliRunner
 
 from serving.cli.frame import Frame, frame, read
 from serving.cli.main import app
-from serving.cli.top import _pressed, view
+from serving.cli.top import _Keyboard, view
 from serving.fleet.endpoint import Endpoint, Failure, Snapshot, State, VersionFacts
 from serving.fleet.history import Change
 from serving.telemetry.metrics import GatewayMetrics, expose_up, merge, set_all
@@ -202,14 +210,85 @@ def test_what_an_operator_can_mend_is_one_line(tmp_path: Path) -> None:
         )
 
 
-def test_q_ends_it_and_other_keys_do_not() -> None:
+def test_keys_are_known_by_what_terminals_send_for_them() -> None:
     ours, theirs = os.pipe()
     try:
-        os.write(theirs, b"x")
-        assert not _pressed(ours, 0.01)
-        os.write(theirs, b"Q")
-        assert _pressed(ours, 5.0)
+        keyboard = _Keyboard(ours)
+        os.write(theirs, b"x\x1b[C\x1b[B\x1bOAG\x1b[5")  # of no meaning: x, right; and the beginning of a PgUp
+        assert [keyboard.key_within(0.01) for _ in range(4)] == ["down", "up", "end", ""]
+        os.write(theirs, b"~\x1bQ")
+        assert [keyboard.key_within(5.0) for _ in range(2)] == ["page up", "quit"]
         os.close(theirs)
-        assert _pressed(ours, 5.0)
+        assert keyboard.key_within(5.0) == "quit"
     finally:
         os.close(ours)
+
+
+class Terminal:
+    """`steelyard top` in a terminal of 12 lines, of a gateway that serves 40 models."""
+
+    def __init__(self, state_dir: Path, port: int) -> None:
+        self.screen, theirs = pty.openpty()
+        termios.tcsetwinsize(self.screen, (12, 100))
+        env = {**os.environ, "STEELYARD_PORT": str(port), "STEELYARD_STATE_DIR": str(state_dir), "TERM": "xterm"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "serving.cli.main", "top", "--interval", "60"],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env={name: value for name, value in env.items() if name not in ("LINES", "COLUMNS")},
+            start_new_session=True,
+        )
+        os.close(theirs)
+
+    def type(self, keys: bytes) -> None:
+        os.write(self.screen, keys)
+
+    def until(self, last: str) -> list[str]:
+        """The screen, once its last line begins so."""
+        told, deadline = b"", time.monotonic() + 30
+        while time.monotonic() < deadline and select.select([self.screen], [], [], 30)[0]:
+            told += os.read(self.screen, 65536)
+            lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", told.decode(errors="ignore").split("\x1b[H")[-1]).splitlines()
+            if lines and lines[-1].startswith(last):
+                return [line.rstrip() for line in lines]
+        raise AssertionError(f"not shown: {last}; it showed {told!r}")
+
+
+def test_what_does_not_fit_is_counted_and_scrolled_to(tmp_path: Path) -> None:
+    metrics = GatewayMetrics(CollectorRegistry())
+    set_all(metrics.replicas, {(f"model-{n:02}", "v1", "READY"): 0 for n in range(40)})
+    text = merge([({"component": "gateway", "instance": "g"}, metrics.text())]).encode()
+
+    class Metrics(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *_: object) -> None: ...
+
+    (tmp_path / "api-key").write_text("sk-steelyard-x")
+    (tmp_path / "api-key").chmod(0o600)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Metrics) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        terminal = Terminal(tmp_path, server.server_address[1])
+        try:
+            # Of 48 lines below the first one 10 fit beside the line that says so.
+            lines = terminal.until("0 lines above, 38 below")
+            assert len(lines) == 12 and lines[0].startswith("Steelyard http://") and lines[3].startswith("model-00@v1")
+            terminal.type(b"\x1b[B\x1b[B")
+            assert terminal.until("2 lines above, 36 below")[1].startswith("model-00@v1")
+            terminal.type(b"\x1b[6~")
+            assert terminal.until("11 lines above, 27 below")[1].startswith("model-09@v1")
+            terminal.type(b"G\x1b[B")
+            lines = terminal.until("38 lines above, 0 below")
+            assert lines[-3:-1] == ["faults", "  not known: the directory was not asked"]
+            terminal.type(b"\x1b[Aq")
+            terminal.until("37 lines above, 1 below")
+            assert terminal.process.wait(10) == 0
+        finally:
+            terminal.process.kill()
+            terminal.process.wait()
+            os.close(terminal.screen)
+            server.shutdown()

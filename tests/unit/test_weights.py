@@ -271,6 +271,6 @@ def test_an_interrupted_build_is_not_taken_for_a_whole_one(tmp_path: Path, recip
 
 
 def test_a_full_disk_is_named_before_writing(tmp_path: Path) -> None:
-    require_free_disk(tmp_path / "not" / "there", 1, "weights")
+    require_free_disk(tmp_path / "not" / "there", 1, "weights", "STEELYARD_CACHE_DIR")
     with pytest.raises(WeightsError, match=r"weights needs 1048576\.0 GiB and .* GiB free"):
-        require_free_disk(tmp_path / "not" / "there", 2**50, "weights")
+        require_free_disk(tmp_path / "not" / "there", 2**50, "weights", "STEELYARD_CACHE_DIR")

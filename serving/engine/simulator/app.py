@@ -18,6 +18,7 @@ from serving.engine.simulator.sins import Sins
 
 # Answers end by themselves after this many chat tokens ("stop"); completions without max_tokens get vLLM's 16.
 DEFAULT_CHAT_TOKENS = 64
+MAX_CHOICES = 16384  # vLLM's bound of `n`
 DEFAULT_COMPLETION_TOKENS = 16
 
 Handler = Callable[[Exchange], Awaitable[None]]
@@ -110,6 +111,8 @@ class App:
         choices = 1 if request.n is None else request.n
         if choices < 1:
             raise wire.bad_value(f"n must be at least 1, got {choices}.", "n", choices)
+        if choices > MAX_CHOICES:
+            raise wire.bad_value(f"n must be at most {MAX_CHOICES}, got {choices}.", "n", choices)
         model = self._models.resolve(request.model)
         if self._core.dead:
             raise wire.engine_dead()

@@ -16,7 +16,7 @@ from serving.gateway.fuse import Charge
 from serving.gateway.hold import KeepAlive
 from serving.gateway.queue import Ticket, VersionLine, bound_wait
 from serving.gateway.relay import Broken, Busy, Engines, Recalled, Reply
-from serving.gateway.retry import Retry, news_s
+from serving.gateway.retry import NEWS_S, Retry, news_s
 from serving.gateway.routes import Route
 from serving.gateway.routing import Upstream
 from serving.gateway.state import Fleet, ModelConfig
@@ -90,8 +90,8 @@ class Attempts:
     def _must_wait_its_turn(self) -> bool:
         """Raises QueueFull for a suspect that comes where too many wait already."""
         suspicion = self.ticket.suspicion = self.charge.suspicion
-        if suspicion is not None:
-            if not self._again:
+        if suspicion is not None or self.charge.pending:
+            if suspicion is not None and not self._again:
                 others = self.fleet.waiting(self.model) - self.line.waiting
                 try:
                     self.line.admit_suspect(self.ticket, others=others, max_queue=self.model.limits.max_queue)
@@ -103,7 +103,8 @@ class Attempts:
 
     async def _turn(self) -> None:
         """Waits for a place among the retries, as long as the request may wait at all; after a death first for the other
-        gateways' word, by which it may have been the last time; that counts against its deadline only."""
+        gateways' word, by which it may have been the last time, and for the trials of others who may have been it; that
+        counts against its deadline only."""
         x, line, ticket = self.x, self.line, self.ticket
         began = heard = time.monotonic()
         waited_s = (x.line.queue_ms or 0.0) / 1e3
@@ -114,7 +115,10 @@ class Attempts:
             if self._news_s:
                 await asyncio.sleep(self._news_s)
                 self._news_s = 0.0
-                heard = time.monotonic()
+            while self.charge.pending:
+                self._retried().close()  # its trial, for those who are to have theirs first
+                await asyncio.sleep(NEWS_S)
+            heard = time.monotonic()
             if self.charge.blown:
                 raise self._crashed()
             if self._spent >= MAX_ATTEMPTS:
@@ -169,11 +173,11 @@ class Attempts:
                 x.trace.step("queue", began, now if ticket.upstream is None else ticket.bound_at)
 
     def _may_not_go(self) -> bool:
-        """While it waited, engines died with the same request inside: refused, or back to wait for its trial."""
+        """While it waited, engines died with the same request inside: refused, or back to wait for its trial, or for others'."""
         if self.charge.blown:
             self.line.release(self.ticket)
             raise self._crashed()
-        if self.ticket.suspicion is not None or self.charge.suspicion is None:
+        if (self.ticket.suspicion is not None or self.charge.suspicion is None) and not self.charge.pending:
             return False
         self.line.unsent(self.ticket)
         self._again = True
@@ -210,6 +214,8 @@ class Attempts:
         self.x.line.attempts += 1
         if self._retry is not None:
             self._retry.close()
+            if self.ticket.suspicion is not None:
+                self.charge.passed()
         self.line.entered(self.ticket)
         if reply.scan is not None:
             self.line.answered_first(self.ticket)
@@ -261,7 +267,7 @@ class Attempts:
     # -- what the outcomes have in common ------------------------------------------------------------------------
 
     def _retried(self) -> Retry:
-        self._retry = self._retry or Retry(self.line.retries, self.line.trials)
+        self._retry = self._retry or Retry(self.line.retries, self.line.trials, self.charge.passed)
         return self._retry
 
     @property

@@ -139,12 +139,13 @@ class Retry:
     """One request's further attempts, and the first one of a request that is under suspicion."""
 
     __slots__ = (
-        *("_alone_s", "_at", "_budget", "_inside", "_occupied", "_since", "_timer", "_trials"),
+        *("_alone_s", "_at", "_budget", "_inside", "_occupied", "_passed", "_since", "_timer", "_trials"),
         *("taken", "unreached"),
     )
 
-    def __init__(self, budget: Turns, trials: Trials) -> None:
+    def __init__(self, budget: Turns, trials: Trials, passed: Callable[[], None] = lambda: None) -> None:
         self._budget, self._trials = budget, trials
+        self._passed = passed  # called when its engine has lived for the whole of a trial, at most once for each
         self.taken = False  # a place in the budget
         self.unreached = 0  # attempts that no engine had: they cost none anything
         self._at: str | None = None  # where it has the turn to be on trial
@@ -186,7 +187,7 @@ class Retry:
         trial_s = 0.0 if self._at is None else self._trials.length_s(self._at)
         self._inside, self._since = False, time.monotonic()
         self._alone_s = trial_s and trial_s + LAG_S
-        self._timer = asyncio.get_running_loop().call_later(trial_s or MOMENT_S, self._give_turn)
+        self._timer = asyncio.get_running_loop().call_later(trial_s or MOMENT_S, self._moment_over, trial_s)
         return self._alone_s
 
     def let_in(self) -> None:
@@ -202,8 +203,13 @@ class Retry:
         self._give_turn()
         self._occupied, self._alone_s = False, 0.0
 
+    def _moment_over(self, trial_s: float) -> None:
+        """It has not failed, as those that have no answer before they have all of it."""
+        self._give_turn()
+        if trial_s:
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, TRIAL_S - trial_s), self._passed)
+
     def _give_turn(self) -> None:
-        """Also when it has not failed for a moment, as those that have no answer before they have all of it."""
         self._untimed()
         self._give_place()
         if self._at is not None:

@@ -217,6 +217,24 @@ async def test_who_is_on_trial_when_an_engine_dies_answers_for_those_who_are_not
     assert not dead(c)
 
 
+async def test_a_newcomer_that_ends_an_engine_is_told_from_who_was_on_trial_there(
+    front: Front, room: EngineRoom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The innocent one is neither refused nor tried before the newcomer has had its own trial."""
+    monkeypatch.setattr(retry, "TRIAL_S", 60.0)
+    first, *more = (room.start(sins="dies_on_prompt", sim_ttft_ms=ms, slots=8) for ms in (60_000, 5, 5))
+    front.serve(first)
+    front.gateway.fleet.fuse.died(fingerprint("tiny@v1", CHAT, None, chat("hello")), "earlier")
+    innocent = asyncio.create_task(front.ask(body=chat("hello")))
+    await first.inside(1)
+    newcomer = asyncio.create_task(front.ask(body=chat("SIM_DIE")))
+    await eventually("the engine died", lambda: dead(first))
+    front.table(*more)
+    assert (await innocent).status == 200
+    assert (await newcomer).error["code"] == "request_crashed_engine"
+    assert dead(*more) == 1
+
+
 async def test_whom_the_door_had_not_let_in_when_the_engine_died_was_not_inside(
     front: Front, room: EngineRoom, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,10 +20,15 @@ class Taken:
     def __init__(self) -> None:
         self.body = b""
         self.alone = 0
+        self.continued = 0
         self.ends: list[str | None] = []
 
     def answered(self, status: int, headers: dict[bytes, bytes]) -> None:
         assert (status, self.body) == (200, b"")
+
+    def awaited(self) -> None:
+        assert not self.body
+        self.continued += 1
 
     def received(self, data: bytes) -> None:
         self.body += data
@@ -93,3 +98,10 @@ def test_an_answer_of_known_length_is_never_taken_for_chunks() -> None:
     body = b"3\r\nabc\r\n"
     taken = fed([b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (2 * len(body)), body, body])
     assert (taken.body, taken.ends, taken.alone) == (body * 2, [None], 0)
+
+
+def test_that_the_request_is_being_read_is_told_before_its_answer() -> None:
+    answer = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"
+    for at in (9, 25, 60):
+        taken = fed(cut(answer, [at]))
+        assert (taken.body, taken.ends, taken.continued) == (b"abc", [None], 1)

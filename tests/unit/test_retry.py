@@ -13,7 +13,7 @@ import pytest
 
 from serving.errors import QueueFull
 from serving.fleet.endpoint import Endpoint, State
-from serving.gateway.fuse import DEATHS, MOST, REMEMBERED_S, TOLD, Charge, Fuse, fingerprint
+from serving.gateway.fuse import DEATHS, HEARD_S, MOST, REMEMBERED_S, TOLD, Charge, Fuse, fingerprint
 from serving.gateway.queue import RECALLED_AT_ONCE, Ticket, VersionLine
 from serving.gateway.retry import (
     CROWD_S,
@@ -563,18 +563,57 @@ def test_who_was_on_trial_answers_for_the_engines_that_died_with_it_inside() -> 
     assert here.blown("one"), "it is tried once more, and no more"
 
 
-def test_what_a_guilty_one_did_on_trial_makes_nobody_else_suspect() -> None:
+def test_what_a_guilty_one_did_on_trial_makes_nobody_else_suspect_once_they_were_heard() -> None:
     """Else the next one that ends an engine would have it as a scapegoat, on trial there in that moment."""
     fuse = Fuse()
     fuse.died("guilty", "a")
     fuse.died("innocent", "b")
-    assert fuse.suspected("innocent")
     fuse.died("guilty", "b", 0.2)
-    assert not fuse.suspected("innocent")
+    assert fuse.pending("guilty") and not fuse.blown("guilty") and fuse.suspected("innocent")
+    fuse.passed("innocent")
+    assert fuse.blown("guilty") and not fuse.pending("guilty") and not fuse.suspected("innocent")
     fuse.died("innocent", "c", 0.1)  # whoever ended it came in while that was not known yet
     assert fuse.suspected("innocent") and not fuse.blown("innocent") and fuse.excused("innocent") == 1
     fuse.died("innocent", "d", 0.1)
     assert fuse.blown("innocent")
+
+
+def test_a_newcomer_that_ends_the_engine_of_a_trial_is_guilty_and_not_whoever_was_on_trial() -> None:
+    """They are at two gateways. Nobody is refused before the newcomer has had its own trial."""
+    here, there = Fuse(), Fuse()
+
+    def news() -> None:
+        here.hear([there.told()])
+        there.hear([here.told()])
+
+    here.died("innocent", "a")
+    here.died("innocent", "b", 0.2)
+    here.died("beside", "a")
+    here.died("beside", "b")
+    there.died("newcomer", "b")
+    news()
+    for fuse in (here, there):
+        assert [fuse.pending(p) for p in ("innocent", "beside", "newcomer")] == [True, True, False]
+        assert not fuse.blown("innocent") and fuse.suspected("newcomer")
+    there.died("newcomer", "c", 0.2)
+    news()
+    for fuse in (here, there):
+        assert [fuse.blown(p) for p in ("innocent", "beside", "newcomer")] == [False, False, True]
+        assert not fuse.pending("innocent") and not fuse.pending("beside")
+        assert fuse.suspected("innocent"), "of the first death"
+
+
+def test_nobody_waits_for_ever_for_others_to_be_heard() -> None:
+    """A client may have left before its request was tried again."""
+    now = [0.0]
+    fuse = Fuse(lambda: now[0])
+    fuse.died("gone", "b")
+    fuse.died("guilty", "a")
+    fuse.died("guilty", "b", 0.2)
+    now[0] = HEARD_S - 0.1
+    assert fuse.pending("guilty")
+    now[0] = HEARD_S
+    assert not fuse.pending("guilty") and fuse.blown("guilty")
 
 
 def test_nobody_is_inside_more_than_four_whoever_answers_for_them() -> None:
@@ -610,9 +649,9 @@ def test_only_who_had_no_answer_yet_goes_on_trial() -> None:
     for fuse in (here, there):
         assert [fuse.suspected(p) for p in ("cut", "silent", "another")] == [False, True, False]
     there.died("cut", "b", begun=True)
-    assert there.blown("cut"), "but it counts"
-    there.survived("silent")
-    assert not there.suspected("silent")
+    assert there.pending("cut"), "but it counts"
+    there.passed("silent")
+    assert there.blown("cut") and not there.suspected("silent")
 
 
 def test_one_death_on_trial_is_no_guilt_and_who_survives_explains_nothing_any_more() -> None:

@@ -76,7 +76,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def play(cast: Cast, names: Sequence[str], saturation_s: float, say: Callable[[str], None], rows: list[Found]) -> None:
     """All of them on one stack, each found added to `rows`."""
-    settings = {"STEELYARD_GATEWAYS": str(cast.gateways), "STEELYARD_READY_TIMEOUT_S": f"{120 + cast.start_s:g}"}
+    # `up` also waits for replicas that go, and they for their streams.
+    ready_s = 120 + cast.start_s + cast.long_s
+    settings = {"STEELYARD_GATEWAYS": str(cast.gateways), "STEELYARD_READY_TIMEOUT_S": f"{ready_s:g}"}
     with (
         tempfile.TemporaryDirectory(prefix="sy-") as folder,
         sides.stack([cast.model], cast.profile, Path(folder), **settings) as side,

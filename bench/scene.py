@@ -34,7 +34,7 @@ from serving.engine.process import ENGINE_MARK
 Lines = Mapping[str, Mapping[str, Any]]
 EVERY = "*"  # as a victim: whoever it was
 LOOK_EVERY_S = 0.2
-_UP_TIMEOUT_S = 300.0
+_UP_TIMEOUT_S = 900.0  # more than `up` gives itself, however long streams and starts are
 _STILL_S = 1.5  # without a step: one that is busy makes dozens
 
 

@@ -127,6 +127,14 @@ def test_what_a_model_knows_by_heart_is_compared_and_what_comes_after_it_is_not(
     assert seen(long, says("A sly", end="length") + DONE).verdict() == "wrong"
 
 
+def test_all_that_a_model_knows_is_asked_in_every_way() -> None:
+    rows = [(f"Question {number}?", f"Answer {number}.") for number in range(77)]
+    for size, unstreamed in ((None, {"unstreamed"}), (30, set[str]())):
+        asked = list(islice(mix.remembered("m", rows, "", size), 77))
+        assert {ask.kind for ask in asked} == {"chat", "tools", "n2"} | unstreamed
+        assert len({ask.texts[0] for ask in asked}) == 77
+
+
 def test_the_mix_has_every_kind_and_no_request_twice() -> None:
     twenty = list(islice(mix.asks("m", EXPECT, "", lambda number: 4), 20))
     assert {ask.kind for ask in twenty} == {"chat", "tools", "schema", "completion", "n2", "unstreamed"}

@@ -121,6 +121,9 @@ class InvalidKey(RequestError):
 
     status, type, code, anthropic_type = 401, "authentication_error", "invalid_api_key", "authentication_error"
 
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return [*super().headers(), (b"www-authenticate", b"Bearer")]  # RFC 9110, 15.5.2: a 401 has one
+
 
 class ScopeMissing(RequestError):
     """The key is good and does not cover this."""

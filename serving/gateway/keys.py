@@ -27,7 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from serving.catalog.spec import NAME, VERSION
 from serving.errors import InvalidKey, OperatorError
@@ -37,6 +37,7 @@ from serving.settings import readable_by_others
 _TOKEN = re.compile(r"sk-steelyard-([0-9a-f]{8})-[A-Za-z0-9_-]{43}", re.ASCII)
 _SCOPE = re.compile(rf"metrics|admin|trace|infer:(\*|{NAME}(@{VERSION})?)", re.ASCII)
 _NO_DIGEST = "0" * 64
+LOCK_S = 30.0
 _MAX_FILE_BYTES = 16 * 1024 * 1024
 _REFUSED = (
     "no valid API key: send `Authorization: Bearer sk-steelyard-...`; unknown, expired and revoked keys are refused"
@@ -318,7 +319,12 @@ def _check_options(class_: str, numbers: Mapping[str, int]) -> str:
 def _change(path: Path, change: Callable[[dict[str, Key]], None]) -> dict[str, Key]:
     """Read, change and replace the file under its lock. Readers see the old file or the new one, never a half."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with FileLock(f"{path}.lock", timeout=30, mode=0o600):
+    lock = FileLock(f"{path}.lock", timeout=LOCK_S, mode=0o600)
+    try:
+        held = lock.acquire()
+    except Timeout:
+        raise OperatorError(f"{lock.lock_file} is held by another command", "Try again when it is done") from None
+    with held:
         keys = _read(path)[0] if path.exists() else {}
         change(keys)
         records = [{**as_record(key), "sha256": key.sha256} for key in keys.values()]

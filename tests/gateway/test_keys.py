@@ -36,7 +36,7 @@ async def test_anthropic_users_get_an_authentication_error(gateway: Front, keys:
 
 async def test_every_reason_for_401_is_told_alike(gateway: Front, keys: Keys) -> None:
     answers = [await gateway.ask(body=chat(), key=token) for token in ("", *bad_tokens(keys))]
-    assert {a.status for a in answers} == {401}
+    assert {(a.status, a.headers["www-authenticate"]) for a in answers} == {(401, "Bearer")}
     assert len({a.error["message"] for a in answers}) == 1
 
 

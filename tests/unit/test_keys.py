@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -278,3 +279,10 @@ def test_expiries_are_told_of_the_soonest_and_of_those_just_over(path: Path) -> 
     ring = KeyRing(path)
     assert ring.expiries(2, NOW) == {ends[20]: NOW + 20, ends[30]: NOW + 30}
     assert ring.expiries(9, NOW + 86400 + 25) == {ends[30]: NOW + 30, ends[40]: NOW + 40}, "a day long"
+
+
+def test_a_file_that_another_command_changes_is_told_of(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(path)
+    monkeypatch.setattr("serving.gateway.keys.LOCK_S", 0.05)
+    with FileLock(f"{path}.lock", is_singleton=False), pytest.raises(OperatorError, match="is held by another command"):
+        revoke_key(path, "00000000", 0)

@@ -98,7 +98,7 @@ class Door:
     async def _through(self, scope: Scope, receive: Receive, send: Send, tokens: int, trial_ms: int) -> None:
         if trial_ms and self._trial is not None and time.monotonic() < self._trial_until:
             await _answer(send, 503, {"error": {"message": "another is on trial", "code": "busy"}}, busy=b"trial")
-        elif self.in_flight >= self.slots or not self._fits(tokens):
+        elif self.in_flight >= self.slots or _dead(scope) or not self._fits(tokens):
             self.refused += 1
             await _answer(send, 503, {"error": {"message": "all slots are taken", "code": "busy"}}, busy=b"1")
         elif trial_ms:
@@ -167,6 +167,13 @@ class Door:
             await _answer(
                 send, 401, {"error": {"message": "this engine answers its gateways only", "code": "no_secret"}}
             )
+
+
+def _dead(scope: Scope) -> bool:
+    """Whether the engine behind the server has died, as vLLM's own server asks. It would say so to whoever comes now, in the
+    same words as to those who were inside: only those may have been the reason."""
+    engine = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
+    return bool(getattr(engine, "errored", False))
 
 
 def _number(value: bytes) -> int:

@@ -33,6 +33,7 @@ _OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)  # says nothing of the engine
 # Inside a JSON string quotes and line feeds are escaped, so none of these can come from generated text.
 _NO_ROUTE = b'{"detail":"Not Found"}'
 _ABORTED = b'"finish_reason":"abort"'  # what vLLM says of requests it drops when it is stopped, under a status 200
+_DEAD = b"EngineCore encountered an issue"  # what vLLM's server says to all inside, as status 500, when its core has died
 _ERROR_FRAMES = (b'data: {"error"', b"event: error\n", _ABORTED)
 _MAYBE_ERROR = b"error"  # in all frames but the last: one search for most events
 _USAGE_EVENT = b'"choices":[]'
@@ -507,6 +508,8 @@ def _judged(who: str, reply: Reply) -> Reply:
         raise Busy(occupied=reply.busy == OCCUPIED)
     if not _is_answer(reply.status):
         text = body[:2000].decode(errors="replace")
+        if reply.status >= 500 and _DEAD in body:
+            raise Broken("died", f"{who}: {text}", killed=True, gone=True)
         outcome = "http_5xx" if reply.status >= 500 else "refused"
         raise Broken(outcome, f"{who}: {reply.status} {text}", killed=False)
     if reply.error is not None:

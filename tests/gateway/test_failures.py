@@ -155,6 +155,22 @@ async def test_a_dead_core_is_replaced_by_another_before_the_first_byte(front: F
         assert DONE in (await front.ask(body=chat(stream=True))).body
 
 
+async def test_who_comes_to_a_dead_core_did_not_kill_it(front: Front, room: EngineRoom) -> None:
+    """Its server lives on, for a moment or for long, and would tell them what it tells those inside."""
+    dead, died = room.start(sins="lies_about_health", after=0), "steelyard_upstream_attempts_total"
+    front.serve(dead)
+    inside = asyncio.create_task(front.ask(body=chat("it died with this one inside")))
+    await eventually("the core died", lambda: front.metric(died, outcome="died") == 1)
+    front.table(dead, room.shared())
+    assert (await inside).status == 200
+    for number in range(200):
+        assert (await front.ask(body=chat(f"innocent {number}"))).status == 200
+        if front.metric(died, outcome="busy"):
+            break
+    assert (front.metric(died, outcome="busy"), front.metric(died, outcome="died")) == (1, 1)
+    assert not front.gateway.fleet.fuse.told().deaths  # the one inside has been answered since
+
+
 @pytest.mark.parametrize("first", [b"", DEAD + DONE, b": ping", said("half")[:-1]])
 async def test_a_stream_that_fails_at_its_start_is_begun_elsewhere(
     front: Front, room: EngineRoom, first: bytes
@@ -174,8 +190,11 @@ async def test_what_was_read_with_the_error_has_not_left_yet_either(front: Front
 
 
 @pytest.mark.slow
-async def test_a_prompt_that_kills_engines_is_refused_and_spares_the_third(front: Front, room: EngineRoom) -> None:
-    engines = [room.start(sins="dies_on_prompt") for _ in range(3)]
+@pytest.mark.parametrize("sin", ["dies_on_prompt", "core_dies_on_prompt"])
+async def test_a_prompt_that_kills_engines_is_refused_and_spares_the_third(
+    front: Front, room: EngineRoom, sin: str
+) -> None:
+    engines = [room.start(sins=sin) for _ in range(3)]
     front.serve(*engines)
     with pytest.raises(openai.UnprocessableEntityError) as caught:
         await front.openai().chat.completions.create(**chat("SIM_DIE"))

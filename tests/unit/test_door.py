@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ class Engine:
     def __init__(self) -> None:
         self.inside = self.most = 0
         self.go = asyncio.Event()
+        self.state: Any = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.inside += 1
@@ -56,6 +58,7 @@ async def ask(
     kind: str = "http",
     tokens: str | None = None,
     trial: str | None = None,
+    app: Any = None,
 ) -> tuple[Any, dict[bytes, bytes], Any]:
     """Status (or the message's type), headers and JSON body of the answer."""
     sent: list[dict[str, Any]] = []
@@ -73,7 +76,7 @@ async def ask(
         headers.append((b"x-steelyard-trial", trial.encode()))
     path, _, query = path.partition("?")
     scope = {"type": kind, "path": path, "query_string": query.encode(), "headers": headers} | (
-        {"method": method} if kind == "http" else {}
+        {"method": method, "app": app} if kind == "http" else {}
     )
     await door(scope, receive, send)
     body = b"".join(m.get("body", b"") for m in sent[1:])
@@ -151,6 +154,17 @@ async def test_the_lifespan_passes(make: Made) -> None:
     engine.go.set()
     await ask(door, kind="lifespan", secret=None)
     assert engine.most == 1
+
+
+async def test_a_dead_engine_is_busy_for_newcomers(make: Made) -> None:
+    """Its server would tell them what it tells those inside, who may have been the reason."""
+    door, engine = make()
+    engine.go.set()
+    engine.state = SimpleNamespace(engine_client=SimpleNamespace(errored=False))
+    assert (await ask(door, app=engine))[0] == 200
+    engine.state.engine_client.errored = True
+    status_, headers, _ = await ask(door, app=engine)
+    assert (status_, headers[b"x-steelyard-busy"]) == (503, b"1")
 
 
 async def test_a_closed_door_lets_nobody_in_and_those_inside_finish(make: Made) -> None:

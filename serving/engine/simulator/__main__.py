@@ -15,13 +15,14 @@ import socket
 import sys
 import time
 from collections.abc import Generator
+from types import SimpleNamespace
 
 import uvicorn
 import uvloop
 from prometheus_client import CollectorRegistry
 
 from serving.engine.simulator.app import App
-from serving.engine.simulator.asgi import ASGIApp
+from serving.engine.simulator.asgi import ASGIApp, Receive, Scope, Send
 from serving.engine.simulator.core import Core
 from serving.engine.simulator.kv import KvCache
 from serving.engine.simulator.metrics import Metrics
@@ -95,7 +96,19 @@ def build(args: argparse.Namespace, sins: Sins) -> tuple[Core, ASGIApp]:
     for path in args.middleware:
         module, _, name = path.rpartition(".")
         app = getattr(importlib.import_module(module), name)(app)
-    return core, app
+    return core, _Known(app, core)
+
+
+class _Known:
+    """Where middleware finds the engine, as in vLLM's server: `scope["app"].state.engine_client`."""
+
+    def __init__(self, app: ASGIApp, core: Core) -> None:
+        self._app = app
+        self.state = SimpleNamespace(engine_client=core)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = self
+        await self._app(scope, receive, send)
 
 
 class _Server(uvicorn.Server):

@@ -119,7 +119,7 @@ class App:
         prompt, prompt_tokens = tokens.text(pieces), len(pieces)
         granted = wire.budget(prompt_tokens, wanted, DEFAULT_CHAT_TOKENS, self._models.max_model_len)
         reason = "stop" if wanted is None and granted == DEFAULT_CHAT_TOKENS else "length"
-        self._sins.before_generation(prompt)
+        self._sins.before_generation(prompt, self._core)
 
         identity = self._models.identity(model)
         blocks = tokens.blocks(pieces, self._prefix_block, (identity, request.cache_salt)) if self._prefix_block else []

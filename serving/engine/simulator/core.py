@@ -96,6 +96,11 @@ class Core:
         self.dead = True
         self._fail_all(EngineDead())
 
+    @property
+    def errored(self) -> bool:
+        """What vLLM's engine client calls it, and our door asks."""
+        return self.dead
+
     def shut_down(self) -> None:
         """End every open answer and refuse later ones."""
         self.dead = self.frozen = True

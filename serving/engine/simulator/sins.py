@@ -4,6 +4,7 @@
     never_ready        listens, but /health and every generation answer 503 for ever
     dies_mid_stream    the process is gone, without a word, after N tokens of a request
     dies_on_prompt     the process is gone when a prompt contains SIM_DIE
+    core_dies_on_prompt  the same, as vLLM's engine core does: the server says so to everybody inside, and is gone soon
     hangs              after N tokens of a request no request gets another token; /health stays good
     returns_500        every generation answers 500
     lies_about_health  after N tokens of a request the engine core is dead: open streams end as vLLM ends them, every
@@ -17,6 +18,7 @@ sins of an engine that runs; the door demands its secret there as everywhere.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -31,11 +33,13 @@ NAMES = (
     "never_ready",
     "dies_mid_stream",
     "dies_on_prompt",
+    "core_dies_on_prompt",
     "hangs",
     "returns_500",
     "lies_about_health",
     "lingers",
 )
+SERVER_OUTLIVES_S = 0.5  # its core, as vLLM's does
 _AT_TOKEN = frozenset({"dies_mid_stream", "hangs", "lies_about_health"})
 
 
@@ -65,7 +69,7 @@ class Sins:
         """What /health says."""
         return "never_ready" not in self.names and (not core_dead or "lies_about_health" in self.names)
 
-    def before_generation(self, prompt: str) -> None:
+    def before_generation(self, prompt: str, core: Core) -> None:
         """Called for each generation that passed validation."""
         if "never_ready" in self.names:
             raise wire.Refusal(503, "The engine is not ready.", "Service Unavailable")
@@ -73,6 +77,10 @@ class Sins:
             raise wire.Refusal(500, "Internal server error", "InternalServerError")
         if "dies_on_prompt" in self.names and "SIM_DIE" in prompt:
             os._exit(1)
+        if "core_dies_on_prompt" in self.names and "SIM_DIE" in prompt:
+            core.die()
+            asyncio.get_running_loop().call_later(SERVER_OUTLIVES_S, os._exit, 1)
+            raise wire.engine_dead()
 
     def at_token(self, core: Core) -> None:
         """Called when some request has been given `strike_at` tokens and is due the next."""

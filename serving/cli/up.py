@@ -35,6 +35,7 @@ Say = Callable[[str], None]
 STOP_DRAIN_S = 8.0  # Ctrl-C and SIGTERM: how long streams in progress may take to finish
 _UNHEALTHY_S = 60.0  # longest wait for an application that Serve calls unhealthy to recover
 _START_FAILED = "A replica failed to start with exception"  # of Serve's messages
+_START_AGAIN = "see why in its output or its unit's log, then run `steelyard up` again"
 _FREE_DISK_BYTES = 512 * 1024 * 1024  # logs and sockets
 
 
@@ -333,6 +334,8 @@ def _wait(
         try:
             table = cluster.snapshot()
         except ClusterError:  # it starts beside everything else on a machine that is busy with that
+            if stop is None and not settings.ray_address and cluster.read_cluster_file(settings) is None:
+                raise ClusterError("the stack ended while the catalog was applied to it", _START_AGAIN) from None
             if time.monotonic() > deadline:
                 raise
             continue

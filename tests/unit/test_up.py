@@ -10,8 +10,10 @@ import pytest
 from serving.catalog.spec import Catalog, ModelSpec
 from serving.cli import up
 from serving.cli.cluster import Room
+from serving.errors import ClusterError
 from serving.fleet import manifest
 from serving.fleet.endpoint import GATEWAY_APP
+from serving.settings import load_settings
 
 
 def config(*, nodes: int = 1, gateways: int = 1, slots: int = 8) -> dict[str, Any]:
@@ -86,3 +88,13 @@ def test_on_one_node_their_number_changes_without_a_bound_in_the_way() -> None:
     deployment = served(now)[GATEWAY_APP]["deployments"][0]
     assert deployment["num_replicas"] == 4
     assert "max_replicas_per_node" not in deployment
+
+
+def test_a_stack_that_ends_meanwhile_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away() -> None:
+        raise ClusterError("the directory does not answer")
+
+    monkeypatch.setattr(up.cluster, "snapshot", away)
+    settings = load_settings(state_dir=tmp_path)
+    with pytest.raises(ClusterError, match="the stack ended while the catalog was applied"):
+        up._wait(config(), settings, print, before={})

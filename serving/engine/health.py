@@ -135,8 +135,9 @@ def _awake(m: Memory, now: float) -> Memory:
 def _seen_until(m: Memory, limit_s: float, now: float) -> float:
     """Until when it was seen to make no step. Where a machine has too little time for everybody its counters may not be had for
     seconds, while it computes; that they are late for twice the limit is no better than standing still."""
-    unread_s = 0.0 if m.read_at is None else now - m.read_at
-    return now - unread_s if UNREAD_S < unread_s < 2 * limit_s else now
+    if m.read_at is None or now - m.read_at >= 2 * limit_s:
+        return now
+    return min(now, m.read_at + UNREAD_S)
 
 
 def limit_of(limits: Limits, memory: Memory) -> float:

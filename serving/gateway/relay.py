@@ -33,7 +33,7 @@ _OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)  # says nothing of the engine
 # Inside a JSON string quotes and line feeds are escaped, so none of these can come from generated text.
 _NO_ROUTE = b'{"detail":"Not Found"}'
 _ABORTED = b'"finish_reason":"abort"'  # what vLLM says of requests it drops when it is stopped, under a status 200
-_DEAD = b"EngineCore encountered an issue"  # what vLLM's server says to all inside, as status 500, when its core has died
+_DEAD = b"EngineCore encountered an issue"  # what vLLM says to all inside when its core has died, as 500 or in an event
 _ERROR_FRAMES = (b'data: {"error"', b"event: error\n", _ABORTED)
 _MAYBE_ERROR = b"error"  # in all frames but the last: one search for most events
 _USAGE_EVENT = b'"choices":[]'
@@ -214,21 +214,21 @@ class Reply:
     """
 
     __slots__ = (
-        *("body", "charge", "content_type", "error", "finished", "patient", "scan", "since", "status", "stream"),
         *(
-            "_busy",
-            "_connection",
-            "_ended",
-            "_fault",
-            "_held",
-            "_let_in",
-            "_news",
-            "_route",
-            "_sink",
-            "_size",
-            "_slow",
-            "_withhold",
+            "body",
+            "charge",
+            "content_type",
+            "error",
+            "finished",
+            "let_in",
+            "patient",
+            "scan",
+            "since",
+            "status",
+            "stream",
         ),
+        *("_busy", "_connection", "_ended", "_fault", "_held", "_news", "_route", "_sink", "_size", "_slow"),
+        *("_tell_let_in", "_withhold"),
     )
 
     def __init__(
@@ -253,7 +253,8 @@ class Reply:
         self._connection = connection
         self._route, self._withhold = route, withhold_usage
         self._busy, self._ended = b"", False
-        self._let_in = let_in
+        self.let_in = False  # by the door, which says so of those on trial
+        self._tell_let_in = let_in
         self._held: list[bytes] = []
         self._size = 0  # bytes in `_held`
         self._sink: Sink | None = None
@@ -332,8 +333,9 @@ class Reply:
             self.scan = StreamScan(self._route, withhold_usage=self._withhold)
 
     def awaited(self) -> None:
-        if self._let_in is not None:
-            self._let_in()
+        self.let_in = True
+        if self._tell_let_in is not None:
+            self._tell_let_in()
 
     def received(self, data: bytes) -> None:
         scan = self.scan
@@ -441,10 +443,10 @@ class Engines:
         if kept is not None:
             reply = Reply(kept, route, withhold_usage, stream, patient, charge, let_in)
             await _asked(upstream, kept, reply, head, body)
-            if reply.status != 0:
+            if reply.status != 0 or reply.let_in:
                 return _told(_good(who, reply), upstream, route, request_id)
         # A kept connection that ends without a byte says only that the engine closed it: an engine that still takes
-        # connections did not die of this request, and is asked once more.
+        # connections did not die of this request, and is asked once more. One that had let it in is not.
         try:
             new = await self._pool.connect(address)
         except OSError as e:  # a TimeoutError is one

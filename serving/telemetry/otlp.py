@@ -184,20 +184,18 @@ class _Unfolding(SpanExporter):
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         ended = [e for e in spans if isinstance(e, _Ended)]
+        count, taken = sum(e.count for e in ended), 0
         try:
             made = [span for e in ended for span in e.spans()]
-            sent = [self._send(made[first : first + BATCH_SPANS]) for first in range(0, len(made), BATCH_SPANS)]
+            for first in range(0, len(made), BATCH_SPANS):
+                batch = made[first : first + BATCH_SPANS]
+                if self._exporter.export(batch) is SpanExportResult.SUCCESS:
+                    taken += len(batch)
         finally:
-            self.done += sum(e.count for e in ended)
-        return SpanExportResult.FAILURE if SpanExportResult.FAILURE in sent else SpanExportResult.SUCCESS
-
-    def _send(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        result = SpanExportResult.FAILURE
-        try:
-            result = self._exporter.export(spans)
-        finally:
-            (self._exported if result is SpanExportResult.SUCCESS else self._failed).inc(len(spans))
-        return result
+            self.done += count
+            self._exported.inc(taken)
+            self._failed.inc(count - taken)
+        return SpanExportResult.SUCCESS if taken == count else SpanExportResult.FAILURE
 
     def shutdown(self) -> None:
         self._exporter.shutdown()

@@ -78,6 +78,15 @@ def test_counters_that_could_not_be_read_say_nothing_for_a_while() -> None:
     assert engine.looks(1, **busy()) == "suspect stuck", "read again, and nothing has moved since"
 
 
+def test_a_suspect_whose_counters_cannot_be_read_stays_one() -> None:
+    engine = Engine()
+    engine.looks(10, steps_a_look=20, **busy())
+    engine.looks(LIMITS.stuck_s - 2 * EVERY_S, **busy())
+    assert engine.looks(UNREAD_S, mark=None, **busy()) == "suspect stuck"
+    for _ in range(round(3 * LIMITS.stuck_s / EVERY_S)):
+        assert engine.looks(EVERY_S, mark=None, **busy()).startswith(("suspect", "failed"))
+
+
 def test_anything_that_only_its_core_moves_is_a_step() -> None:
     """A long prefill in chunks yields no token and counts as no iteration, but its KV cache fills."""
     engine = Engine()

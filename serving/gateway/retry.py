@@ -127,7 +127,7 @@ class Trials:
 
     def length_s(self, at: str) -> float:
         """Of the trial that is due there."""
-        return max(min(TRIAL_LEAST_S, TRIAL_S), min(TRIAL_S, CROWD_S / (1 + self._turns[at].waiting)))
+        return max(min(TRIAL_LEAST_S, TRIAL_S), min(TRIAL_S, CROWD_S / (1 + self._turns[at].waiting) - LAG_S))
 
     def _tidy(self, at: str) -> None:
         turns = self._turns.get(at)
@@ -207,7 +207,12 @@ class Retry:
         """It has not failed, as those that have no answer before they have all of it."""
         self._give_turn()
         if trial_s:
-            self._timer = asyncio.get_running_loop().call_later(max(0.0, TRIAL_S - trial_s), self._passed)
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, TRIAL_S - trial_s), self._trial_over)
+
+    def _trial_over(self) -> None:
+        """Whom a starved engine's door has not let in yet was not on trial."""
+        if not self.outside:
+            self._passed()
 
     def _give_turn(self) -> None:
         self._untimed()

@@ -29,7 +29,7 @@ BARS: Bars = {
 ENGINE_BARS = (*list(BARS)[:8], "production")
 SIMULATED = (*list(BARS)[8:], "paced")
 
-TRACES = 0.0  # share of the stack's requests that are traced: off, as it is until a collector is named
+TRACES = 0.1  # share of the stack's requests that are traced, as it is where a collector is named
 _SIM_RESERVE_S = 130.0
 
 

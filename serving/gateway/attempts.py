@@ -112,19 +112,20 @@ class Attempts:
         waiting = self.metrics.waiting(ticket.class_)
         waiting.inc()
         try:
-            if self._news_s:
-                await asyncio.sleep(self._news_s)
-                self._news_s = 0.0
-            while self.charge.pending:
-                self._retried().close()  # its trial, for those who are to have theirs first
-                await asyncio.sleep(NEWS_S)
-            heard = time.monotonic()
-            if self.charge.blown:
-                raise self._crashed()
-            if self._spent >= MAX_ATTEMPTS:
-                raise self._out_of_attempts()
-            async with asyncio.timeout(bound_wait(self.model.limits.max_wait_s - waited_s, ticket.deadline)):
-                await self._retried().turn(home)
+            async with self.keep_alive:
+                if self._news_s:
+                    await asyncio.sleep(self._news_s)
+                    self._news_s = 0.0
+                while self.charge.pending:
+                    self._retried().close()  # its trial, for those who are to have theirs first
+                    await asyncio.sleep(NEWS_S)
+                heard = time.monotonic()
+                if self.charge.blown:
+                    raise self._crashed()
+                if self._spent >= MAX_ATTEMPTS:
+                    raise self._out_of_attempts()
+                async with asyncio.timeout(bound_wait(self.model.limits.max_wait_s - waited_s, ticket.deadline)):
+                    await self._retried().turn(home)
         except TimeoutError:
             raise EngineBroken(
                 "an engine failed with it, and too many other requests are being tried again", retry_after_s=1

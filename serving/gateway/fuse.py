@@ -52,7 +52,7 @@ class Told(Protocol):
 
     @property
     def deaths(self) -> Mapping[str, Iterable[str]]:
-        """Fingerprint -> engines that died with it inside."""
+        """Fingerprint -> engines that died with it inside, in this order."""
 
     @property
     def trials(self) -> Mapping[str, tuple[str, float]]:
@@ -107,7 +107,7 @@ class Fuse:
 
     def blown(self, print_: str) -> bool:
         """Whether this request is refused."""
-        return self._inside_too_many(print_) and not self.pending(print_)
+        return not self.pending(print_) and self._inside_too_many(print_)  # what is due is judged first
 
     def pending(self, print_: str) -> bool:
         """Whether it is neither refused nor tried before others were heard: one of them may have ended an engine that died with
@@ -181,7 +181,7 @@ class Fuse:
         told = dict.fromkeys(list(self._own)[-TOLD:])
         trials = {e: (p, s) for e, p, s in sorted(self._own_trials, key=lambda one: one[2]) if p in told}
         suspects = tuple(p for p in told if p in self._own_suspects)
-        return Deaths({p: tuple(sorted(self._own[p][0])) for p in told}, trials, suspects)
+        return Deaths({p: tuple(sorted(self._own[p][0], key=self._order)) for p in told}, trials, suspects)
 
     def hear(self, told: Iterable[Told]) -> None:
         """What all the others tell now."""

@@ -191,8 +191,11 @@ class Retry:
         return self._alone_s
 
     def let_in(self) -> None:
-        """By the door where it is on trial."""
+        """By the door where it is on trial: from now on."""
         self._inside = self._trials.doors_tell = True
+        self._since = time.monotonic()
+        if self._timer is None and self._alone_s:  # late, by an engine that had no time for it
+            self._timer = asyncio.get_running_loop().call_later(TRIAL_S, self._passed)
 
     def occupied(self) -> None:
         """It keeps its turn, and is not to be sent again at once."""
@@ -206,13 +209,9 @@ class Retry:
     def _moment_over(self, trial_s: float) -> None:
         """It has not failed, as those that have no answer before they have all of it."""
         self._give_turn()
-        if trial_s:
-            self._timer = asyncio.get_running_loop().call_later(max(0.0, TRIAL_S - trial_s), self._trial_over)
-
-    def _trial_over(self) -> None:
-        """Whom a starved engine's door has not let in yet was not on trial."""
-        if not self.outside:
-            self._passed()
+        if trial_s and not self.outside:
+            left_s = self._since + TRIAL_S - time.monotonic()
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, left_s), self._passed)
 
     def _give_turn(self) -> None:
         self._untimed()

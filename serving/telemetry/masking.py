@@ -39,7 +39,7 @@ _QUOTED_END = {"'": re.compile(r"""(?<!\\)'|[\r\n]|$"""), '"': re.compile(r"""(?
 _PORT = re.compile(r"\d{1,5}(?=[/?#])")
 _LOOK = 64  # characters by which a value is judged
 # A digit, and not digits alone.
-_RANDOM = re.compile(r"(?=[A-Za-z_.~+/=-]*\d)(?!\d+(?:[^\w.~+/=-]|$))[\w.~+/=-]{6}")
+_RANDOM = re.compile(r"(?=[A-Za-z_.~+/=%-]*\d)(?!\d+(?:[^\w.~+/=%-]|$))[\w.~+/=%-]{6}")
 
 
 def masked(text: str) -> str:
@@ -68,6 +68,11 @@ def _secrets(text: str) -> Iterator[tuple[int, int]]:
                 end = _end(_VALUE_END, text, begin) if _looks_secret(text, begin) else begin
             case _:
                 end = _value_end(text, found)
+                inner = _BEGINS.match(text, begin)
+                if (
+                    inner is not None and inner.end() > end
+                ):  # "token= authorization: ...": what it ends at is another's name
+                    end = begin
         if end > begin:
             yield begin, end
             at = end

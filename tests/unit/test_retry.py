@@ -163,6 +163,7 @@ async def test_who_is_on_trial_says_so_while_nobody_else_can_be_and_once_its_doo
     now[0] += alone_s / 2
     assert (chance.trial_s, chance.outside) == (0, False), "nobody knows whether doors tell"
     chance.let_in()
+    now[0] += alone_s / 2
     chance._give_turn()  # what the timer does
     assert (chance.trial_s, chance.outside) == (alone_s / 2, False)
     now[0] += alone_s
@@ -664,6 +665,43 @@ def test_one_death_on_trial_is_no_guilt_and_who_survives_explains_nothing_any_mo
     assert fuse.blown("first") and not fuse.blown("beside")
     fuse.survived("first")
     assert not fuse.blown("first") and fuse.blown("beside")
+
+
+async def test_a_trial_begins_when_the_door_has_let_it_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an engine that has no time, that may be after its turn was over: what ends it then has had no trial yet."""
+    monkeypatch.setattr("serving.gateway.retry.TRIAL_S", 0.05)
+    trials, passed = Trials(), asyncio.Event()
+    trials.doors_tell = True
+    chance = Retry(budget(lambda: 0), trials, passed.set)
+    await chance.turn(lambda: "a")
+    chance.sent()
+    while trials.homes:
+        await asyncio.sleep(0)
+    assert chance._timer is None and not passed.is_set()
+    chance.let_in()
+    assert chance.trial_s < 0.05 and not passed.is_set()
+    await asyncio.wait_for(passed.wait(), 30)
+
+
+def test_nobody_is_refused_by_a_verdict_whose_time_is_over() -> None:
+    now = [0.0]
+    fuse = Fuse(lambda: now[0])
+    for engine in ("e1", "e2"):
+        fuse.died("q", engine)
+        fuse.passed("q")
+        fuse.died("p", engine, 0.5 if engine == "e2" else 0.0)
+    fuse.died("newcomer", "e2")  # and its client left
+    assert not fuse.blown("q")
+    now[0] += HEARD_S + 1
+    assert [fuse.blown("q") for _ in range(2)] == [False, False]
+    assert fuse.blown("p")
+
+
+def test_engines_are_told_in_the_order_of_their_deaths() -> None:
+    fuse = Fuse()
+    for engine in ("e9", "e1", "e5"):
+        fuse.died("p", engine, begun=True)
+    assert fuse.told().deaths == {"p": ("e9", "e1", "e5")}
 
 
 def test_what_is_remembered_and_told_is_bounded() -> None:

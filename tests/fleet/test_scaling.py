@@ -105,14 +105,13 @@ def explained(sim: Stack, model: str) -> dict[str, Any]:
 
 
 def engines(sim: Stack) -> dict[str, int]:
-    """Replica id -> pid of its engine, of those that are ready."""
-    secret = {"x-steelyard-secret": sim.secret}
-    replicas = json.loads(sim.cli("status", "--json").stdout)["replicas"]
-    return {
-        r["id"]: httpx.get(r["url"] + "/-/door", headers=secret).json()["pid"]
-        for r in replicas
-        if r["state"] == "READY"
-    }
+    """Replica id -> pid of its engine, of those that are ready. One that goes to zero may end between the two questions."""
+    secret, found = {"x-steelyard-secret": sim.secret}, {}
+    for replica in json.loads(sim.cli("status", "--json").stdout)["replicas"]:
+        if replica["state"] == "READY":
+            with contextlib.suppress(httpx.ConnectError):
+                found[replica["id"]] = httpx.get(replica["url"] + "/-/door", headers=secret).json()["pid"]
+    return found
 
 
 def titled(sim: Stack, title: bytes) -> list[int]:

@@ -190,7 +190,7 @@ def under_way(crowd: Crowd, over: float) -> None:
     """Until most of what fits is being answered, and a while longer, so that it has spread."""
     deadline = time.monotonic() + 30.0
     while crowd.begun() < crowd.size * _BEGUN / over and time.monotonic() < deadline:
-        time.sleep(0.1)
+        time.sleep(0.1)  # clients run in a thread of their own; this only looks how many have begun
     time.sleep(_SETTLE_S)
 
 

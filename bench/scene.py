@@ -141,7 +141,7 @@ class Scene:
                 raise procs.StartFailed(f"{replica} says nothing of its steps")
             if found.mark != mark:
                 at, mark = asked, found.mark
-            time.sleep(0.1)
+            time.sleep(0.1)  # an engine tells its steps when asked, and not by itself
         return at
 
     def _url(self, replica: str) -> str:

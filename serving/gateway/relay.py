@@ -30,10 +30,11 @@ MAX_EVENT_BYTES = 8 * 1024 * 1024  # of one SSE event
 _TRIAL = b"expect: 100-continue\r\nx-steelyard-trial: %d\r\n"
 _OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)  # says nothing of the engine
 
-# Inside a JSON string quotes and line feeds are escaped, so none of these can come from generated text.
+# Sought in answers that are refusals by their status, which hold no generated text.
 _NO_ROUTE = b'{"detail":"Not Found"}'
+_DEAD = b"EngineCore encountered an issue"  # what vLLM says to all inside when its core has died
+# Inside a JSON string quotes and line feeds are escaped, so none of these can come from generated text.
 _ABORTED = b'"finish_reason":"abort"'  # what vLLM says of requests it drops when it is stopped, under a status 200
-_DEAD = b"EngineCore encountered an issue"  # what vLLM says to all inside when its core has died, as 500 or in an event
 _ERROR_FRAMES = (b'data: {"error"', b"event: error\n", _ABORTED)
 _MAYBE_ERROR = b"error"  # in all frames but the last: one search for most events
 _USAGE_EVENT = b'"choices":[]'

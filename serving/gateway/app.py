@@ -39,6 +39,7 @@ from serving.gateway.prefix import BLOCK_BYTES, blocks_of, stable_hash
 from serving.gateway.queue import Ticket
 from serving.gateway.relay import Engines, error_event
 from serving.gateway.routes import Route
+from serving.gateway.sent import Store
 from serving.gateway.sizes import check_input, has_media
 from serving.gateway.state import Fleet, ModelConfig, Name
 from serving.telemetry.logs import RequestLog
@@ -93,6 +94,7 @@ class Gateway:
         self._log = log
         self._tracing = tracing
         self._engines: Engines | None = None
+        self._store = Store()
         self._own = OwnRoutes(gateway_id, self.fleet, metrics, secret, lambda: self.draining)
         self.sources = self._own.sources  # name -> exposition of what has no listener of its own
         self._tasks: list[asyncio.Task[None]] = []
@@ -192,7 +194,8 @@ class Gateway:
             with _Watch(x, ticket.deadline - x.t0):
                 keep_alive = KeepAlive(x, model.limits.keep_alive_after_s if x.line.stream and key.keep_alive else None)
                 attempts = Attempts(
-                    self.fleet, engines, x, route, line, model, metrics, ticket, charge, keep_alive, body, withhold
+                    *(self.fleet, engines, self._store, x, route, line, model),
+                    *(metrics, ticket, charge, keep_alive, body, withhold),
                 )
                 await attempts.answer()
             media = has_media(route, fields, len(body))

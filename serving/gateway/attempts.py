@@ -19,6 +19,7 @@ from serving.gateway.relay import Broken, Busy, Engines, Recalled, Reply
 from serving.gateway.retry import NEWS_S, Retry, news_s
 from serving.gateway.routes import Route
 from serving.gateway.routing import Upstream
+from serving.gateway.sent import Store
 from serving.gateway.state import Fleet, ModelConfig
 from serving.telemetry.metrics import ModelMetrics
 
@@ -33,6 +34,7 @@ class Attempts:
 
     fleet: Fleet
     engines: Engines
+    store: Store
     x: Exchange
     route: Route
     line: VersionLine
@@ -65,7 +67,7 @@ class Attempts:
                 try:
                     reply = await self._open(upstream)
                     self._begun(reply)
-                    await deliver(x, self.route, reply, self.metrics)
+                    await deliver(x, self.route, reply, self.metrics, self.store)
                     self._ended(reply)
                     return
                 except Busy as e:

@@ -14,12 +14,13 @@ from serving.gateway.exchange import Exchange
 from serving.gateway.hold import NO_CACHE
 from serving.gateway.relay import Reply, error_event
 from serving.gateway.routes import Route
+from serving.gateway.sent import Sent, Store
 from serving.telemetry.metrics import ModelMetrics, StreamMeter
 
 log = logging.getLogger(__name__)
 
 
-async def deliver(x: Exchange, route: Route, reply: Reply, metrics: ModelMetrics) -> None:
+async def deliver(x: Exchange, route: Route, reply: Reply, metrics: ModelMetrics, store: Store) -> None:
     meter = metrics.stream(x.t0)
     scan = reply.scan
     try:
@@ -31,7 +32,8 @@ async def deliver(x: Exchange, route: Route, reply: Reply, metrics: ModelMetrics
             x.line.reason = "ok" if reply.status < 400 else "engine_refused"
             _count_unstreamed(x, reply, metrics)
             return
-        await _stream(x, route, reply, meter)
+        with store.sent() as sent:
+            await _stream(x, route, reply, meter, sent)
     finally:
         reply.close()
         meter.flush()
@@ -44,42 +46,47 @@ async def deliver(x: Exchange, route: Route, reply: Reply, metrics: ModelMetrics
             x.line.itl_p50_ms, x.line.itl_max_ms = round(itl_s[0] * 1e3, 3), round(itl_s[1] * 1e3, 3)
 
 
-async def _stream(x: Exchange, route: Route, reply: Reply, meter: StreamMeter) -> None:
+async def _stream(x: Exchange, route: Route, reply: Reply, meter: StreamMeter, sent: Sent) -> None:
     """Bytes as they come. After the first one left, trouble is one error event and the end."""
     scan = reply.scan
     assert scan is not None
     if not x.started:
         await x.start(reply.status, reply.content_type, NO_CACHE)
-    await reply.relay(_Client(x, meter))
+    await reply.relay(_Client(x, meter, sent))
     if reply.finished:
         x.line.reason = "ok"
         return
     scan.died = True
     how = reply.error or scan.error[:300].decode(errors="replace") or "it ended without its end"
-    log.warning("stream broken after %d events: %s", scan.events, how, extra={"request_id": x.request_id})
+    has = sent.events()  # with this it could be joined elsewhere
+    kept = "not kept" if has is None else f"{len(has)} bytes kept"
+    log.warning("stream broken after %d events (%s): %s", scan.events, kept, how, extra={"request_id": x.request_id})
     error = EngineBroken("the engine died while it generated; what came before is incomplete")
     x.line.reason = error.code
     await x.end(error_event(route.path, x.dialect, error, x.request_id))
 
 
 class _Client:
-    """The client as a stream's sink (`relay.Sink`), with the times of its pieces."""
+    """The client as a stream's sink (`relay.Sink`), with the times of its pieces, and the pieces."""
 
-    __slots__ = ("_chunk", "_count", "_x")
+    __slots__ = ("_chunk", "_count", "_keep", "_x")
 
-    def __init__(self, x: Exchange, meter: StreamMeter) -> None:
+    def __init__(self, x: Exchange, meter: StreamMeter, sent: Sent) -> None:
         self._x = x
         self._chunk = x.chunks()
         self._count = meter.chunk
+        self._keep = sent.add
 
     def push(self, data: bytes) -> Awaitable[None] | None:
         slow = self._x.push(data)
+        self._keep(data)
         self._count(time.monotonic())
         return slow
 
     def chunk(self, data: bytes) -> bool:
         if self._chunk is None or not self._chunk(data):
             return False
+        self._keep(data)
         self._count(time.monotonic())
         return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import json
 import uuid
 from typing import Any
@@ -319,6 +320,18 @@ async def test_a_stream_without_its_end_is_not_passed_as_finished(front: Front, 
             assert before[0]["choices"][0]["delta"] == {"content": "so far"}
             assert len(before) == 1 + tail.endswith(b"\n\n")
             front.engines.clear()
+
+
+async def test_what_the_client_has_of_a_broken_stream_is_known(front: Front, caplog: pytest.LogCaptureFixture) -> None:
+    """Exactly: with that a stream can be joined elsewhere. It is logged by its size alone."""
+    told = [said(f"very private {n}") for n in range(5)]
+    async with recorded(*itertools.chain(*((event, 0.02) for event in told)), cut=True) as engine:
+        front.serve(engine)  # each of them comes as a chunk of its own
+        answer = await front.ask(body=chat(stream=True))
+    assert answer.body.startswith(b"".join(told))
+    kept = [record.getMessage() for record in caplog.records if "stream broken" in record.getMessage()]
+    assert [f"after 5 events ({sum(map(len, told))} bytes kept)" in line for line in kept] == [True]
+    assert "very private" not in caplog.text
 
 
 async def test_a_cut_after_the_end_is_no_failure(front: Front) -> None:

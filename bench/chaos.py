@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     options = _options(argv)
     say = report.teller(sys.stderr if options.json else sys.stdout)
     cast = CASTS[options.engine](options.streams, options.long_s, quick=options.quick)
-    playable = {name: row for name, row in ROWS.items() if options.engine == "simulator" or row.real}
+    playable = {name: row for name, row in ROWS.items() if options.engine in row.engines}
     if absent := [name for name in options.only or [] if name not in playable]:
         print(f"error: not a row for {options.engine}: {', '.join(absent)}", file=sys.stderr)
         return 2

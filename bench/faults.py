@@ -38,6 +38,12 @@ def engine_stopped(scene: Scene) -> Victims:
     return _hit(scene.core(pid), signal.SIGSTOP, Victims({replica}))
 
 
+def core_killed(scene: Scene) -> Victims:
+    """Of a real engine, the process that computes; its server answers 500 for a moment more."""
+    replica, pid = scene.busiest()
+    return _hit(scene.core(pid), signal.SIGKILL, Victims({replica}))
+
+
 def replica_killed(scene: Scene) -> Victims:
     replica, pid = scene.busiest()
     return _hit(scene.actor(pid), signal.SIGKILL, Victims({replica}))
@@ -273,7 +279,7 @@ def disk_full(scene: Scene) -> Victims:
 class Row:
     """One fault and how the run around it is shaped. `recover_s` bounds the wait for full service; `over`: how many times
     as many clients as else, for which four replicas have room for 1.67; `large`: clients whose prompts have 32k tokens;
-    `detects`: the bar that the detection is held to; `real`: it is played on real engines too."""
+    `detects`: the bar that the detection is held to; `engines`: those on which it is played."""
 
     strike: Strike
     recover_s: float = 150.0
@@ -281,14 +287,16 @@ class Row:
     large: int = 0
     detects: str = ""
     quick: bool = False
-    real: bool = False
+    engines: tuple[str, ...] = ("simulator",)
 
 
+BOTH = ("simulator", "vllm")
 ROWS: dict[str, Row] = {
-    "engine-killed": Row(engine_killed, detects="death", quick=True, real=True),
-    "engine-stopped": Row(engine_stopped, detects="hang", real=True),
+    "engine-killed": Row(engine_killed, detects="death", quick=True, engines=BOTH),
+    "core-killed": Row(core_killed, detects="death", engines=("vllm",)),
+    "engine-stopped": Row(engine_stopped, detects="hang", engines=BOTH),
     "replica-killed": Row(replica_killed, detects="death"),
-    "gateway-killed": Row(gateway_killed, detects="death", quick=True, real=True),
+    "gateway-killed": Row(gateway_killed, detects="death", quick=True, engines=BOTH),
     "directory-killed": Row(directory_killed),
     "controller-killed": Row(controller_killed),
     "engine-500s": Row(engine_fails),
@@ -298,7 +306,7 @@ ROWS: dict[str, Row] = {
     "scale-down": Row(scale_down),
     "broken-version": Row(broken_version),
     "two-faults": Row(two_faults, detects="death"),
-    "saturation": Row(saturation, over=3.3, large=24, real=True),
+    "saturation": Row(saturation, over=3.3, large=24, engines=BOTH),
     "gateways-scaled": Row(gateways_scaled),
     "slow-clients": Row(slow_clients),
     "half-open-clients": Row(half_open_clients),

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from serving.errors import NoReplica, UnknownModel
+from serving.errors import NoReplica, UnknownModel, counted
 from serving.fleet.endpoint import (
     START_TRIES,
     Endpoint,
@@ -255,7 +255,8 @@ class Fleet:
         for version in self.asleep & self._facts.keys():
             facts = self._facts[version]
             if _broken(facts, by_version[version]) and len(self.lines[version]):
-                log.warning("%s: %d starts failed, nobody waits for it: %s", version, facts.failures, facts.reason)
+                failed = counted(facts.failures, "start")
+                log.warning("%s: %s failed, nobody waits for it: %s", version, failed, facts.reason)
                 left_s = max(UNKNOWN_START_S, facts.failed_at + retry_delay_s(facts) - time.time())
                 self.lines[version].refuse_all(functools.partial(_does_not_start, version, left_s))
 

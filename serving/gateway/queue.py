@@ -543,8 +543,9 @@ class VersionLine:
         ahead, pace = self._outlook(ticket, now)
         # Who has nobody before it may always wait: were the pace misjudged, nobody else could find out.
         if pace is not None and ahead and (ahead + 1) / pace > HOPEFUL * max_wait_s:
+            before = counted(ahead, "request is", "requests are")
             raise WaitTooLong(
-                f"{self.version_id}: {counted(ahead, 'request is', 'requests are')} before this one: it would not be served within {max_wait_s:g} s",
+                f"{self.version_id}: {before} before this one: it would not be served within {max_wait_s:g} s",
                 retry_after_s=self._retry_after_s(ticket, now),
             )
         if loser is not None and error is not None:  # last: nobody gives way to one who does not enter

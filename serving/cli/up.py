@@ -171,10 +171,10 @@ def _serve(catalog: Catalog, config: dict[str, Any], settings: Settings, say: Sa
         cluster.apply(config)
         _wait(config, settings, say, told_to_stop)
         if not told_to_stop.is_set():
-            drain_s = STOP_DRAIN_S
             _print_ready(catalog, settings, say, time.monotonic() - began, stays=True)
             write_private(settings.state_dir / "ready", f"{_url(settings)}\n")
             _until(told_to_stop)
+            drain_s = STOP_DRAIN_S  # not where Ray has died: it would be asked to drain, and complain
     finally:
         say("stopping")
         (settings.state_dir / "ready").unlink(missing_ok=True)

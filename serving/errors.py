@@ -35,6 +35,11 @@ from typing import Literal
 Dialect = Literal["openai", "anthropic"]
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """For sentences: `1 start failed`, `3 starts failed`. `many` where it is not `one` and an s."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
 class SteelyardError(Exception):
     """Root of the tree."""
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
+from serving.errors import counted
 from serving.fleet.endpoint import Snapshot, State, quarantines
 from serving.fleet.history import Change
 from serving.telemetry.metrics import quantile
@@ -325,7 +326,9 @@ def _past_faults(table: Snapshot | None) -> list[Event]:
             Event(c.at, version_id, f"a replica failed on {c.node or 'its node'}: {c.reason}") for c in facts.crashes
         ]
         if facts.failures:
-            found.append(Event(facts.failed_at, version_id, f"{facts.failures} starts failed: {facts.reason}"))
+            found.append(
+                Event(facts.failed_at, version_id, f"{counted(facts.failures, 'start')} failed: {facts.reason}")
+            )
     return sorted(found, key=lambda e: e.at)
 
 

@@ -30,7 +30,7 @@ from serving.cli import cluster, up
 from serving.cli.cluster import ClusterFile, one_line
 from serving.cli.term import one_line_errors
 from serving.engine.process import sweep
-from serving.errors import ClusterError, OperatorError
+from serving.errors import ClusterError, OperatorError, counted
 from serving.settings import Profile, Role, Settings, read_private
 
 Say = Callable[[str], None]
@@ -81,7 +81,7 @@ def _run(settings: Settings, say: Say, start: Callable[[Settings, str, Profile, 
         signal.signal(sig, _interrupt)
     left = cluster.clear(settings)
     if left:
-        say(f"removed {left} processes that an earlier run left behind")
+        say(f"removed {counted(left, 'process', 'processes')} that an earlier run left behind")
     cluster.environment(settings, one_node=False)
     os.environ |= _ray_settings(settings)
     unit = os.environ.pop("NOTIFY_SOCKET", "")

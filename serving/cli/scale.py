@@ -18,7 +18,7 @@ from serving.cli import bounds, cluster, up
 from serving.cli.bounds import Bounds
 from serving.cli.simulate import simulate
 from serving.cli.term import one_line_errors
-from serving.errors import OperatorError
+from serving.errors import OperatorError, counted
 from serving.fleet import manifest, serve_policy
 from serving.fleet.directory import unpack
 from serving.fleet.endpoint import GATEWAY_APP
@@ -58,7 +58,7 @@ def explain(
             when = f'from "{floor["start"]}" to "{floor["end"]}" {floor["timezone"]}'
             print(f"  scheduled: at least {floor['replicas']} {when}{' (now)' if floor['holds_now'] else ''}")
         if version["failures"]:
-            print(f"  {version['failures']} starts failed: {version['failure']}")
+            print(f"  {counted(version['failures'], 'start')} failed: {version['failure']}")
         for change in reversed(version["changes"]):
             print(f"  {_clock(change.at)}  {change.before} -> {change.after}  {change.cause}: {change.reason}")
         if not version["changes"]:

@@ -30,7 +30,7 @@ from rich.text import Text
 from serving.cli import cluster, up
 from serving.cli.frame import Event, Exposition, Frame, GpuRow, ReplicaRow, VersionRow, frame, read
 from serving.cli.term import one_line_errors
-from serving.errors import OperatorError
+from serving.errors import OperatorError, counted
 from serving.fleet.endpoint import Snapshot, State
 from serving.fleet.history import Change
 from serving.settings import Settings, load_settings, read_private
@@ -277,7 +277,9 @@ def view(shown: Frame, url: str, clock: float, trouble: str = "") -> RenderableT
 def _head(shown: Frame, url: str, clock: float, trouble: str) -> list[RenderableType]:
     at = datetime.fromtimestamp(clock).astimezone().strftime("%Y-%m-%d %H:%M:%S")
     tokens = sum(v.tokens_per_s or 0 for v in shown.versions)
-    head = Text.assemble(("Steelyard ", "bold"), f"{url}  {at}  {shown.gateways} gateway(s)  {tokens:,.0f} tokens/s")
+    head = Text.assemble(
+        ("Steelyard ", "bold"), f"{url}  {at}  {counted(shown.gateways, 'gateway')}  {tokens:,.0f} tokens/s"
+    )
     return [head, Text(trouble, "bold red")] if trouble else [head]
 
 

@@ -24,7 +24,7 @@ from serving.catalog.spec import Catalog
 from serving.cli import bounds, cluster
 from serving.cli.cluster import write_private
 from serving.engine.probe import check_arguments
-from serving.errors import ClusterError, EngineError, OperatorError, PortTaken
+from serving.errors import ClusterError, EngineError, OperatorError, PortTaken, counted
 from serving.fleet import manifest
 from serving.fleet.endpoint import GATEWAY_APP, Snapshot, State
 from serving.gateway.keys import create_key
@@ -160,21 +160,21 @@ def _serve(catalog: Catalog, config: dict[str, Any], settings: Settings, say: Sa
     told_to_stop = threading.Event()
     left = cluster.clear(settings)
     if left:
-        say(f"removed {left} engine processes that an earlier run left behind")
+        say(f"removed {counted(left, 'engine process', 'engine processes')} that an earlier run left behind")
     say("starting Ray")
     found = cluster.start(settings, profile_of(settings))
     for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(sig, lambda *_: told_to_stop.set())
     drain_s = 0.0
     try:
-        say(f"starting {len(config['applications']) - 1} engine(s)")
+        say(f"starting {counted(len(config['applications']) - 1, 'engine')}")
         cluster.apply(config)
         _wait(config, settings, say, told_to_stop)
         if not told_to_stop.is_set():
-            drain_s = STOP_DRAIN_S
             _print_ready(catalog, settings, say, time.monotonic() - began, stays=True)
             write_private(settings.state_dir / "ready", f"{_url(settings)}\n")
             _until(told_to_stop)
+            drain_s = STOP_DRAIN_S  # not where Ray has died: it would be asked to drain, and complain
     finally:
         say("stopping")
         (settings.state_dir / "ready").unlink(missing_ok=True)

@@ -83,7 +83,7 @@ class Table:
         self.unpublished = False  # something changed since the last `publish`
         self.keys = ""
         self._born = now
-        self._tidied_at: float | None = None
+        self._went_on_at: float | None = None  # the last time that anything happened; None until the janitor begins
         self._endpoints: dict[str, tuple[Endpoint, float]] = {}
         self._gateways: dict[str, tuple[GatewayInfo, float]] = {}
         self._targets: dict[str, tuple[Target, float]] = {}
@@ -96,6 +96,7 @@ class Table:
 
     def announce(self, endpoint: Endpoint, now: float) -> bool:
         """Upserts; True when anything but load changed, so that pollers must hear of it at once."""
+        self._go_on(now)
         known = self._endpoints.get(endpoint.id)
         self._remember(endpoint, None if known is None else known[0])
         if endpoint.state is State.STOPPED:
@@ -108,6 +109,7 @@ class Table:
 
     def announce_gateway(self, gateway: GatewayInfo, now: float) -> bool:
         """Upserts; True when it is new, begins to hold requests for a version that must be woken, or has seen an engine die."""
+        self._go_on(now)
         known = self._gateways.get(gateway.id)
         self._gateways[gateway.id] = (gateway, now + LEASE_S)
         self.unpublished |= known is None or known[0] != gateway
@@ -120,6 +122,7 @@ class Table:
 
     def announce_target(self, target: Target, now: float) -> bool:
         """Upserts; True when it is new or another."""
+        self._go_on(now)
         known = self._targets.get(target.id)
         self._targets[target.id] = (target, now + LEASE_S)
         new = known is None or known[0] != target
@@ -128,6 +131,7 @@ class Table:
 
     def report_gpus(self, report: GpuReport, now: float) -> bool:
         """Upserts the exporter's target and what it saw; True when the target is new or another."""
+        self._go_on(now)
         known = self._gpu_busy.get(report.target.id)
         self._gpu_busy[report.target.id] = (report.busy, now + LEASE_S)
         self.unpublished |= known is None or known[0] != report.busy
@@ -196,6 +200,7 @@ class Table:
 
     def doubt(self, name: str, now: float) -> float:
         """Its listener ended. Shortens its lease, to so many seconds; 0 for what is not in the table, or has failed."""
+        self._go_on(now)
         if name in self._endpoints and self._endpoints[name][0].state is not State.FAILED:
             endpoint, until = self._endpoints[name]
             self._endpoints[name] = endpoint, min(until, now + DOUBTED_S)
@@ -223,32 +228,30 @@ class Table:
         self.unpublished |= new
         return new
 
-    def tidy(self, now: float) -> bool:
-        """`expire`, each `JANITOR_EVERY_S`. One that comes late means a machine that was paused or starved: reports wait in
-        this process's sockets, behind this round, so all leases last so much longer."""
-        late_s = 0.0 if self._tidied_at is None else now - self._tidied_at - JANITOR_EVERY_S
-        self._tidied_at = now
-        if late_s > STOOD_STILL_S:
-            log.warning("the directory stood still for %.1f s", late_s)
-            self._endpoints = {i: (e, until + late_s) for i, (e, until) in self._endpoints.items()}
-            self._gateways = {i: (g, until + late_s) for i, (g, until) in self._gateways.items()}
-            self._targets = {i: (t, until + late_s) for i, (t, until) in self._targets.items()}
-            self._gpu_busy = {i: (b, until + late_s) for i, (b, until) in self._gpu_busy.items()}
-        return self.expire(now)
-
     def expire(self, now: float) -> bool:
-        """Drops entries whose lease ran out; True when there were any."""
-        tables: tuple[dict[str, tuple[Any, float]], ...] = (
-            self._endpoints,
-            self._gateways,
-            self._targets,
-            self._gpu_busy,
-        )
-        gone = [(table, i) for table in tables for i, (_, until) in table.items() if until < now]
+        """Drops entries whose lease ran out; True when there were any. Each `JANITOR_EVERY_S`, and when a doubt is over."""
+        self._went_on_at = now if self._went_on_at is None else self._went_on_at
+        self._go_on(now)
+        gone = [(table, i) for table in self._leased() for i, (_, until) in table.items() if until < now]
         for table, i in gone:
             del table[i]
         self.unpublished |= bool(gone)
         return bool(gone)
+
+    def _go_on(self, now: float) -> None:
+        """Before whatever reads or grants leases. Nothing for longer than the janitor's pace means a process, or a machine, that
+        was paused or starved: reports wait in this process's sockets, behind this, so all leases last so much longer."""
+        if self._went_on_at is None:
+            return
+        late_s = now - self._went_on_at - JANITOR_EVERY_S
+        self._went_on_at = now
+        if late_s > STOOD_STILL_S:
+            log.warning("the directory stood still for %.1f s", late_s)
+            for table in self._leased():
+                table.update({i: (entry, until + late_s) for i, (entry, until) in table.items()})
+
+    def _leased(self) -> tuple[dict[str, tuple[Any, float]], ...]:
+        return self._endpoints, self._gateways, self._targets, self._gpu_busy
 
     def publish(self) -> None:
         """Makes what changed a new number."""
@@ -456,7 +459,7 @@ class Directory:
     async def _tidy_for_ever(self) -> None:
         while True:
             try:
-                news = self._table.tidy(time.monotonic())
+                news = self._table.expire(time.monotonic())
                 self._lifelines.keep(self._table.listeners())
                 if self._keys_file is not None and await asyncio.to_thread(self._keys_file.changed):
                     news |= self._table.set_keys(self._keys_file.digest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from serving.errors import BodyTooLarge, LimitReached
+from serving.errors import BodyTooLarge, LimitReached, counted
 from serving.gateway.keys import Key
 from serving.gateway.state import ModelConfig
 
@@ -57,7 +57,7 @@ class Admission:
             (models, limits.max_concurrent, (None, model.name)),
         ):
             if limit is not None and self._inside[whose] + self._elsewhere(*at)[0] >= limit:
-                raise LimitReached(f"{whose} has {limit} requests already, its limit", retry_after_s=1)
+                raise LimitReached(f"{whose} has {counted(limit, 'request')} already, its limit", retry_after_s=1)
         taken = []
         for whose, limit, at in (
             (mine, key.tokens_per_minute, (key.id, None)),

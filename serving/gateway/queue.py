@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from serving.errors import NoReplica, QueueFull, RequestError, WaitTooLong
+from serving.errors import NoReplica, QueueFull, RequestError, WaitTooLong, counted
 from serving.fleet.endpoint import Endpoint, KeyDemand, State
 from serving.gateway import shares
 from serving.gateway.order import CLASSES, Order
@@ -543,8 +543,9 @@ class VersionLine:
         ahead, pace = self._outlook(ticket, now)
         # Who has nobody before it may always wait: were the pace misjudged, nobody else could find out.
         if pace is not None and ahead and (ahead + 1) / pace > HOPEFUL * max_wait_s:
+            before = counted(ahead, "request is", "requests are")
             raise WaitTooLong(
-                f"{self.version_id}: {ahead} requests are before this one: it would not be served within {max_wait_s:g} s",
+                f"{self.version_id}: {before} before this one: it would not be served within {max_wait_s:g} s",
                 retry_after_s=self._retry_after_s(ticket, now),
             )
         if loser is not None and error is not None:  # last: nobody gives way to one who does not enter
@@ -552,7 +553,7 @@ class VersionLine:
 
     def _full(self, ticket: Ticket, waiting: int, max_queue: int) -> QueueFull:
         return QueueFull(
-            f"{self.version_id}: {waiting} requests already wait (max_queue {max_queue})",
+            f"{self.version_id}: {counted(waiting, 'request already waits', 'requests already wait')} (max_queue {max_queue})",
             retry_after_s=self._retry_after_s(ticket, time.monotonic()),
         )
 

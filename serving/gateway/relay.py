@@ -20,6 +20,7 @@ import msgspec
 
 from serving.errors import Dialect, RequestError, UnknownRoute
 from serving.gateway.connection import Address, Connection, Pool
+from serving.gateway.refusal import named
 from serving.gateway.routes import Route
 from serving.gateway.routing import Charged, Upstream
 
@@ -523,13 +524,15 @@ def _judged(who: str, reply: Reply) -> Reply:
 
 
 def _told(reply: Reply, upstream: Upstream, route: Route, request_id: str) -> Reply:
-    """The reply; in our words where the engine has no such route, which depends on what its model can do: of that its web
-    framework tells in two words and in nobody's dialect."""
+    """The reply, a refusal with the request's id; in our words where the engine has no such route, which depends on what its
+    model can do: of that its web framework tells in two words and in nobody's dialect."""
     if reply.status == 404 and reply.body == _NO_ROUTE:
         error = UnknownRoute(
             f"{upstream.endpoint.version_id} does not serve {route.path}: its engine has no such route"
         )
         reply.body = msgspec.json.encode(error.body(route.dialect, request_id))
+    elif reply.status >= 400 and reply.body is not None:
+        reply.body = named(reply.body, reply.status, route.dialect, request_id)
     return reply
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -35,6 +36,8 @@ class Scraper:
         self._secret = secret
         self.others: dict[str, Callable[[], Awaitable[str]]] = {}  # sources that are asked by other means than HTTP
         self._http: aiohttp.ClientSession | None = None
+        # Its own: the process's common threads may all hang, in look-ups of names or on a full disk.
+        self._merger = ThreadPoolExecutor(1, thread_name_prefix="scrape")
         self._lock = asyncio.Lock()
         self._merged = ""
         self._merged_at = float("-inf")
@@ -43,12 +46,15 @@ class Scraper:
 
     async def start(self) -> None:
         self._http = aiohttp.ClientSession(
-            headers={"x-steelyard-secret": self._secret}, timeout=aiohttp.ClientTimeout(total=TIMEOUT_S)
+            headers={"x-steelyard-secret": self._secret},
+            timeout=aiohttp.ClientTimeout(total=TIMEOUT_S),
+            connector=aiohttp.TCPConnector(limit=0),  # those who say nothing keep nobody else waiting for a connection
         )
 
     async def stop(self) -> None:
         for late in self._asked.values():
             late.cancel()
+        self._merger.shutdown(wait=False)
         if self._http is not None:
             await self._http.close()
 
@@ -94,7 +100,8 @@ class Scraper:
                 told = [(t.joined, texts[t.id]) for t in targets if t.id in texts]
                 up = expose_up((t.joined, t.id in texts) for t in targets)
                 # In a thread: hundreds of engines are seconds of string work, and streams must not wait for it.
-                self._merged = await asyncio.to_thread(merge, [*told, ({}, up)])
+                merging = asyncio.get_running_loop().run_in_executor(self._merger, merge, [*told, ({}, up)])
+                self._merged = await merging
                 self._merged_at = time.monotonic()
             return self._merged
 

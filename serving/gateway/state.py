@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from serving.errors import NoReplica, UnknownModel
+from serving.errors import NoReplica, UnknownModel, counted
 from serving.fleet.endpoint import (
     START_TRIES,
     Endpoint,
@@ -32,6 +32,7 @@ from serving.gateway.waking import ready_in_s
 log = logging.getLogger(__name__)
 
 SHOWN_STATES = (State.STARTING, State.READY, State.SUSPECT, State.DRAINING, State.FAILED)
+BUSY_START_S = 120.0  # a start that takes longer reads weights, or hangs
 UNKNOWN_START_S = 10.0  # a guess, for Retry-After and for how long a wake is remembered, where nothing is known
 
 
@@ -206,10 +207,14 @@ class Fleet:
         return any(len(m.required) < len(m.versions) for m in self.models.values())
 
     def starting_on(self, node: str, now: float) -> bool:
-        """Whether an engine starts on that node; `now` is epoch seconds by its clock. A replica that waits because the starts
-        before it failed starts none yet: it may wait again and again, for ever."""
+        """Whether an engine starts on that node, which takes its cores; `now` is epoch seconds by its clock. A replica that waits
+        because the starts before it failed starts none yet, and one that takes long waits for something else: either may go on
+        for ever."""
         return any(
-            e.state is State.STARTING and e.node == node and e.waits_until <= now for e in self._endpoints.values()
+            e.state is State.STARTING
+            and e.node == node
+            and e.waits_until <= now < max(e.started_at, e.waits_until) + BUSY_START_S
+            for e in self._endpoints.values()
         )
 
     def replica_counts(self) -> dict[tuple[str, ...], float]:
@@ -255,7 +260,8 @@ class Fleet:
         for version in self.asleep & self._facts.keys():
             facts = self._facts[version]
             if _broken(facts, by_version[version]) and len(self.lines[version]):
-                log.warning("%s: %d starts failed, nobody waits for it: %s", version, facts.failures, facts.reason)
+                failed = counted(facts.failures, "start")
+                log.warning("%s: %s failed, nobody waits for it: %s", version, failed, facts.reason)
                 left_s = max(UNKNOWN_START_S, facts.failed_at + retry_delay_s(facts) - time.time())
                 self.lines[version].refuse_all(functools.partial(_does_not_start, version, left_s))
 

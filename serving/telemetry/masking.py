@@ -1,7 +1,8 @@
 """What must not be in a log: keys, passwords and tokens that strayed into a message, as with an exception that shows headers.
 
-A secret is found by what stands before it, a pattern of bounded length, and ends at the first mark that ends its kind of
-value; nothing behind it is looked at twice. So the work grows with the text and no faster, whatever the text is.
+A secret is found by what stands before it, a pattern of bounded length but for blanks, which are looked at where a name ends
+right before them and never tried again, and it ends at the first mark that ends its kind of value; nothing behind it is looked
+at twice. So the work grows with the text and no faster, whatever the text is.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ _BEGINS = re.compile(
     r"""(?P<key> sk-steelyard-[0-9a-f]{8}- )  # a public id: it stays
       | (?P<token> \b(?: hf_ | gh[opsu]_ | github_pat_ | glpat- | xox[abp]- | sk-(?:ant|proj)- )(?=[\w-]{16}) )
       | (?P<url> :// )
-      | (?i: (?P<bearer> \bbearer\s{1,4} )
+      | (?i: (?P<bearer> \bbearer\s++ )
            | (?P<mark> [-_?&.]? )
              (?P<name> x-steelyard-secret | x-api-key | authorization | secret | passw(?:or)?d | passphrase
                      | credentials? | signature | token | otlp_headers
                      | (?: api | access | secret | private | account | auth | ingest(?:ion)? | license )[-_.]?key
                      | (?<=-)team | (?<=[?&])(?:key|sig|auth) )
-             (?P<closed> \\{0,4}["'] )? \s{0,4} (?P<is> [:=] | ,(?=\ b') ) \s{0,4}
-             (?:b(?=['"]))? (?P<open> \\{0,4}["'] )? (?: (?:bearer|basic|token|api-?key)\s{1,4} )? )""",
+             (?P<closed> \\{0,4}["'] )? \s*+ (?P<is> [:=] | ,(?=\ b') ) \s*+
+             (?:b(?=['"]))? (?P<open> \\{0,4}["'] )? (?: (?:bearer|basic|token|api-?key)\s++ )? )""",
     re.X,
 )
 # Without any of them there is nothing to look for, and most texts have none: a request's id, what engines print.

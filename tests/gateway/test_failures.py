@@ -217,8 +217,9 @@ async def test_a_client_cannot_take_an_engine_out_of_service_by_its_mistakes(fro
     async with recorded(frame, DONE) as engine:
         front.serve(engine)
         for _ in range(3):
-            with pytest.raises(openai.BadRequestError, match="bad grammar"):
+            with pytest.raises(openai.BadRequestError, match="bad grammar") as told:
                 await front.openai().chat.completions.create(**chat(stream=True))
+            assert isinstance(told.value.body, dict) and told.value.body["request_id"] == told.value.request_id
         assert len(engine.seen) == 3
         assert front.metric("steelyard_upstream_attempts_total", outcome="ok") == 3
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -139,6 +141,63 @@ async def test_a_process_that_is_asked_again_and_again_in_vain_makes_one_scrape_
     await eventually("it is asked", lambda: len(asked) == 4)
     asked[-1].set_result("slow_things 2\n")
     assert re.search(r'steelyard_target_up\{[^}]*instance="slow"[^}]*\} 1', await after), "waited for again"
+
+
+@contextlib.asynccontextmanager
+async def misbehaving(how: str) -> AsyncIterator[str]:
+    """The URL of a process that takes connections and never gives a whole answer."""
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\nbad_things 1\n"
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await reader.readuntil(b"\r\n\r\n")
+            if how == "dies":
+                writer.write(head)
+            elif how == "points at itself":
+                writer.write(b"HTTP/1.1 307 Temporary Redirect\r\nlocation: /\r\ncontent-length: 0\r\n\r\n")
+            elif how == "drips":
+                writer.write(head)
+                while True:
+                    writer.write(b"bad_things 2\n")
+                    await writer.drain()
+                    await asyncio.sleep(0.01)
+            elif how == "is silent":
+                await reader.read()
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve, HOST, 0, backlog=512)
+    try:
+        yield f"http://{HOST}:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(("how", "count"), [("is silent", 150), ("dies", 2), ("drips", 2), ("points at itself", 2)])
+async def test_whatever_a_source_does_the_whole_is_there_in_time_and_says_who_is_missing(
+    gateway: Front, monkeypatch: pytest.MonkeyPatch, how: str, count: int
+) -> None:
+    """However many, and while threads are where the process's common ones hang, as in look-ups of names."""
+    monkeypatch.setattr(scraping, "TIMEOUT_S", 3600.0)
+    monkeypatch.setattr(scraping, "WHOLE_S", 0.5)
+    monkeypatch.setattr(scraping, "FRESH_S", -1.0)
+    hang = threading.Event()
+    threads = [asyncio.get_running_loop().run_in_executor(None, hang.wait) for _ in range(40)]
+    async with misbehaving(how) as url:
+        bad = [GatewayInfo(id=f"bad{i}", url=url) for i in range(count)]
+        gateway.table(*gateway.engines, gateways=tuple(bad))
+        try:
+            for _ in range(2):
+                page = await asyncio.wait_for(scrape(gateway), 20)
+                up = dict(re.findall(r'steelyard_target_up\{[^}]*instance="([^"]*)"[^}]*\} (\d)', page))
+                good = {gateway.gateway.id, gateway.engines[0].endpoint.id}
+                assert up == dict.fromkeys(good, "1") | {b.id: "0" for b in bad}
+                assert "vllm:num_requests_running" in page and "bad_things" not in page
+        finally:
+            hang.set()
+            await asyncio.gather(*threads)
 
 
 async def test_its_own_figures_are_as_new_as_those_it_waited_for(gateway: Front) -> None:

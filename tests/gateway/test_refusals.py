@@ -239,12 +239,22 @@ async def test_data_urls_pass_and_so_do_others_where_allowed(
 # -- the engine's own refusals
 
 
-async def test_what_the_engine_refuses_comes_back_byte_for_byte(gateway: Front) -> None:
+async def test_what_the_engine_refuses_comes_back_in_its_words_and_names_the_request(gateway: Front) -> None:
     too_long = chat("word " * (CONTEXT + 1))
-    direct = await gateway.engines[0].direct(CHAT, too_long, "req-1")
+    direct = json.loads(await gateway.engines[0].direct(CHAT, too_long, "req-1"))
     answer = await gateway.ask(body=too_long, headers={"x-request-id": "req-1"})
-    assert (answer.status, answer.body) == (400, direct)
-    assert "maximum context length" in json.loads(direct)["error"]["message"]
+    assert checked(answer, CHAT, 400) == direct["error"] | {"request_id": "req-1"}
+    assert "maximum context length" in direct["error"]["message"]
     with pytest.raises(openai.BadRequestError, match="maximum context length"):
         await gateway.openai().chat.completions.create(**too_long, stream=True)
     assert (await gateway.line("req-1"))["reason"] == "engine_refused"
+
+
+async def test_what_the_engine_validates_on_anthropics_routes_is_anthropics(front: Front) -> None:
+    validation = json.dumps({"error": {"message": "1 validation error", "type": "Bad Request", "code": 400}}).encode()
+    async with recorded(validation, status=400, content_type="application/json") as engine:
+        front.serve(engine)
+        error = checked(await front.ask(MESSAGES, chat()), MESSAGES, 400)
+        assert error == {"type": "invalid_request_error", "message": "1 validation error"}
+        with pytest.raises(anthropic.BadRequestError, match="1 validation error"):
+            await front.anthropic().messages.create(**chat())

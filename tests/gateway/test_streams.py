@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from typing import Any
 
@@ -95,7 +96,8 @@ async def test_sdk_users_get_usage_exactly_when_they_ask(gateway: Front) -> None
 async def test_bad_stream_options_are_the_engines_to_refuse(gateway: Front) -> None:
     relayed = await gateway.ask(body=chat(stream=True, stream_options="all"), headers={"x-request-id": ID})
     direct = await gateway.engines[0].direct(CHAT, chat(stream=True, stream_options="all"), ID)
-    assert (relayed.status, relayed.body) == (400, direct)
+    refused = json.loads(direct)["error"] | {"request_id": ID}
+    assert (relayed.status, relayed.json()) == (400, {"error": refused})
 
 
 async def test_a_stream_is_not_held_back(front: Front, room: EngineRoom) -> None:

@@ -119,15 +119,25 @@ def test_a_restarted_directory_says_that_it_is_another() -> None:
     assert Table(0).snapshot(0).epoch != Table(0).snapshot(0).epoch
 
 
-def test_a_directory_that_stood_still_forgets_nobody_for_that() -> None:
+@pytest.mark.parametrize("first", ["the janitor", "a doubt", "the end of a doubt", "a report"])
+def test_a_directory_that_stood_still_holds_nobodys_silence_against_him(first: str) -> None:
+    """Whatever it does first when it goes on: the reports of that minute wait in its sockets, and have not been read yet."""
     table = Table(0)
-    table.announce(endpoint(), 0)
+    for name in ("a", "doubted", "reports"):
+        table.announce(endpoint(name), 0)
     table.announce_gateway(GatewayInfo(id="g", url="x"), 0)
-    assert not table.tidy(0.5)
-    assert not table.tidy(60.5)  # the reports of that minute have not been read yet
-    assert ids(table, 60.5) == ["a"]
-    assert any([table.tidy(60.5 + half / 2) for half in range(1, 12)])  # nobody has reported since: they are gone
-    assert table.snapshot(66).gateways == table.snapshot(66).endpoints == ()
+    table.expire(0.5)
+    if first == "the end of a doubt":
+        table.doubt("doubted", 0.6)
+    if first == "a doubt":
+        table.doubt("doubted", 60.4)
+    if first == "a report":
+        table.announce(endpoint("reports"), 60.4)
+    assert not table.expire(60.5)
+    assert ids(table, 60.5) == ["a", "doubted", "reports"] and table.snapshot(60.5).gateways
+    for half in range(1, 13):  # nobody has reported since: they are gone
+        table.expire(60.5 + half / 2)
+    assert table.snapshot(67).gateways == table.snapshot(67).endpoints == ()
 
 
 def test_whose_listener_ended_is_gone_soon_unless_it_says_that_it_lives() -> None:

@@ -17,6 +17,7 @@ from serving.errors import (
     RequestError,
     SteelyardError,
     WrongMethod,
+    counted,
 )
 
 
@@ -74,3 +75,8 @@ def test_an_operator_error_is_one_line_and_survives_a_process_border() -> None:
 
 def test_what_went_wrong_inside_is_never_told() -> None:
     assert Internal().message == "internal error; the request id identifies it in the gateway's log"
+
+
+def test_sentences_count_as_people_do() -> None:
+    assert [counted(n, "start") for n in (0, 1, 3)] == ["0 starts", "1 start", "3 starts"]
+    assert [counted(n, "process", "processes") for n in (1, 2)] == ["1 process", "2 processes"]

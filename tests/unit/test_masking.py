@@ -42,6 +42,10 @@ TOKEN = "sk-steelyard-0123abcd-" + "Ab3_" * 10
         ("x-honeycomb-team: abc123def", "x-honeycomb-team: ***"),
         ("Client(api_key=abc, timeout=5)", "Client(api_key=***, timeout=5)"),
         ("password: hunter2", "password: ***"),
+        (f"x-api-key:{' ' * 6}abc", f"x-api-key:{' ' * 6}***"),
+        (f"x-api-key{' ' * 9}={' ' * 900}'abc' x", f"x-api-key{' ' * 9}={' ' * 900}'***' x"),
+        ("authorization:\t\t\t\t\t\t Bearer       abc", "authorization:\t\t\t\t\t\t Bearer       ***"),
+        ("with bearer          abc123def", "with bearer          ***"),
     ],
 )  # fmt: skip
 def test_of_a_secret_only_its_name_stays(said: str, kept: str) -> None:
@@ -85,13 +89,14 @@ SHAPES = [
 @given(AROUND, st.sampled_from(["postgres://u:", "redis://:", "amqp+ssl://some.user:"]), PASSWORDS)
 def test_no_password_of_a_url_survives(before: str, url: str, password: str) -> None:
     kept = masked(f"{before} {url}{password}@host/path")
-    assert kept.endswith(f"{url}***@host/path")
+    assert kept.endswith((f"{url}***@host/path", "= ***", ": ***"))  # all of it where it stands behind a secret's name
 
 
 @settings(max_examples=40)
-@given(AROUND, st.sampled_from(SHAPES), VALUES, AROUND)
-def test_no_named_secret_survives(before: str, shape: str, value: str, after: str) -> None:
-    assert value not in masked(f"{before} {shape.format(value)} {after}")
+@given(AROUND, st.sampled_from(SHAPES), st.integers(1, 40), VALUES, AROUND)
+def test_no_named_secret_survives(before: str, shape: str, blanks: int, value: str, after: str) -> None:
+    said = shape if "(b'" in shape else shape.replace(" ", " " * blanks)
+    assert value not in masked(f"{before} {said.format(value)} {after}")
 
 
 WORDS = ["secret", "token", "api_key", "x-api-key", "password", "the", "of", "://", "5", "http://h:80/x"]
@@ -107,12 +112,13 @@ def test_words_without_a_value_stay(words: list[str]) -> None:
 NASTY = [
     "token:", "secret=)", "://u:", "://:a@", "://a:b/", "secret:", "bearer ", "-secret\\", "'\"secret", "secret    ",
     "&secret=&", "?key=", "hf_", "sk-steelyard-", "password:\"\\", "a", "=", "@", "\\", "secret='",
+    "x-api-key" + " " * 20_000, "x-api-key" + " " * 99, "secret:" + " " * 99,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("piece", NASTY)
 def test_nothing_is_looked_at_more_than_twice(piece: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (piece * 16_384)[:16_384]
+    text = (piece * (16_384 // len(piece) + 1))[:16_384]
     looked = 0
 
     class Counted:
@@ -137,9 +143,11 @@ def test_nothing_is_looked_at_more_than_twice(piece: str, monkeypatch: pytest.Mo
     assert looked <= 2 * len(text) + 64
 
 
-def test_what_a_secret_begins_with_is_short() -> None:
-    """So a search that fails at a place has looked at so many characters there, and no more."""
+def test_what_a_secret_begins_with_is_short_but_for_blanks() -> None:
+    """So a search that fails at a place has looked at so many characters there, and no more; at blanks only where a name ends
+    right before them, without a second try."""
     import re._parser as parser  # type: ignore[import-not-found]
 
     for pattern in (masking._BEGINS, masking._RANDOM, masking._PUBLIC, masking._PORT):
-        assert parser.parse(pattern.pattern, pattern.flags).getwidth()[1] <= 64
+        but_for_blanks = re.sub(r"\\s[*+]\+", r"\\s", pattern.pattern)
+        assert parser.parse(but_for_blanks, pattern.flags).getwidth()[1] <= 64

@@ -22,7 +22,7 @@ ITL_S, TTFT_S, PREFILL_S = 0.1, 0.5, 0.01
 class Engine:
     """A core with room for `tokens`, and a clock that jumps."""
 
-    def __init__(self, tokens: int, slots: int = 8) -> None:
+    def __init__(self, tokens: int, slots: int = 8, *, preempts: bool = True) -> None:
         self._registry, self.kv = CollectorRegistry(), KvCache(tokens, 16)
         metrics = Metrics(self._registry, "m", tokens, self.kv)
         self.core = Core(
@@ -33,7 +33,7 @@ class Engine:
             sins=Sins(),
             metrics=metrics,
             prefill_s=PREFILL_S,
-            preempts=True,
+            preempts=preempts,
         )
 
     def value(self, name: str) -> float:
@@ -41,10 +41,10 @@ class Engine:
         assert found is not None
         return found
 
-    async def answer(self, prompt: int, size: int) -> list[tuple[int, float]]:
+    async def answer(self, prompt: int, size: int, choices: int = 1) -> list[tuple[int, float]]:
         """Its tokens by index, and when each came."""
         got: list[tuple[int, float]] = []
-        with self.core.sequence(prompt, size) as sequence:
+        with self.core.sequence(prompt, size, choices=choices) as sequence:
             while due := await sequence.next():
                 got += [(i, asyncio.get_running_loop().time()) for i in due]
                 assert self.kv.used <= self.kv.tokens
@@ -89,20 +89,45 @@ def test_a_client_that_leaves_while_its_request_is_preempted_is_forgotten() -> N
     run(scene)
 
 
-@given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40), st.integers(0, 20)), min_size=1, max_size=12))
+@pytest.mark.parametrize("preempts", [True, False])
+def test_choices_that_together_outgrow_the_whole_cache_are_answered_as_are_those_behind_them(preempts: bool) -> None:
+    """vLLM schedules each by itself, and each has room."""
+
+    async def scene() -> None:
+        engine = Engine(100, preempts=preempts)
+        many = asyncio.create_task(engine.answer(30, 40, choices=5))
+        await asyncio.sleep(0)
+        behind = asyncio.create_task(engine.answer(30, 40))
+        async with asyncio.timeout(3600):
+            assert len(await many) == len(await behind) == 40
+        assert engine.value("vllm:generation_tokens_total") == 6 * 40
+        assert not engine.core.running and not engine.core.waiting and engine.kv.used == 0
+
+    run(scene)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 60), st.integers(1, 40), st.integers(0, 20), st.integers(1, 3)),
+        min_size=1,
+        max_size=12,
+    )
+)
 @settings(max_examples=25, deadline=None)
-def test_whatever_comes_every_answer_is_whole_and_the_room_is_given_back(asked: list[tuple[int, int, int]]) -> None:
+def test_whatever_comes_every_answer_is_whole_and_the_room_is_given_back(
+    asked: list[tuple[int, int, int, int]],
+) -> None:
     async def scene() -> None:
         engine = Engine(100)
 
-        async def client(prompt: int, size: int, after: int) -> None:
+        async def client(prompt: int, size: int, after: int, choices: int) -> None:
             await asyncio.sleep(after / 10)
-            assert [i for i, _ in await engine.answer(prompt, size)] == list(range(size))
+            assert [i for i, _ in await engine.answer(prompt, size, choices)] == list(range(size))
 
         async with asyncio.timeout(3600), asyncio.TaskGroup() as group:
             for one in asked:
                 group.create_task(client(*one))
         assert not engine.core.running and not engine.core.waiting and engine.kv.used == 0
-        assert engine.value("vllm:generation_tokens_total") == sum(size for _, size, _ in asked)
+        assert engine.value("vllm:generation_tokens_total") == sum(size * n for _, size, _, n in asked)
 
     run(scene)

@@ -8,7 +8,7 @@ import pytest
 
 from serving.fleet.endpoint import Endpoint, GatewayInfo, KeyDemand, Snapshot, State
 from serving.gateway.queue import Ticket
-from serving.gateway.state import Fleet
+from serving.gateway.state import BUSY_START_S, Fleet
 
 LIMITS = {"max_queue": 9, "max_wait_s": 9, "request_timeout_s": 9, "max_body_bytes": 9}
 CATALOG = {
@@ -63,19 +63,31 @@ async def test_one_that_is_told_of_others_waits_for_its_part_and_no_longer_than_
 
 
 @pytest.mark.parametrize(
-    ("state", "node", "waits_until", "starts"),
+    ("state", "node", "began", "waits_until", "starts"),
     [
-        (State.STARTING, "here", 0.0, True),
-        (State.STARTING, "here", 100.0, True),  # its wait is over
-        (State.STARTING, "here", 101.0, False),
-        (State.STARTING, "there", 0.0, False),
-        (State.READY, "here", 0.0, False),
+        (State.STARTING, "here", 990.0, 0.0, True),
+        (State.STARTING, "here", 990.0, 1000.0, True),  # its wait is over
+        (State.STARTING, "here", 990.0, 1001.0, False),
+        (State.STARTING, "there", 990.0, 0.0, False),
+        (State.READY, "here", 990.0, 0.0, False),
+        (State.STARTING, "here", 1000.0 - BUSY_START_S, 0.0, False),  # it hangs, or only reads
+        (State.STARTING, "here", 1000.0 - BUSY_START_S, 999.0, True),  # it has begun a second ago
     ],
 )
-def test_a_replica_that_waits_after_failed_starts_starts_no_engine(
-    state: State, node: str, waits_until: float, starts: bool
+def test_neither_a_replica_that_waits_after_failed_starts_nor_one_that_hangs_keeps_the_cores_of_its_node(
+    state: State, node: str, began: float, waits_until: float, starts: bool
 ) -> None:
     known = fleet("here")
-    e = Endpoint(id="e", model="m", version="v", url="", state=state, slots=1, node=node, waits_until=waits_until)
+    e = Endpoint(
+        id="e",
+        model="m",
+        version="v",
+        url="",
+        state=state,
+        slots=1,
+        node=node,
+        started_at=began,
+        waits_until=waits_until,
+    )
     known.set_snapshot(Snapshot(epoch="x", number=1, complete=True, endpoints=(e,)))
-    assert known.starting_on("here", 100.0) is starts
+    assert known.starting_on("here", 1000.0) is starts

@@ -135,7 +135,7 @@ def test_decisions_and_faults_tell_when_and_why(shown: Frame) -> None:
     assert [(e.at, e.what, e.text) for e in shown.decisions] == [(NOW - 30, "tiny@v1", "1 -> 2  load: 5 held, 4 fit")]
     assert [e.text for e in shown.faults] == [
         "a replica failed on 10.0.0.5: out of memory",
-        "1 starts failed: no memory",
+        "1 start failed: no memory",
         "gives no metrics",
         "is FAILED: the engine's server ended",
     ]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from serving.catalog.spec import Catalog, ModelSpec
 from serving.cli import up
 from serving.cli.cluster import Room
-from serving.errors import ClusterError
+from serving.errors import ClusterError, OperatorError
 from serving.fleet import manifest
 from serving.fleet.endpoint import GATEWAY_APP
 from serving.settings import load_settings
@@ -98,3 +101,27 @@ def test_a_stack_that_ends_meanwhile_is_not_waited_for(tmp_path: Path, monkeypat
     settings = load_settings(state_dir=tmp_path)
     with pytest.raises(ClusterError, match="the stack ended while the catalog was applied"):
         up._wait(config(), settings, print, before={})
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_where_ray_has_died_nothing_is_drained_through_it(
+    dies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asked it meanwhile would wait for nothing, and have Ray's own complaints on his terminal."""
+    drained: list[float] = []
+    nothing = dict.fromkeys(("clear", "start", "apply", "read_cluster_file"), lambda *_: None)
+    running = SimpleNamespace(**nothing, stop=lambda *given: drained.append(given[-1]))
+
+    def until(stop: object) -> None:
+        if dies:
+            raise OperatorError("a Ray process of this node died")
+
+    for name, value in {"cluster": running, "_wait": lambda *_: None, "_until": until}.items():
+        monkeypatch.setattr(up, name, value)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    settings = load_settings(state_dir=tmp_path, profile="sim")
+    version = {"version": "v", "engine": {"kind": "simulator"}}
+    catalog = Catalog((ModelSpec.model_validate({"name": "m", "versions": [version]}),))
+    with pytest.raises(OperatorError, match="died") if dies else contextlib.nullcontext():
+        up._serve(catalog, config(), settings, lambda _: None, 0.0)
+    assert drained == [0.0 if dies else up.STOP_DRAIN_S]

@@ -21,6 +21,9 @@ class KvCache:
 
     Blocks are named by their content and all that comes before it. Two things are unlike vLLM: room that is no whole block of
     a prompt is counted in tokens, so that a test can count on who fits, and answers are forgotten with their request.
+
+    No request has more than all of it, though the choices of one may need that together: vLLM, which schedules each by itself
+    and has room for any, lets some of them wait.
     """
 
     def __init__(self, tokens: int, block_tokens: int) -> None:
@@ -38,6 +41,7 @@ class KvCache:
     def take(self, blocks: Sequence[int], prompt_tokens: int, answer_tokens: int) -> Held | None:
         """Room for one request, until `free`; None while there is too little."""
         size, holders, idle = self.block_tokens, self._holders, self._idle
+        answer_tokens = min(answer_tokens, self.tokens - prompt_tokens)
         shared = sum(block in holders for block in blocks)
         own = prompt_tokens + answer_tokens - len(blocks) * size
         if self.used + (len(blocks) - shared) * size + own > self.tokens:
@@ -57,6 +61,7 @@ class KvCache:
 
     def grow(self, held: Held, tokens: int) -> bool:
         """Room for so much more of one answer; False while there is too little."""
+        tokens = min(tokens, self.tokens - held.own - len(held.blocks) * self.block_tokens)
         if self.used + tokens > self.tokens:
             return False
         held.own += tokens

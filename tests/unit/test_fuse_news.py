@@ -169,7 +169,7 @@ TALES = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.lists(TALES, max_size=3), min_size=1, max_size=5))
 def test_what_is_heard_message_by_message_is_what_the_last_one_says(messages: list[list[Deaths]]) -> None:
     """Each says all; only what differs is looked at."""

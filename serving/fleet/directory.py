@@ -26,6 +26,8 @@ from serving.fleet import history, keeper
 from serving.fleet.endpoint import (
     CRASH_WINDOW_S,
     CRASHES_KEPT,
+    DEATHS_REMEMBERED_S,
+    Deaths,
     Endpoint,
     Failure,
     GatewayInfo,
@@ -62,6 +64,7 @@ CALL_S = 5.0
 JANITOR_EVERY_S = 0.5
 STOOD_STILL_S = 1.0  # this process did not run for longer than that: nobody's silence in it says anything
 FACTS_KEPT = 1024  # versions that are remembered
+LEFT_KEPT = 4096  # requests inside engines that died, as gateways told that have left
 KEPT_FILE = "directory.json"
 KEEP_EVERY_S = 2.0  # what changed of what outlives the directory is written
 LOAD_NEWS_EVERY_S = 0.25  # load alone wakes pollers at most this often; a state change wakes them at once
@@ -75,7 +78,12 @@ class Table:
     """
 
     def __init__(
-        self, now: float, wall: Callable[[], float] = time.time, ready_after_s: Mapping[str, float] | None = None
+        self,
+        now: float,
+        wall: Callable[[], float] = time.time,
+        ready_after_s: Mapping[str, float] | None = None,
+        deaths: Mapping[str, Deaths] | None = None,
+        died: Mapping[str, float] | None = None,
     ) -> None:
         self._wall = wall
         self.epoch = uuid.uuid4().hex
@@ -89,6 +97,10 @@ class Table:
         self._targets: dict[str, tuple[Target, float]] = {}
         self._gpu_busy: dict[str, tuple[dict[str, float], float]] = {}  # by the exporter's target
         self._facts = {v: VersionFacts(ready_after_s=s) for v, s in (ready_after_s or {}).items()}
+        # What gateways told, by their id, last changed last. Of one that left it stays: its own word would take it back.
+        self._deaths = dict(deaths or {})
+        self._died = dict(died or {})  # engine -> epoch seconds of its death
+        self._forget_deaths()
 
     def ready_after_s(self) -> dict[str, float]:
         """How long the last start of each version took."""
@@ -111,9 +123,13 @@ class Table:
         """Upserts; True when it is new, begins to hold requests for a version that must be woken, or has seen an engine die."""
         self._go_on(now)
         known = self._gateways.get(gateway.id)
+        new = known is None or _crimes(known[0]) != _crimes(gateway)
+        if new:
+            self._note_deaths(gateway)
+        gateway = msgspec.structs.replace(gateway, died={})  # in `_died` from the first time on
         self._gateways[gateway.id] = (gateway, now + LEASE_S)
         self.unpublished |= known is None or known[0] != gateway
-        if known is None or _crimes(known[0]) != _crimes(gateway):
+        if known is None or new:
             return True
         begun = gateway.held.keys() - known[0].held.keys()
         return bool(begun) and bool(
@@ -198,6 +214,34 @@ class Table:
         if len(self._facts) > FACTS_KEPT:
             del self._facts[next(iter(self._facts))]
 
+    def _note_deaths(self, gateway: GatewayInfo) -> None:
+        self._deaths.pop(gateway.id, None)
+        if gateway.deaths:
+            self._deaths[gateway.id] = Deaths(*_crimes(gateway))
+            now = self._wall()
+            for engine in (e for engines in gateway.deaths.values() for e in engines):
+                self._died.setdefault(engine, now - gateway.died.get(engine, 0.0))
+
+    def deaths(self) -> tuple[dict[str, Deaths], dict[str, float]]:
+        """What the gateways told, those that left included, and when the engines died (epoch seconds)."""
+        return dict(self._deaths), dict(self._died)
+
+    def _forget_deaths(self) -> None:
+        """Of gateways that left: what is too old, and what is too much. Those that live forget for themselves, and tell."""
+        if not self._died:
+            return
+        since, room = self._wall() - DEATHS_REMEMBERED_S, LEFT_KEPT
+        late = frozenset(e for e, at in self._died.items() if at <= since)
+        for gateway_id in [g for g in reversed(self._deaths) if g not in self._gateways]:
+            left = _without(self._deaths[gateway_id], late) if late else self._deaths[gateway_id]
+            room -= len(left.deaths)
+            self._deaths[gateway_id] = left
+            if not left.deaths or room < 0:
+                del self._deaths[gateway_id]
+        if late:
+            told = {e for d in self._deaths.values() for engines in d.deaths.values() for e in engines}
+            self._died = {e: at for e, at in self._died.items() if e not in late or e in told}
+
     def doubt(self, name: str, now: float) -> float:
         """Its listener ended. Shortens its lease, to so many seconds; 0 for what is not in the table, or has failed."""
         self._go_on(now)
@@ -232,6 +276,7 @@ class Table:
         """Drops entries whose lease ran out; True when there were any. Each `JANITOR_EVERY_S`, and when a doubt is over."""
         self._went_on_at = now if self._went_on_at is None else self._went_on_at
         self._go_on(now)
+        self._forget_deaths()
         gone = [(table, i) for table in self._leased() for i, (_, until) in table.items() if until < now]
         for table, i in gone:
             del table[i]
@@ -269,11 +314,22 @@ class Table:
             gpu_busy={replica: share for busy, _ in self._gpu_busy.values() for replica, share in busy.items()},
             versions=dict(self._facts),
             keys=self.keys,
+            left={g: d for g, d in self._deaths.items() if g not in self._gateways},
+            died={e: max(0.0, self._wall() - at) for e, at in self._died.items()},
         )
 
 
-def _crimes(gateway: GatewayInfo) -> tuple[Any, ...]:
-    return gateway.deaths, gateway.trials, gateway.suspects
+def _crimes(told: Deaths) -> tuple[Any, ...]:
+    return told.deaths, told.trials, told.suspects
+
+
+def _without(told: Deaths, late: frozenset[str]) -> Deaths:
+    """Without the requests of which all engines died too long ago."""
+    if late.isdisjoint(e for engines in told.deaths.values() for e in engines):
+        return told
+    deaths = {p: engines for p, engines in told.deaths.items() if not late.issuperset(engines)}
+    trials = {e: (p, s) for e, (p, s) in told.trials.items() if p in deaths}
+    return Deaths(deaths, trials, tuple(p for p in told.suspects if p in deaths))
 
 
 def pack(value: Any) -> bytes:
@@ -298,7 +354,8 @@ class Directory:
         self._log = logs.setup("directory", settings.log_dir)
         self._kept_file = settings.state_dir / KEPT_FILE
         self._kept = history.read(self._kept_file)  # as it is on disk
-        self._table = Table(time.monotonic(), ready_after_s=self._kept.ready_after_s)
+        kept = self._kept
+        self._table = Table(time.monotonic(), ready_after_s=kept.ready_after_s, deaths=kept.deaths, died=kept.died)
         self._history = History(self._kept.changes)
         self._metrics = DirectoryMetrics(CollectorRegistry())
         self._metrics.before_text = self._observe
@@ -421,7 +478,10 @@ class Directory:
         """Writes what the next directory should know."""
         while True:
             await asyncio.sleep(KEEP_EVERY_S)
-            kept = Kept(ready_after_s=self._table.ready_after_s(), changes=self._history.all())
+            deaths, died = self._table.deaths()
+            kept = Kept(
+                ready_after_s=self._table.ready_after_s(), changes=self._history.all(), deaths=deaths, died=died
+            )
             if kept == self._kept:
                 continue
             try:

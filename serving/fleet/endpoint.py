@@ -85,7 +85,20 @@ class KeyDemand(msgspec.Struct, frozen=True, array_like=True):
     running: int
 
 
-class GatewayInfo(msgspec.Struct, frozen=True, kw_only=True):
+DEATHS_REMEMBERED_S = 600.0  # of engines, with the requests that were inside
+
+
+class Deaths(msgspec.Struct, frozen=True):
+    """What a gateway tells of the engines that died under its requests; bounded."""
+
+    deaths: dict[
+        str, tuple[str, ...]
+    ] = {}  # fingerprint of a request -> engines that died with it inside, in this order
+    trials: dict[str, tuple[str, float]] = {}  # engine that died -> who was on trial there, for how many seconds
+    suspects: tuple[str, ...] = ()  # those of them that had no answer yet
+
+
+class GatewayInfo(Deaths, frozen=True, kw_only=True):
     """A gateway's own entry: where its private listener answers metrics scrapes (cluster secret needed)."""
 
     id: str
@@ -95,9 +108,9 @@ class GatewayInfo(msgspec.Struct, frozen=True, kw_only=True):
     arrived: dict[str, int] = {}  # version id -> requests that asked for a slot since this gateway started
     finished: dict[str, int] = {}  # of them, answered by an engine to the end
     demand: dict[str, tuple[KeyDemand, ...]] = {}  # version id -> who asks for how much, bounded
-    deaths: dict[str, tuple[str, ...]] = {}  # fingerprint of a request -> engines that died with it inside, bounded
-    trials: dict[str, tuple[str, float]] = {}  # engine that died -> who was on trial there, for how many seconds
-    suspects: tuple[str, ...] = ()  # those of them that had no answer yet
+    died: dict[
+        str, float
+    ] = {}  # engine that died -> how many seconds before this was told; the table's own is `Snapshot.died`
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -200,3 +213,5 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     gpu_busy: dict[str, float] = {}  # replica id -> share of time that its GPUs worked; only of those that are watched
     versions: dict[str, VersionFacts] = {}
     keys: str = ""  # digest of the head's keys file; empty where every node has its own
+    left: dict[str, Deaths] = {}  # what gateways told that are no longer there, by their id
+    died: dict[str, float] = {}  # engine that died, as any of them tells -> seconds since

@@ -1,5 +1,5 @@
 """What the policy decided: a bounded memory per version, for an operator who asks why. And the file that outlives the
-directory, with that and with how long starts take."""
+directory, with that, with how long starts take, and with what gateways told of engines that died."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from serving.fleet.endpoint import Deaths
 from serving.fleet.scaling import Load
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
 
     ready_after_s: dict[str, float] = {}  # version id -> of its last start
     changes: dict[str, list[Change]] = {}
+    deaths: dict[str, Deaths] = {}  # by gateway; fingerprints, no texts
+    died: dict[str, float] = {}  # engine -> epoch seconds of its death
 
 
 def read(path: Path) -> Kept:
@@ -72,7 +75,7 @@ def read(path: Path) -> Kept:
     except FileNotFoundError:
         return Kept()
     except (OSError, msgspec.MsgspecError) as e:
-        log.warning("%s cannot be read, start times and changes of counts are forgotten: %s", path, e)
+        log.warning("%s cannot be read, start times, changes of counts and deaths are forgotten: %s", path, e)
         return Kept()
 
 

@@ -90,13 +90,14 @@ class Attempts:
     # -- before an attempt ---------------------------------------------------------------------------------------
 
     def _must_wait_its_turn(self) -> bool:
-        """Raises QueueFull for a suspect that comes where too many wait already."""
-        suspicion = self.ticket.suspicion = self.charge.suspicion
-        if suspicion is not None or self.charge.pending:
-            if suspicion is not None and not self._again:
-                others = self.fleet.waiting(self.model) - self.line.waiting
+        """Raises QueueFull for a newcomer that would wait for a trial, its own or others', where too many wait already."""
+        suspicion, pending = self.charge.suspicion, self.charge.pending
+        self.ticket.suspicion = suspicion
+        if suspicion is not None or pending:
+            if not self._again:
+                others, most = self.fleet.waiting(self.model) - self.line.waiting, self.model.limits.max_queue
                 try:
-                    self.line.admit_suspect(self.ticket, others=others, max_queue=self.model.limits.max_queue)
+                    self.line.admit_suspect(self.ticket, others=others, max_queue=most, put_off=pending)
                 except QueueFull as e:
                     self.metrics.rejected(e.code, self.ticket.class_)
                     raise
@@ -118,9 +119,11 @@ class Attempts:
                 if self._news_s:
                     await asyncio.sleep(self._news_s)
                     self._news_s = 0.0
-                while self.charge.pending:
+                if self.charge.pending:
                     self._retried().close()  # its trial, for those who are to have theirs first
-                    await asyncio.sleep(NEWS_S)
+                    with line.trials.others_first():
+                        while self.charge.pending:
+                            await asyncio.sleep(NEWS_S)
                 heard = time.monotonic()
                 if self.charge.blown:
                     raise self._crashed()
@@ -149,13 +152,14 @@ class Attempts:
         patience_s = bound_wait(self.model.limits.max_wait_s - waited_s, ticket.deadline)
         waiting = self.metrics.waiting(ticket.class_)
         waiting.inc()
+        exempt = 0 if ticket.suspicion is None else line.trials.put_off  # they wait for the likes of it
         try:
             if line.version_id in self.fleet.asleep:
                 self.fleet.wake(line, patience_s)
             async with self.keep_alive:
                 return await line.take(
                     ticket,
-                    others=self.fleet.waiting(self.model) - len(line),
+                    others=self.fleet.waiting(self.model) - len(line) - exempt,
                     max_queue=self.model.limits.max_queue,
                     max_wait_s=patience_s,
                     again=self._again,

@@ -17,10 +17,9 @@ from ray import serve
 
 from serving.errors import OperatorError
 from serving.fleet import directory, spare
-from serving.fleet.endpoint import GatewayInfo, Snapshot
+from serving.fleet.endpoint import Deaths, GatewayInfo, Snapshot
 from serving.gateway import keys
 from serving.gateway.app import Gateway
-from serving.gateway.fuse import Deaths
 from serving.gateway.keys import KeyRing
 from serving.gateway.listener import Server, listener
 from serving.settings import load_settings
@@ -93,7 +92,9 @@ class GatewayReplica:
         for task in self._tasks[1:]:
             task.cancel()
         with contextlib.suppress(Exception):  # best effort: the lease ends the entry otherwise
-            await asyncio.wait_for(self._directory.call("withdraw_gateway", self._id), 2.0)
+            async with asyncio.timeout(2.0):
+                await self._announce()  # what its last requests ended, or survived, outlives it
+                await self._directory.call("withdraw_gateway", self._id)
         await self.gateway.stop()
         await asyncio.to_thread(self._process_log.close)
 
@@ -159,9 +160,26 @@ class GatewayReplica:
     async def _directory_metrics(self) -> str:
         return str(await self._directory.call("metrics"))
 
+    async def _announce(self) -> None:
+        fleet = self.gateway.fleet
+        deaths = fleet.fuse.told()
+        info = GatewayInfo(
+            id=self._id,
+            url=f"http://{self._node}:{self.gateway.private_port}",
+            node=self._node,
+            held=fleet.held(),
+            arrived=dict(fleet.arrived),
+            finished=dict(fleet.finished),
+            demand=fleet.demand(),
+            deaths=deaths.deaths,
+            trials=deaths.trials,
+            suspects=deaths.suspects,
+            died=fleet.fuse.ages(),
+        )
+        await self._directory.call("announce_gateway", directory.pack(info))
+
     async def _announce_for_ever(self) -> None:
         """At once when a version must be woken, soon when what is held changed, twice a second in any case."""
-        url = f"http://{self._node}:{self.gateway.private_port}"
         untold, told, told_at = False, (dict[str, int](), Deaths()), float("-inf")
         news = asyncio.Event()
         self.gateway.fleet.on_hold = self.gateway.fleet.fuse.on_news = news.set
@@ -174,20 +192,7 @@ class GatewayReplica:
                 continue
             told, told_at = (held, deaths), time.monotonic()
             try:
-                fleet = self.gateway.fleet
-                info = GatewayInfo(
-                    id=self._id,
-                    url=url,
-                    node=self._node,
-                    held=held,
-                    arrived=dict(fleet.arrived),
-                    finished=dict(fleet.finished),
-                    demand=fleet.demand(),
-                    deaths=deaths.deaths,
-                    trials=deaths.trials,
-                    suspects=deaths.suspects,
-                )
-                await self._directory.call("announce_gateway", directory.pack(info))
+                await self._announce()
                 untold = False
             except Exception as e:  # any Ray error: told again in a moment
                 if not untold:

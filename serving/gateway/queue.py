@@ -126,7 +126,7 @@ class VersionLine:
 
     @property
     def waiting(self) -> int:
-        """Those in line, and those under suspicion that wait for their trial before they join it."""
+        """Those in line, and those under suspicion that wait for their trial, or for others', before they join it."""
         return len(self) + self.trials.waiting
 
     def gone(self, endpoint_id: str) -> bool:
@@ -206,11 +206,12 @@ class VersionLine:
         if self:
             self.pump()
 
-    def admit_suspect(self, ticket: Ticket, *, others: int, max_queue: int) -> None:
-        """A newcomer under suspicion is about to wait for its trial. Raises QueueFull (429) where that is one too many; `others`
-        as for `take`."""
-        if self.trials.taken(self.home(ticket)) and self.waiting + others >= max_queue:
-            raise self._full(ticket, self.waiting + others, max_queue)
+    def admit_suspect(self, ticket: Ticket, *, others: int, max_queue: int, put_off: bool = False) -> None:
+        """A newcomer under suspicion is about to wait for its trial, or, `put_off`, for those of others. Raises QueueFull (429)
+        where that is one too many; `others` as for `take`. Who is put off keeps nobody from his trial, which ends the wait."""
+        waiting = others + self.waiting - (0 if put_off else self.trials.put_off)
+        if (put_off or self.trials.taken(self.home(ticket))) and waiting >= max_queue:
+            raise self._full(ticket, waiting, max_queue)
 
     async def take(
         self, ticket: Ticket, *, others: int, max_queue: int, max_wait_s: float, again: bool = False

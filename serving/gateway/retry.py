@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 SHARE = 0.2  # of the requests at a version's engines, so many at most may be there because an attempt has just failed
 LEAST = 3  # whatever runs
@@ -89,6 +90,7 @@ class Trials:
 
     def __init__(self) -> None:
         self.doors_tell = False  # whom they let in; from the first one that did
+        self.put_off = 0  # those that wait until others have had their trials
         self._turns: dict[str, Turns] = {}  # by home
 
     async def take(self, home: Callable[[], str]) -> str:
@@ -109,9 +111,17 @@ class Trials:
         self._turns[at].give()
         self._tidy(at)
 
+    @contextlib.contextmanager
+    def others_first(self) -> Iterator[None]:
+        self.put_off += 1
+        try:
+            yield
+        finally:
+            self.put_off -= 1
+
     @property
     def waiting(self) -> int:
-        return sum(turns.waiting for turns in self._turns.values())
+        return sum(turns.waiting for turns in self._turns.values()) + self.put_off
 
     @property
     def homes(self) -> Collection[str]:

@@ -129,7 +129,9 @@ class Fleet:
         self.announced = tuple((known | targets).values())
         self._distribute(only_add=not snapshot.complete)
         self._count_elsewhere()
-        self.fuse.hear(g for g in self.gateways if g.id != self.gateway_id and g.deaths)
+        told = [g for g in self.gateways if g.id != self.gateway_id and g.deaths]
+        told_before_they_left = [d for g, d in snapshot.left.items() if g != self.gateway_id]
+        self.fuse.hear([*told, *told_before_they_left], snapshot.died)
         for version, line in self.lines.items():
             others = {g.id: g.demand[version] for g in self.gateways if version in g.demand and g.id != self.gateway_id}
             line.others(others, snapshot.number)

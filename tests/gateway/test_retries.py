@@ -352,6 +352,27 @@ async def test_newcomers_that_would_wait_for_a_trial_are_refused_where_the_queue
     await asyncio.gather(*copies, return_exceptions=True)
 
 
+async def test_copies_that_wait_for_the_trials_of_others_are_in_the_bound_of_the_queue_and_keep_nobody_from_his(
+    front: Front, room: EngineRoom
+) -> None:
+    well, fuse = room.shared(), front.gateway.fleet.fuse
+    front.serve(well, limits={"max_queue": 2})
+    model = front.gateway.fleet.models["tiny"]
+    copied, newcomer = chat("hello"), chat("newcomer")
+    for engine in ("a", "b"):
+        fuse.died(fingerprint("tiny@v1", CHAT, None, copied), engine, begun=True)
+    fuse.died(fingerprint("tiny@v1", CHAT, None, newcomer), "b")
+    copies = [asyncio.create_task(front.ask(body=copied)) for _ in range(2)]
+    await eventually("they wait", lambda: front.waiting() == front.gateway.fleet.waiting(model) == 2)
+    refused = await front.ask(body=copied)
+    assert (refused.status, refused.error["code"]) == (429, "queue_full")
+    assert refused.headers["retry-after"]
+    assert (await front.ask(body=newcomer)).status == 200, "it ends their wait"
+    answers: list[Answer] = await asyncio.gather(*copies)
+    assert {a.error["code"] for a in answers} == {"request_crashed_engine"}
+    assert front.waiting() == front.gateway.fleet.waiting(model) == 0
+
+
 async def test_it_is_told_in_the_dialect_of_the_route(front: Front) -> None:
     async with recorded(cut=True) as one, recorded(cut=True) as two:
         front.serve(one, two)

@@ -197,6 +197,21 @@ async def test_newcomers_under_suspicion_wait_for_their_trial_in_the_bounds_of_t
     assert line.waiting == 0
 
 
+async def test_who_waits_for_the_trials_of_others_takes_no_place_from_those_who_wait_for_their_own() -> None:
+    line = VersionLine("m@v")
+    line.update([endpoint("a")], only_add=False)
+    newcomer = Ticket(since=0.0)
+    newcomer.suspicion = 7
+    await line.trials.take(lambda: "a")
+    with pytest.raises(QueueFull), line.trials.others_first(), line.trials.others_first():
+        assert line.waiting == 2
+        line.admit_suspect(newcomer, others=0, max_queue=3, put_off=True)
+        line.admit_suspect(newcomer, others=1, max_queue=2)
+        line.admit_suspect(newcomer, others=1, max_queue=3, put_off=True)
+    assert line.waiting == 0
+    line.trials.give("a")
+
+
 async def test_the_more_wait_for_an_engine_the_shorter_are_the_trials_there() -> None:
     trials = Trials()
     lengths = []

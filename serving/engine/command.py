@@ -22,8 +22,8 @@ _ROOT = Path(__file__).parents[2]
 
 # Of the replica's environment, only what an engine needs: never our keys, never Ray's.
 _DROP_PREFIXES = ("STEELYARD_", "RAY_", "SERVE_", "PYTHON", "__RAY")
-# Ray sets these for its actors; an engine's process picks its own.
-_DROP = frozenset({"OMP_NUM_THREADS", "LD_PRELOAD"})
+# Ray sets these for its own processes; an engine picks its own.
+_DROP = frozenset({"OMP_NUM_THREADS", "LD_PRELOAD", "MALLOC_CONF"})
 
 
 class AdapterSpec(msgspec.Struct, frozen=True):

@@ -349,6 +349,7 @@ class _Watch:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: Any) -> None:
         self._timer.cancel()
         self._listener.cancel()
+        del self._listener  # cancelled, it keeps its traceback, and with that this object: a ring
         if kind is not None and issubclass(kind, asyncio.CancelledError) and self._why is not None:
             self._task.uncancel()
             if self._why is ClientGone:

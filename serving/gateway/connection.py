@@ -64,7 +64,7 @@ class Connection(asyncio.Protocol):
         self.address = address
         self._transport: asyncio.Transport | None = None
         self._receiver: Receiver | None = None
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser: httptools.HttpResponseParser
         self._headers: dict[bytes, bytes] = {}
         self._parts: list[bytes] = []
         self._complete = self._keep_alive = self._paused = False
@@ -107,6 +107,9 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        # It holds this object's methods: a ring, which only the cycle collector would find. So it is here no longer than the
+        # connection.
+        self._parser = httptools.HttpResponseParser(self)
         sock = transport.get_extra_info("socket")
         for option, value in _VANISHED.items():
             sock.setsockopt(*option, value)
@@ -147,6 +150,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool.forget(self)
         self._break(f"the connection was cut: {exc}" if exc else "the connection was closed")
+        del self._parser
 
     # -- httptools' side -----------------------------------------------------------------------------------------
 

@@ -63,6 +63,9 @@ imagePullSecrets:
 # Starts that may fail: a replica itself waits longer after each.
 - {name: RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT, value: "1000000"}
 - {name: RAY_event_stats, value: "0"}
+# Else each of these two's fifty threads hoards what it frees.
+- {name: RAY_JEMALLOC_PROFILE, value: "raylet,gcs_server"}
+- {name: RAY_JEMALLOC_CONF, value: "narenas:1,tcache:false"}
 # What a replica imports, so that the process that waits for the next one has it.
 - {name: RAY_preload_python_modules, value: {{ (.Files.Get "files/catalog.json" | fromJson).preload | quote }}}
 # Not Ray's 15: gateways and engines are what the machine is for.

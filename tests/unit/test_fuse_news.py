@@ -45,7 +45,7 @@ class Cluster:
                 id=name, url="", deaths=told.deaths, trials=told.trials, suspects=told.suspects, died=ages
             )
             self.table.announce_gateway(unpack(pack(info), GatewayInfo), self.now)
-        self.table.tidy(self.now)
+        self.table.expire(self.now)
         for fleet in self.fleets.values():
             self.hears(fleet)
 
@@ -145,7 +145,7 @@ def test_what_gateways_that_left_told_is_bounded() -> None:
         deaths = {f"{i}-{j}": ("a",) for j in range(TOLD)}
         table.announce_gateway(GatewayInfo(id=str(i), url="", deaths=deaths), 0)
         table.withdraw_gateway(str(i))
-    table.tidy(0)
+    table.expire(0)
     left = table.snapshot(0).left
     assert sum(len(d.deaths) for d in left.values()) == LEFT_KEPT
     assert str(i) in left and "0" not in left, "the last ones are kept"

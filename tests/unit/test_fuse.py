@@ -30,7 +30,8 @@ class Fleet(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fuses = [Fuse(lambda: 0.0), Fuse(lambda: 0.0)]
+        self.now = 0.0
+        self.fuses = [Fuse(lambda: self.now), Fuse(lambda: self.now)]
         self.engines: dict[str, list[Request]] = {}
         self.waiting: list[Request] = []
         self.count = 0
@@ -140,6 +141,7 @@ class Fleet(RuleBasedStateMachine):
                 self.is_answered(0, whole=True)
             for i in range(len(self.waiting)):
                 self.is_tried_again(-1 - i if i < len(self.waiting) else 0, i % ENGINES)
+            self.now += 2.0  # nobody is waited for longer than `HEARD_S`
         raise AssertionError(f"{self.waiting} wait for ever")
 
 

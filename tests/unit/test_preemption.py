@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from bench.virtual import run
-from serving.engine.simulator.core import Core
+from serving.engine.simulator.core import ClientGone, Core, Sequence
 from serving.engine.simulator.kv import KvCache
 from serving.engine.simulator.metrics import Metrics
 from serving.engine.simulator.sins import Sins
@@ -131,3 +134,30 @@ def test_whatever_comes_every_answer_is_whole_and_the_room_is_given_back(
         assert engine.value("vllm:generation_tokens_total") == sum(size * n for _, size, _, n in asked)
 
     run(scene)
+
+
+def test_a_generation_whose_client_left_is_freed_without_the_collector() -> None:
+    async def scene() -> None:
+        core = Engine(100).core
+
+        async def answer(begun: asyncio.Future[weakref.ref[Sequence]]) -> None:
+            with contextlib.suppress(ClientGone), core.sequence(30, 40) as sequence:
+                begun.set_result(weakref.ref(sequence))
+                while await sequence.next():
+                    pass
+
+        begun: asyncio.Future[weakref.ref[Sequence]] = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(answer(begun))
+        found = await begun
+        await asyncio.sleep(TTFT_S)
+        if (sequence := found()) is not None:
+            sequence.fail(ClientGone())
+        del sequence
+        await task
+        assert found() is None
+
+    gc.disable()
+    try:
+        run(scene)
+    finally:
+        gc.enable()

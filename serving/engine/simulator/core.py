@@ -176,9 +176,7 @@ class Sequence:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self._core._leave(self)
-        self._failed = (
-            None  # raised, its traceback holds this object: a ring, which only the cycle collector would find
-        )
+        self._failed = None  # raised, its traceback holds this object: a ring, which only the collector would find
 
     def begin(self) -> None:
         """Called by the core at admission, and at that after a `pause`: then all that it had said is computed too."""

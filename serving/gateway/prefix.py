@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -20,6 +21,7 @@ _MEDIA_SAMPLE = 1024  # characters
 _MEDIA_BYTES = MEDIA_TOKENS // BLOCK_TOKENS * BLOCK_BYTES  # what an image or a clip counts for
 _IDS_AT_ONCE = 8192
 _DEEPEST = 32
+_AT_ONCE = 64  # so large a part of a full memory is forgotten at once
 _encode = msgspec.json.Encoder().encode
 
 
@@ -111,7 +113,7 @@ def _digest(media: str) -> str:
 
 
 class Remembered:
-    """Blocks and sessions that were sent to one endpoint, the latest `room` of them."""
+    """Blocks and sessions that were sent to one endpoint, nearly the latest `room` of them."""
 
     __slots__ = ("_seen", "room")
 
@@ -128,8 +130,10 @@ class Remembered:
         for block in (*reversed(blocks), *(() if session is None else (session,))):
             seen.pop(block, None)
             seen[block] = None
-        while len(seen) > self.room:
-            del seen[next(iter(seen))]
+        if len(seen) > self.room:
+            # Many at once: to find the oldest, a dictionary walks over all that were deleted before it.
+            for block in list(islice(seen, len(seen) - self.room + self.room // _AT_ONCE)):
+                del seen[block]
 
     def shared(self, blocks: tuple[int, ...]) -> int:
         """How many of the first blocks are there."""

@@ -166,6 +166,18 @@ def test_what_is_remembered_is_bounded_and_the_latest() -> None:
     assert len(blocks_of(CHAT, said("x" * (MOST_BLOCKS + 9) * BLOCK_BYTES), None)) == MOST_BLOCKS
 
 
+def test_a_full_memory_forgets_the_oldest_many_at_once() -> None:
+    memory = Remembered(room=640)
+    sizes = []
+    for i in range(2000):
+        memory.add((i,), None)
+        sizes.append(len(memory))
+        assert memory.shared((i,)) == 1
+        assert memory.shared((i - 629,)) == (i >= 629)
+        assert not memory.shared((i - 640,))
+    assert (min(sizes[640:]), max(sizes)) == (630, 640)
+
+
 def test_another_engine_under_the_same_name_remembers_nothing() -> None:
     u = upstream("a")
     u.remembered.add((1, 2), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,9 @@ class KvCache:
         self.block_tokens = block_tokens
         self.used = 0  # tokens of those that run; what two of them share counts once
         self._holders: dict[int, int] = {}  # block -> requests that have it
-        self._idle: dict[int, None] = {}  # blocks that nobody has, the oldest first
+        self._idle = OrderedDict[
+            int, None
+        ]()  # blocks that nobody has, the oldest first; of a dictionary it is slow to find
 
     @property
     def idle(self) -> int:
@@ -81,4 +84,4 @@ class KvCache:
 
     def _make_room(self) -> None:
         while self.used + self.idle > self.tokens:
-            del self._idle[next(iter(self._idle))]
+            self._idle.popitem(last=False)

@@ -39,9 +39,6 @@ CLAIM_S = 0.15
 # Everything that runs the model takes a slot; what only counts tokens does not.
 _TAKES_SLOT = ("/v1/", "/pooling", "/classify", "/score", "/rerank", "/v2/rerank")
 _FREE = frozenset({"/v1/messages/count_tokens"})
-# How a stream begins that fails before its first token: its 200 has left.
-_ERROR_FRAMES = (b'data: {"error"', b"event: error\n")
-_GREETING = b"event: response."  # and this one begins before it, whatever comes of it
 
 
 class Door:
@@ -56,8 +53,6 @@ class Door:
         self.in_flight = 0
         self.entered = 0  # ever
         self.refused = 0
-        self.answered = 0  # generations whose answer began, ever
-        self.failing = 0  # that failed by the engine's own word since the last one began
         self.budget = 0  # tokens of KV cache; 0: not known, so not enforced
         self.tokens = 0  # that those inside may take
         self._claim, self._claim_until = 0, 0.0  # tokens of the largest that waits for room, monotonic seconds
@@ -90,8 +85,7 @@ class Door:
                 send,
                 200,
                 {"in_flight": self.in_flight, "slots": self.slots, "tokens": self.tokens, "budget": self.budget}
-                | {"entered": self.entered, "refused": self.refused, "pid": os.getpid()}
-                | {"answered": self.answered, "failing": self.failing},
+                | {"entered": self.entered, "refused": self.refused, "pid": os.getpid()},
             )
         elif scope.get("method") == "POST" and path == CLOSE_PATH:
             self.slots = 0  # `busy` from now on: gateways that have not heard of the drain yet try elsewhere
@@ -140,28 +134,8 @@ class Door:
         self.in_flight += 1
         self.entered += 1
         self.tokens += tokens
-        status = 0  # of an answer that says nothing of the engine yet
-
-        def seen(message: MutableMapping[str, Any]) -> Awaitable[None]:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                if status >= 400:
-                    self.failing += status >= 500 and status != 503  # of which it has too much to do
-                    status = 0
-            elif status and (body := message.get("body")):  # the head leaves before anything is generated
-                status = 0
-                if body.startswith(_ERROR_FRAMES):
-                    self.failing += 1
-                elif not body.startswith(_GREETING):
-                    self.answered, self.failing = self.answered + 1, 0
-            return send(message)
-
         try:
-            await self.app(scope, receive, seen)
-        except Exception:
-            self.failing += 1  # its server makes a 500 of that, outside
-            raise
+            await self.app(scope, receive, send)
         finally:
             self.in_flight -= 1
             self.tokens -= tokens

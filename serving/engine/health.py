@@ -17,7 +17,7 @@ import msgspec
 
 Verdict = Literal["ok", "suspect", "failed"]
 # process: it ended. silent: nothing answers there. health: it says itself that it is not well. stuck: it has work and makes no
-# step. refuses: it fails a generation of one token.
+# step. refuses: it has none, and fails a generation of one token.
 Cause = Literal["", "process", "silent", "health", "stuck", "refuses"]
 Probe = Literal["none", "pending", "ok", "refused"]
 
@@ -50,8 +50,6 @@ class Look(msgspec.Struct, frozen=True):
     healthy: bool = True  # by its own word
     in_flight: int = 0  # behind its door
     entered: int = 0  # ever
-    answered: int = 0  # generations whose answer began, ever
-    failing: int = 0  # that failed by its own word since the last answer began
     inside: int = 0  # in its own scheduler, running or waiting, as it said last
     mark: tuple[float, ...] | None = None  # counters and gauges that its core alone moves, the first counts steps
     probe: Probe = "none"
@@ -70,12 +68,7 @@ class Memory(msgspec.Struct, frozen=True):
     mark: tuple[float, ...] = ()
     read_at: float | None = None  # when that was
     entered: int = 0
-    answered: int = 0
-    failing: int = 0
     doubted: bool = False  # requests came and went, and no step was seen
-    refusing: bool = (
-        False  # newcomers fail: the steps of those inside prove nothing, a token or an answer that begins does
-    )
     steps: tuple[float, ...] = ()  # by length, their weight halved every `_HALF_LIFE_S`
     steps_at: float = 0.0
 
@@ -103,9 +96,7 @@ def judge(look: Look, limits: Limits, memory: Memory, now: float) -> Judgement:
         cause: Cause = "refuses" if look.healthy else "health"
         why = "it does not generate a token" if look.healthy else "/health says that it is not well"
         due = _due(look, limits, m, now)
-        serves = look.healthy and m.busy_since is not None and now - m.proved_at < limit_s  # those inside
-        failed_s = replace_s if serves else limits.sick_s
-        judged = _aged(_asked(m, now) if due else m, cause, now - m.sick_since, 0.0, failed_s, why)
+        judged = _aged(_asked(m, now) if due else m, cause, now - m.sick_since, 0.0, limits.sick_s, why)
         return msgspec.structs.replace(judged, probe=due)
     waited_s = _seen_until(m, limit_s, now) - max(m.proved_at, m.busy_since) if m.busy_since is not None else 0.0
     if look.probe == "pending":
@@ -174,13 +165,8 @@ def _aged(m: Memory, cause: Cause, age_s: float, suspect_s: float, failed_s: flo
 
 
 def _due(look: Look, limits: Limits, m: Memory, now: float) -> bool:
-    """Whether one token shall be generated: it has nothing to do, or says so, and has proved nothing for a while; or newcomers
-    fail."""
-    if look.probe == "pending":
-        return False
-    if m.refusing:
-        return now - m.probed_at >= limits.probe_again_s
-    if look.in_flight and look.inside:
+    """Whether one token shall be generated: it has nothing to do, or says so, and has proved nothing for a while."""
+    if look.probe == "pending" or (look.in_flight and look.inside):
         return False
     doubt = look.in_flight > 0 or m.doubted or m.sick_since is not None
     return now - max(m.proved_at, m.probed_at) >= (limits.probe_again_s if doubt else limits.probe_every_s)
@@ -192,9 +178,6 @@ def _asked(m: Memory, now: float) -> Memory:
 
 def _remember(look: Look, m: Memory, now: float) -> Memory:
     moved = look.mark is not None and bool(m.mark) and look.mark != m.mark
-    token = look.probe == "ok" or look.asleep or (look.answered != m.answered and not look.failing)
-    failed = look.failing > 0 and (look.failing, look.answered) != (m.failing, m.answered)
-    refusing = look.probe == "refused" or (not token and (failed or m.refusing))
     proved = moved or look.probe == "ok" or look.asleep
     steps, steps_at = m.steps, m.steps_at
     if moved and m.busy_since is not None:
@@ -208,15 +191,10 @@ def _remember(look: Look, m: Memory, now: float) -> Memory:
         proved_at=now if proved else m.proved_at,
         busy_since=_since(m.busy_since, now) if busy else None,
         silent_since=None if look.answers else _since(m.silent_since, now - look.waited_s),
-        sick_since=_since(m.sick_since, now)
-        if bad or (m.sick_since is not None and (refusing or not proved))
-        else None,
+        sick_since=_since(m.sick_since, now) if bad or (m.sick_since is not None and not proved) else None,
         mark=m.mark if look.mark is None else look.mark,
         read_at=m.read_at if look.mark is None else now,
         entered=look.entered,
-        answered=look.answered,
-        failing=look.failing,
-        refusing=refusing,
         doubted=not proved and (m.doubted or look.entered != m.entered),
         steps=steps,
         steps_at=steps_at,

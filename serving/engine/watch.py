@@ -35,7 +35,6 @@ class Watch:
         self._vitals: stats.Vitals | None = None
         self._deeper_at = self._counted_at = 0.0
         self._entered = self._counted_entered = 0
-        self._answered = self._failing = 0
 
     async def look(self, limits: Limits) -> Judgement:
         """One look, and the verdict. Takes a few seconds at most, whatever the engine does."""
@@ -50,8 +49,6 @@ class Watch:
             healthy=self._healthy,
             in_flight=self.in_flight,
             entered=self._entered,
-            answered=self._answered,
-            failing=self._failing,
             inside=self._vitals.running + self._vitals.waiting if self._vitals else 0,
             mark=mark,
             probe=self._probed(),
@@ -61,8 +58,8 @@ class Watch:
         self._memory = judged.memory
         if judged.probe:
             self._probe = asyncio.create_task(generates(self._http, self._url, self._model))
-        elif self._probe is not None and judged.memory.proved_at == now and not judged.memory.refusing:
-            self.close()  # proved otherwise
+        elif self._probe is not None and judged.memory.proved_at == now:  # proved otherwise
+            self.close()
         return judged
 
     def close(self) -> None:
@@ -76,7 +73,6 @@ class Watch:
                 door = await r.json()
                 self.in_flight, self.tokens = int(door["in_flight"]), int(door["tokens"])
                 self._entered = int(door["entered"])
-                self._answered, self._failing = int(door["answered"]), int(door["failing"])
         except _TROUBLE:
             return False
         if not self.in_flight:

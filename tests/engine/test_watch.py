@@ -64,11 +64,6 @@ def asked(http: aiohttp.ClientSession, engine: Engine, **fields: object) -> asyn
     return asyncio.create_task(ask())
 
 
-async def sins(http: aiohttp.ClientSession, engine: Engine, *names: str) -> None:
-    async with http.post(engine.url + "/-/sins", json={"names": names}) as r:
-        assert r.status == 200
-
-
 async def test_an_idle_engine_is_probed_past_its_slots_and_the_probe_is_nobodys_load(
     http: aiohttp.ClientSession, room: EngineRoom
 ) -> None:
@@ -105,35 +100,6 @@ async def test_one_whose_core_is_dead_fails_the_probe(http: aiohttp.ClientSessio
     watching = watch(http, engine)
     await asked(http, engine)
     assert (await until(watching, "failed")).cause == "refuses"
-    watching.close()
-
-
-async def test_one_that_fails_newcomers_is_found_out_while_an_older_stream_goes_on(
-    http: aiohttp.ClientSession, room: EngineRoom
-) -> None:
-    engine = room.start(sim_itl_ms=2)
-    watching = watch(http, engine)
-    limits = Limits(stuck_s=5, replace_s=60, sick_s=0.1, probe_every_s=30, probe_again_s=0.1)
-    stream = asked(http, engine, max_tokens=1900)
-    await engine.inside(1)
-    await until(watching, "ok")
-    assert (await asked(http, engine, max_tokens=0)).status == 400
-    for _ in range(5):
-        assert (await watching.look(limits)).verdict == "ok" and watching._probe is None, (
-            "the client's fault is no doubt"
-        )
-        await asyncio.sleep(EVERY_S)
-    await sins(http, engine, "returns_500")
-    assert (await asked(http, engine)).status == 500
-    assert (await until(watching, "suspect", limits)).cause == "refuses"
-    for _ in range(5):
-        await asyncio.sleep(EVERY_S)
-        assert (await watching.look(limits)).cause == "refuses", "what still runs is no proof"
-    assert not stream.done()
-    await sins(http, engine)
-    await until(watching, "ok", limits)
-    stream.cancel()
-    await asyncio.gather(stream, return_exceptions=True)
     watching.close()
 
 

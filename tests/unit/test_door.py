@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -179,63 +178,6 @@ async def test_a_closed_door_lets_nobody_in_and_those_inside_finish(make: Made) 
     engine.go.set()
     assert (await inside)[0] == 200
     assert (await ask(door, CLOSE_PATH, secret="other"))[0] == 401
-
-
-@pytest.fixture
-def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Asks a door whose engine answers so, and says what the door has seen of its answers until then."""
-    monkeypatch.setenv("STEELYARD_DOOR_SECRET", SECRET)
-    said: list[Any] = []
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        code, *chunks = said
-        if code is None:
-            raise OSError("its tokenizer is gone")
-        await send({"type": "http.response.start", "status": code, "headers": []})
-        for chunk in chunks:
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
-
-    door = Door(app)
-
-    async def ask_for(*answer: Any, path: str = CHAT, probe: bool = False) -> tuple[int, int]:
-        said[:] = answer
-        headers = [(b"x-steelyard-secret", SECRET.encode())] + [(b"x-steelyard-probe", b"1")] * probe
-
-        async def nothing(*_: Any) -> Any:
-            return {"type": "http.request", "body": b""}
-
-        scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
-        with contextlib.suppress(OSError):
-            await door(scope, nothing, nothing)
-        seen = await status(door)
-        return seen["failing"], seen["answered"]
-
-    return ask_for
-
-
-async def test_it_counts_the_failures_of_its_engine_since_an_answer_began(answering: Callable[..., Any]) -> None:
-    assert await answering(500, b"{}") == (1, 0)
-    assert await answering(None) == (2, 0), "its server makes a 500 of that, outside the door"
-    assert await answering(200, b'data: {"error": {"code": 500}}\n\n', b"data: [DONE]\n\n") == (3, 0)
-    assert await answering(200, b"event: error\ndata: {}\n\n") == (4, 0)
-    assert await answering(200, b"event: response.created\ndata: {}\n\n", b"event: error\n") == (4, 0)
-    assert await answering(200) == (4, 0), "a head alone says nothing: it leaves before the first token is made"
-    assert await answering(200, b"", b"data: {}\n\n", b'data: {"error": {}}\n\n') == (0, 1)
-    assert await answering(502, b"{}") == (1, 1)
-
-
-@pytest.mark.parametrize("code", [400, 404, 422, 429, 503])
-async def test_a_request_that_is_wrong_or_one_too_many_is_neither_failure_nor_answer(
-    answering: Callable[..., Any], code: int
-) -> None:
-    await answering(500)
-    assert await answering(code, b"{}") == (1, 0)
-
-
-async def test_what_takes_no_slot_says_nothing_of_the_engine(answering: Callable[..., Any]) -> None:
-    assert await answering(500, path="/tokenize") == (0, 0)
-    assert await answering(500, probe=True) == (0, 0)
 
 
 # -- KV cache

@@ -32,9 +32,8 @@ class KvCache:
         self.block_tokens = block_tokens
         self.used = 0  # tokens of those that run; what two of them share counts once
         self._holders: dict[int, int] = {}  # block -> requests that have it
-        self._idle = OrderedDict[
-            int, None
-        ]()  # blocks that nobody has, the oldest first; of a dictionary it is slow to find
+        # Blocks that nobody has, the oldest first; in a dictionary it is slow to find.
+        self._idle = OrderedDict[int, None]()
 
     @property
     def idle(self) -> int:

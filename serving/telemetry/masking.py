@@ -10,26 +10,28 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+# Blanks, and one end of a line: the next one may be another matter.
+_GAP = r"[^\S\r\n]*+(?:\r?\n[^\S\r\n]*+)?+"
 # A name counts by its end: AWS_SECRET_ACCESS_KEY, x-steelyard-secret, "clientSecret", X-Amz-Signature.
 _BEGINS = re.compile(
-    r"""(?P<key> sk-steelyard-[0-9a-f]{8}- )  # a public id: it stays
-      | (?P<token> \b(?: hf_ | gh[opsu]_ | github_pat_ | glpat- | xox[abp]- | sk-(?:ant|proj)- )(?=[\w-]{16}) )
+    rf"""(?P<key> sk-steelyard-[0-9a-f]{{8}}- )  # a public id: it stays
+      | (?P<token> \b(?: hf_ | gh[opsu]_ | github_pat_ | glpat- | xox[abp]- | sk-(?:ant|proj)- )(?=[\w-]{{16}}) )
       | (?P<url> :// )
-      | (?i: (?P<bearer> \bbearer\s++ )
+      | (?i: (?P<bearer> \bbearer(?=\s){_GAP} )
            | (?P<mark> [-_?&.]? )
              (?P<name> x-steelyard-secret | x-api-key | authorization | secret | passw(?:or)?d | passphrase
                      | credentials? | signature | token | otlp_headers
                      | (?: api | access | secret | private | account | auth | ingest(?:ion)? | license )[-_.]?key
                      | (?<=-)team | (?<=[?&])(?:key|sig|auth) )
-             (?P<closed> \\{0,4}["'] )? \s*+ (?P<is> [:=] | ,(?=\ b') ) \s*+
-             (?:b(?=['"]))? (?P<open> \\{0,4}["'] )? (?: (?:bearer|basic|token|api-?key)\s++ )? )""",
+             (?P<closed> \\{{0,4}}["'] )? {_GAP} (?P<is> [:=] | ,(?=\ b') ) {_GAP}
+             (?:b(?=['"]))? (?P<open> \\{{0,4}}["'] )? (?: (?:bearer|basic|token|api-?key)(?=\s){_GAP} )? )""",
     re.X,
 )
 # Without any of them there is nothing to look for, and most texts have none: a request's id, what engines print.
 _HINTS = (
     *("://", "sk-", "hf_", "ghp_", "gho_", "ghs_", "ghu_", "github_pat_", "glpat-", "xox", "bearer"),
     *("secret", "passw", "passphrase", "credential", "signature", "authorization", "otlp_headers", "key", "team"),
-    *("sig=", "auth=", "token=", "token:", "token ", "token'", 'token"', "token\\"),
+    *("sig=", "auth=", "token=", "token:", "token ", "token\t", "token\r", "token\n", "token'", 'token"', "token\\"),
 )
 _PUBLIC = re.compile(r"sk-steelyard-(?:[0-9a-f]{8}-|\.\.\.)")
 _TOKEN_END = re.compile(r"[^\w-]|$")

@@ -99,7 +99,8 @@ class Table:
         self._facts = {v: VersionFacts(ready_after_s=s) for v, s in (ready_after_s or {}).items()}
         # What gateways told, by their id, last changed last. Of one that left it stays: its own word would take it back.
         self._deaths = dict(deaths or {})
-        self._died = dict(died or {})  # engine -> epoch seconds of its death
+        engines = {e for told in self._deaths.values() for inside in told.deaths.values() for e in inside}
+        self._died = dict.fromkeys(engines, wall()) | dict(died or {})  # engine -> epoch seconds of its death
         self._forget_deaths()
 
     def ready_after_s(self) -> dict[str, float]:
@@ -158,6 +159,7 @@ class Table:
 
     def holders(self, node: str, now: float) -> Snapshot:
         """The part of the table that is replicas with GPUs of `node`. Not those that failed: another may have them already."""
+        self._go_on(now)
         failed = State.FAILED
         found = tuple(e for e, _ in self._endpoints.values() if e.node == node and e.gpus and e.state is not failed)
         return Snapshot(epoch=self.epoch, number=self.number, complete=now - self._born >= SETTLE_S, endpoints=found)
@@ -180,9 +182,11 @@ class Table:
         return {(v, n): until - now for v, f in self._facts.items() for n, (until, _) in quarantines(f, now).items()}
 
     def forget_failures(self) -> None:
-        """An operator changed something: the next starts wait for nothing."""
+        """An operator changed something: the next starts wait for nothing, and what only gateways that left had told of deaths,
+        which none of them can take back, is held against no request."""
         for version_id, facts in self._facts.items():
             self._facts[version_id] = VersionFacts(ready_after_s=facts.ready_after_s)
+        self._deaths = {g: told for g, told in self._deaths.items() if g in self._gateways}
         self.unpublished = True
 
     def _remember(self, endpoint: Endpoint, before: Endpoint | None) -> None:
@@ -230,7 +234,10 @@ class Table:
         """Of gateways that left: what is too old, and what is too much. Those that live forget for themselves, and tell."""
         if not self._died:
             return
-        since, room = self._wall() - DEATHS_REMEMBERED_S, LEFT_KEPT
+        now, room = self._wall(), LEFT_KEPT
+        if max(self._died.values()) > now:  # the clock was set back: else they would be remembered for as long
+            self._died = {e: min(at, now) for e, at in self._died.items()}
+        since = now - DEATHS_REMEMBERED_S
         late = frozenset(e for e, at in self._died.items() if at <= since)
         for gateway_id in [g for g in reversed(self._deaths) if g not in self._gateways]:
             left = _without(self._deaths[gateway_id], late) if late else self._deaths[gateway_id]
@@ -288,12 +295,12 @@ class Table:
         was paused or starved: reports wait in this process's sockets, behind this, so all leases last so much longer."""
         if self._went_on_at is None:
             return
-        late_s = now - self._went_on_at - JANITOR_EVERY_S
-        self._went_on_at = now
-        if late_s > STOOD_STILL_S:
-            log.warning("the directory stood still for %.1f s", late_s)
+        gap_s, self._went_on_at = now - self._went_on_at, now
+        if gap_s - JANITOR_EVERY_S > STOOD_STILL_S:
+            log.warning("the directory stood still for %.1f s", gap_s)
+            self._born += gap_s  # who had not told of himself yet could not meanwhile
             for table in self._leased():
-                table.update({i: (entry, until + late_s) for i, (entry, until) in table.items()})
+                table.update({i: (entry, until + gap_s) for i, (entry, until) in table.items()})
 
     def _leased(self) -> tuple[dict[str, tuple[Any, float]], ...]:
         return self._endpoints, self._gateways, self._targets, self._gpu_busy
@@ -304,6 +311,7 @@ class Table:
         self.unpublished = False
 
     def snapshot(self, now: float) -> Snapshot:
+        self._go_on(now)
         return Snapshot(
             epoch=self.epoch,
             number=self.number,

@@ -58,8 +58,8 @@ async def _stream(x: Exchange, route: Route, reply: Reply, meter: StreamMeter, s
         return
     scan.died = True
     how = reply.error or scan.error[:300].decode(errors="replace") or "it ended without its end"
-    has = sent.events()  # with this it could be joined elsewhere
-    kept = "not kept" if has is None else f"{len(has)} bytes kept"
+    # `sent.events()`: with that it could be joined elsewhere.
+    kept = "kept" if sent.whole else "not kept"
     log.warning("stream broken after %d events (%s): %s", scan.events, kept, how, extra={"request_id": x.request_id})
     error = EngineBroken("the engine died while it generated; what came before is incomplete")
     x.line.reason = error.code

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -91,10 +92,10 @@ class GatewayReplica:
             await asyncio.sleep(0.05)
         for task in self._tasks[1:]:
             task.cancel()
-        with contextlib.suppress(Exception):  # best effort: the lease ends the entry otherwise
-            async with asyncio.timeout(2.0):
-                await self._announce()  # what its last requests ended, or survived, outlives it
-                await self._directory.call("withdraw_gateway", self._id)
+        # Best effort. What its last requests ended, or survived, outlives it; and the lease ends the entry otherwise.
+        for last in (self._announce, functools.partial(self._directory.call, "withdraw_gateway", self._id)):
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(last(), 1.0)
         await self.gateway.stop()
         await asyncio.to_thread(self._process_log.close)
 

@@ -9,7 +9,7 @@ from serving.errors import Dialect
 SMALL_BYTES = 64 * 1024  # a refusal that quotes more of its request is passed as it is
 
 # vLLM gives its own classes' names, and on Anthropic's routes OpenAI's form where it validates.
-_ANTHROPIC = {404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
+_ANTHROPIC = {403: "permission_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
 
 _Parts = dict[str, msgspec.Raw]
 _parts = msgspec.json.Decoder(_Parts).decode
@@ -29,5 +29,5 @@ def named(body: bytes, status: int, dialect: Dialect, request_id: str) -> bytes:
     if dialect == "openai":
         return _encode(whole | {"error": msgspec.Raw(_encode(error | {"request_id": name}))})
     kind = _ANTHROPIC.get(status, "invalid_request_error" if status < 500 else "api_error")
-    shown = {"type": kind, "message": error.get("message", b'""')}
+    shown = {"type": kind, "message": error.get("message", msgspec.Raw(b'""'))}
     return _encode({"type": "error", "error": shown, "request_id": name})

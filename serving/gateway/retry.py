@@ -121,7 +121,8 @@ class Trials:
 
     @property
     def waiting(self) -> int:
-        return sum(turns.waiting for turns in self._turns.values()) + self.put_off
+        """For their own trial."""
+        return sum(turns.waiting for turns in self._turns.values())
 
     @property
     def homes(self) -> Collection[str]:

@@ -149,9 +149,11 @@ class Fleet:
 
     def waiting(self, model: ModelConfig) -> int:
         """Requests that wait for all of the model's lines."""
-        ids = (f"{model.name}@{v}" for v in model.versions)
-        # `model` may be of an earlier catalog, and the version gone since.
-        return sum(line.waiting for i in ids if (line := self.lines.get(i)) is not None)
+        return sum(line.waiting for line in self._lines_of(model))
+
+    def put_off(self, model: ModelConfig) -> int:
+        """Requests of the model that wait until others have had their trials, and count in no queue meanwhile."""
+        return sum(line.trials.put_off for line in self._lines_of(model))
 
     def held(self) -> dict[str, int]:
         """Version id -> requests that wait for it here; at least one while it shall be woken."""
@@ -250,6 +252,11 @@ class Fleet:
                     there[None, model] += d.held + d.running
             self._elsewhere.update(there)
             self._gateways_with.update(at for at, n in there.items() if n)
+
+    def _lines_of(self, model: ModelConfig) -> Iterator[VersionLine]:
+        ids = (f"{model.name}@{v}" for v in model.versions)
+        # `model` may be of an earlier catalog, and the version gone since.
+        return (line for i in ids if (line := self.lines.get(i)) is not None)
 
     def _distribute(self, *, only_add: bool) -> None:
         by_version: dict[str, list[Endpoint]] = {v: [] for v in self.lines}

@@ -29,6 +29,7 @@ from tests.gateway.harness import (
     Front,
     Keys,
     chat,
+    endless,
     events,
     eventually,
     recorded,
@@ -352,25 +353,30 @@ async def test_newcomers_that_would_wait_for_a_trial_are_refused_where_the_queue
     await asyncio.gather(*copies, return_exceptions=True)
 
 
-async def test_copies_that_wait_for_the_trials_of_others_are_in_the_bound_of_the_queue_and_keep_nobody_from_his(
+async def test_copies_that_wait_for_the_trials_of_others_are_bounded_and_take_no_place_from_anybody_else(
     front: Front, room: EngineRoom
 ) -> None:
-    well, fuse = room.shared(), front.gateway.fleet.fuse
-    front.serve(well, limits={"max_queue": 2})
-    model = front.gateway.fleet.models["tiny"]
+    engine, fuse = room.shared(slots=1, sim_itl_ms=20), front.gateway.fleet.fuse
+    front.serve(engine, limits={"max_queue": 2})
     copied, newcomer = chat("hello"), chat("newcomer")
-    for engine in ("a", "b"):
-        fuse.died(fingerprint("tiny@v1", CHAT, None, copied), engine, begun=True)
+    for died in ("a", "b"):
+        fuse.died(fingerprint("tiny@v1", CHAT, None, copied), died, begun=True)
     fuse.died(fingerprint("tiny@v1", CHAT, None, newcomer), "b")
-    copies = [asyncio.create_task(front.ask(body=copied)) for _ in range(2)]
-    await eventually("they wait", lambda: front.waiting() == front.gateway.fleet.waiting(model) == 2)
-    refused = await front.ask(body=copied)
-    assert (refused.status, refused.error["code"]) == (429, "queue_full")
-    assert refused.headers["retry-after"]
+    async with front.hung_up(endless()):
+        await engine.inside(1)
+        copies = [asyncio.create_task(front.ask(body=copied)) for _ in range(2)]
+        await eventually("they wait", lambda: front.waiting() == 2)
+        refused = await front.ask(body=copied)
+        assert (refused.status, refused.error["code"]) == (429, "queue_full")
+        assert refused.headers["retry-after"]
+        held = [asyncio.create_task(front.ask(body=chat(f"another {i}"))) for i in range(2)]
+        await eventually("others wait beside them", lambda: front.waiting() == 4)
+        assert (await front.ask(body=chat("one too many"))).error["code"] == "queue_full"
+    assert [a.status for a in await asyncio.gather(*held)] == [200] * 2
     assert (await front.ask(body=newcomer)).status == 200, "it ends their wait"
     answers: list[Answer] = await asyncio.gather(*copies)
     assert {a.error["code"] for a in answers} == {"request_crashed_engine"}
-    assert front.waiting() == front.gateway.fleet.waiting(model) == 0
+    assert front.waiting() == 0
 
 
 async def test_it_is_told_in_the_dialect_of_the_route(front: Front) -> None:

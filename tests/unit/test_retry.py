@@ -34,6 +34,7 @@ from serving.gateway.retry import (
     budget,
 )
 from serving.gateway.routing import TRIPS, TRY_FIRST_S, TRY_LONGEST_S, Upstream
+from serving.gateway.state import Fleet
 
 
 async def test_retries_are_a_share_of_what_runs_and_the_rest_waits_its_turn() -> None:
@@ -197,18 +198,23 @@ async def test_newcomers_under_suspicion_wait_for_their_trial_in_the_bounds_of_t
     assert line.waiting == 0
 
 
-async def test_who_waits_for_the_trials_of_others_takes_no_place_from_those_who_wait_for_their_own() -> None:
-    line = VersionLine("m@v")
+async def test_those_who_wait_for_the_trials_of_others_are_bounded_on_their_own_and_count_against_nobody_else() -> None:
+    fleet = Fleet()
+    limits = {"max_queue": 2, "max_wait_s": 9, "request_timeout_s": 9, "max_body_bytes": 9}
+    fleet.set_catalog({"models": [{"name": "m", "versions": ["v", "w"], "limits": limits}]})
+    line, other, model = fleet.lines["m@v"], fleet.lines["m@w"], fleet.models["m"]
     line.update([endpoint("a")], only_add=False)
     newcomer = Ticket(since=0.0)
     newcomer.suspicion = 7
     await line.trials.take(lambda: "a")
-    with pytest.raises(QueueFull), line.trials.others_first(), line.trials.others_first():
-        assert line.waiting == 2
-        line.admit_suspect(newcomer, others=0, max_queue=3, put_off=True)
-        line.admit_suspect(newcomer, others=1, max_queue=2)
-        line.admit_suspect(newcomer, others=1, max_queue=3, put_off=True)
-    assert line.waiting == 0
+    with line.trials.others_first():
+        line.admit_suspect(newcomer, others=0, max_queue=2, put_off=True)
+        with other.trials.others_first():
+            assert (fleet.waiting(model), fleet.put_off(model)) == (0, 2)
+            line.admit_suspect(newcomer, others=1, max_queue=2)
+            with pytest.raises(QueueFull, match="2 requests already wait"):
+                line.admit_suspect(newcomer, others=1, max_queue=2, put_off=True)
+    assert fleet.put_off(model) == 0
     line.trials.give("a")
 
 

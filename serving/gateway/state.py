@@ -15,6 +15,7 @@ import msgspec
 from serving.errors import NoReplica, UnknownModel, counted
 from serving.fleet.endpoint import (
     START_TRIES,
+    Deaths,
     Endpoint,
     GatewayInfo,
     KeyDemand,
@@ -104,6 +105,9 @@ class Fleet:
         self._elsewhere: Counter[tuple[str | None, str | None]] = Counter()
         self._gateways_with: Counter[tuple[str | None, str | None]] = Counter()
         self._facts: dict[str, VersionFacts] = {}
+        self._epoch = ""
+        self._told: dict[str, Deaths] = {}  # by gateway: of engines that died
+        self._told_before: dict[str, Deaths] = {}  # to an earlier directory, by those silent since
         self._wanted: dict[str, float] = {}  # version id -> monotonic seconds until which it shall be woken
 
     def set_catalog(self, config: dict[str, Any]) -> None:
@@ -129,9 +133,7 @@ class Fleet:
         self.announced = tuple((known | targets).values())
         self._distribute(only_add=not snapshot.complete)
         self._count_elsewhere()
-        told = [g for g in self.gateways if g.id != self.gateway_id and g.deaths]
-        told_before_they_left = [d for g, d in snapshot.left.items() if g != self.gateway_id]
-        self.fuse.hear([*told, *told_before_they_left], snapshot.died)
+        self._hear(snapshot)
         for version, line in self.lines.items():
             others = {g.id: g.demand[version] for g in self.gateways if version in g.demand and g.id != self.gateway_id}
             line.others(others, snapshot.number)
@@ -237,6 +239,18 @@ class Fleet:
     def required(self) -> dict[tuple[str, ...], float]:
         """Per model and version: 1 when it must have a ready replica, 0 when it may sleep."""
         return {(m.name, v): float(v in m.required) for m in self.catalog.models for v in m.versions}
+
+    def _hear(self, snapshot: Snapshot) -> None:
+        """What the others tell of engines that died. While a new directory's table may be incomplete, what each told before
+        counts as well, until it speaks again: the table may lack it, or have kept an older word."""
+        here = {g.id: g for g in snapshot.gateways}
+        if snapshot.epoch != self._epoch:
+            self._epoch, self._told_before = snapshot.epoch, self._told
+        before = {} if snapshot.complete else {g: d for g, d in self._told_before.items() if g not in here}
+        self._told_before = before
+        self._told = {**snapshot.left, **before, **here}
+        every = (*here.items(), *snapshot.left.items(), *before.items())
+        self.fuse.hear([d for g, d in every if g != self.gateway_id and d.deaths], snapshot.died)
 
     def _count_elsewhere(self) -> None:
         self._elsewhere.clear()

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.fleet.directory import LEFT_KEPT, Table, pack, unpack
+from serving.fleet.directory import LEFT_KEPT, SETTLE_S, Table, pack, unpack
 from serving.fleet.endpoint import Deaths, GatewayInfo, Snapshot
 from serving.fleet.history import Kept
 from serving.gateway.fuse import HEARD_S, REMEMBERED_S, TOLD, Fuse
@@ -119,6 +119,51 @@ def test_two_gateways_that_saw_one_death_and_left_have_seen_one() -> None:
     new = cluster.gateway("new")
     assert new.armed and not new.blown("twin")
     assert new.died("twin", "b") == 2
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_directory_that_comes_back_empty_makes_nobody_forget_while_it_is_incomplete(left: bool) -> None:
+    cluster = Cluster()
+    here = cluster.gateway("here")
+    old = cluster.gateway("old")
+    for print_ in ("poison", "innocent"):
+        for engine in "ab":
+            old.died(print_, engine, begun=True)
+    cluster.news()
+    here.survived("innocent")
+    if left:
+        cluster.leaves("old")
+        cluster.hears(cluster.fleets["here"])
+    cluster.table = Table(cluster.now, cluster.clock)
+    cluster.hears(cluster.fleets["here"])
+    cluster.hears(cluster.fleets["here"])
+    assert here.blown("poison") and not here.blown("innocent")
+    if not left:
+        cluster.news()
+        assert here.blown("poison") and not here.blown("innocent"), "what was acquitted stays so"
+        old.survived("poison")
+        cluster.news()
+        assert not here.blown("poison"), "its own word counts"
+    cluster.fleets.pop("old", None)
+    cluster.table = Table(cluster.now, cluster.clock)
+    cluster.now += SETTLE_S
+    cluster.news()
+    assert not here.armed, "one that is complete and does not know it has forgotten it"
+
+
+def test_what_was_heard_since_an_old_directory_last_wrote_is_not_forgotten_while_the_new_one_is_incomplete() -> None:
+    cluster = Cluster()
+    here = cluster.gateway("here")
+    old = cluster.gateway("old")
+    old.died("poison", "a", begun=True)
+    cluster.news()
+    deaths, died = cluster.table.deaths()
+    old.died("poison", "b", begun=True)
+    cluster.news()
+    assert here.blown("poison")
+    cluster.table = Table(cluster.now, cluster.clock, deaths=deaths, died=died)
+    cluster.hears(cluster.fleets["here"])
+    assert here.blown("poison")
 
 
 def test_a_new_gateway_hears_when_and_in_which_order_engines_died() -> None:

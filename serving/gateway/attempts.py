@@ -47,6 +47,7 @@ class Attempts:
     withhold_usage: bool
     _retry: Retry | None = None  # from the first failure on, or from the start of one that is under suspicion
     _again: bool = False  # it had its turn in the line
+    _admitted: bool = False  # to wait for its trial, or for others', before it joins the line
     _failed: str = ""  # how the attempt before this one did
     _news_s: float = 0.0  # how long to wait for the other gateways' word of that
 
@@ -98,7 +99,9 @@ class Attempts:
                 fleet, line, model = self.fleet, self.line, self.model
                 others = fleet.put_off(model) - line.trials.put_off if pending else fleet.waiting(model) - line.waiting
                 try:
-                    line.admit_suspect(self.ticket, others=others, max_queue=model.limits.max_queue, put_off=pending)
+                    self._admitted = line.admit_suspect(
+                        self.ticket, others=others, max_queue=model.limits.max_queue, put_off=pending
+                    )
                 except QueueFull as e:
                     self.metrics.rejected(e.code, self.ticket.class_)
                     raise
@@ -163,6 +166,7 @@ class Attempts:
                     max_queue=self.model.limits.max_queue,
                     max_wait_s=patience_s,
                     again=self._again,
+                    admitted=self._admitted,
                 )
         except (QueueFull, WaitTooLong, NoReplica) as e:
             self.metrics.rejected(e.code, ticket.class_)

@@ -142,8 +142,8 @@ class Order(Generic[W]):
             self._offer(c, flow, one, again)
 
     def eldest(self, ones: Iterable[W]) -> None:
-        """They joined `again`, and stand before the others of their keys, in this order: who had its turn does not give way to
-        whoever came after it."""
+        """They joined `again`, or late, and stand before the others of their keys, in this order: who had its turn, or waited
+        before, does not give way to whoever came after it."""
         for one in reversed([*ones]):
             self._classes[one.rank].flows[one.key].members.move_to_end(one, last=False)
 

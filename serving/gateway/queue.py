@@ -206,22 +206,34 @@ class VersionLine:
         if self:
             self.pump()
 
-    def admit_suspect(self, ticket: Ticket, *, others: int, max_queue: int, put_off: bool = False) -> None:
-        """A newcomer under suspicion is about to wait for its trial, or, `put_off`, for those of others. Raises QueueFull (429)
-        where that is one too many; `others` as for `take`. Those who are put off are bounded on their own: they keep no other
-        request from an engine."""
+    def admit_suspect(self, ticket: Ticket, *, others: int, max_queue: int, put_off: bool = False) -> bool:
+        """A newcomer under suspicion is about to be on trial, or, `put_off`, to wait for the trials of others: whether it must
+        wait, and is admitted. Raises QueueFull (429) where that is one too many; `others` as for `take`. Those who are put off
+        are bounded on their own: they keep no other request from an engine."""
+        if not put_off and not self.trials.taken(self.home(ticket)):
+            return False
         waiting = others + (self.trials.put_off if put_off else self.waiting)
-        if (put_off or self.trials.taken(self.home(ticket))) and waiting >= max_queue:
+        if waiting >= max_queue:
             raise self._full(ticket, waiting, max_queue)
+        return True
 
     async def take(
-        self, ticket: Ticket, *, others: int, max_queue: int, max_wait_s: float, again: bool = False
+        self,
+        ticket: Ticket,
+        *,
+        others: int,
+        max_queue: int,
+        max_wait_s: float,
+        again: bool = False,
+        admitted: bool = False,
     ) -> Upstream:
         """Binds to an endpoint with a free slot, waiting for one if need be; the caller must `release` the ticket, or tell
         `busy` or `broken`.
 
         `others` is how many wait in the model's other lines: they share `max_queue`. `again`: it had its turn, and goes
-        before all others. Raises QueueFull (429), WaitTooLong (429) or NoReplica (503), each with a Retry-After.
+        before all others. `admitted`: it has waited before, as `admit_suspect` let it; it enters a full queue in its place, and
+        is the last of its key to give way. Raises QueueFull (429), WaitTooLong (429) or NoReplica (503), each with a
+        Retry-After.
         """
         now = time.monotonic()
         if (again or len(self) == self._parked_count) and (now >= self._others_until or self._may_bind(now, ticket)):
@@ -230,9 +242,11 @@ class VersionLine:
                 self._bind(ticket, found, now)
                 return found
         if not again:
-            self._admit(ticket, others, max_queue, max_wait_s, now)
+            self._admit(ticket, others, max_queue, max_wait_s, admitted, now)
         future = ticket._future = asyncio.get_running_loop().create_future()
         self._join(ticket, again, now)
+        if admitted and not again:
+            self._order.eldest([ticket])
         self.pump()  # those ahead may all be waiting for something better than what is free
         try:
             async with asyncio.timeout(max_wait_s):
@@ -534,10 +548,12 @@ class VersionLine:
 
     # -- who waits -----------------------------------------------------------------------------------------------
 
-    def _admit(self, ticket: Ticket, others: int, max_queue: int, max_wait_s: float, now: float) -> None:
+    def _admit(
+        self, ticket: Ticket, others: int, max_queue: int, max_wait_s: float, admitted: bool, now: float
+    ) -> None:
         """Raises what is refused at once: a full queue, unless somebody must give way, and a wait without hope."""
         loser, error = None, None
-        if len(self) + others >= max_queue:
+        if not admitted and len(self) + others >= max_queue:
             loser = self._order.give_way(ticket, max_queue) if max_queue else None
             error = self._full(loser or ticket, len(self) + others, max_queue)
             if loser is None:

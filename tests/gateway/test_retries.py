@@ -379,6 +379,28 @@ async def test_copies_that_wait_for_the_trials_of_others_are_bounded_and_take_no
     assert front.waiting() == 0
 
 
+async def test_who_was_admitted_to_wait_for_the_trials_of_others_is_not_refused_for_a_full_queue_afterwards(
+    front: Front, room: EngineRoom
+) -> None:
+    engine, fleet = room.shared(slots=1, sim_itl_ms=20), front.gateway.fleet
+    front.serve(engine, limits={"max_queue": 1})
+    model, line = fleet.models["tiny"], fleet.lines["tiny@v1"]
+    copied, guilty = chat("hello"), fingerprint("tiny@v1", CHAT, None, chat("guilty"))
+    for died in ("a", "b"):
+        fleet.fuse.died(fingerprint("tiny@v1", CHAT, None, copied), died, begun=True)
+    fleet.fuse.died(guilty, "b")
+    async with front.hung_up(endless()):
+        await engine.inside(1)
+        admitted = asyncio.create_task(front.ask(body=copied))
+        await eventually("it waits for the trial of another", lambda: fleet.put_off(model) == 1)
+        held = asyncio.create_task(front.ask(body=chat("another")))
+        await eventually("the queue is full", lambda: len(line) == 1)
+        fleet.fuse.died(guilty, "c", 1.0)
+        await eventually("it has joined the queue", lambda: len(line) == 2 or admitted.done())
+        assert not admitted.done()
+    assert [a.status for a in await asyncio.gather(admitted, held)] == [200] * 2
+
+
 async def test_it_is_told_in_the_dialect_of_the_route(front: Front) -> None:
     async with recorded(cut=True) as one, recorded(cut=True) as two:
         front.serve(one, two)

@@ -39,13 +39,20 @@ def ticket(*, since: float = 0, avoid: frozenset[str] = NONE, **more: Any) -> Ti
 
 
 def take(
-    to: VersionLine, *, max_queue: int = 100, max_wait_s: float = 60.0, others: int = 0, again: bool = False, **of: Any
+    to: VersionLine,
+    *,
+    max_queue: int = 100,
+    max_wait_s: float = 60.0,
+    others: int = 0,
+    again: bool = False,
+    admitted: bool = False,
+    **of: Any,
 ) -> Coroutine[Any, Any, Ticket]:
     """A request that asks for a slot; the ticket it then holds."""
     asks = of.pop("ticket", None) or ticket(**of)
 
     async def bound() -> Ticket:
-        await to.take(asks, others=others, max_queue=max_queue, max_wait_s=max_wait_s, again=again)
+        await to.take(asks, others=others, max_queue=max_queue, max_wait_s=max_wait_s, again=again, admitted=admitted)
         return asks
 
     return bound()
@@ -94,6 +101,35 @@ async def test_first_come_first_served() -> None:
         order.append([t.done() for t in tasks])
         taken = await task
     assert order == [[True, False, False], [True, True, False], [True, True, True]]
+
+
+async def test_who_was_admitted_before_enters_a_full_queue_in_its_place_and_nobody_gives_way() -> None:
+    to = line(endpoint(slots=1))
+    taken = await take(to)
+    held = [await waiting(to, key="x", max_queue=2) for _ in range(2)]
+    with pytest.raises(QueueFull):
+        await take(to, key="x", max_queue=2)
+    held.insert(1, await waiting(to, key="y", max_queue=2, admitted=True))
+    for i, task in enumerate(held):
+        to.release(taken)
+        await settled()
+        assert [t.done() for t in held] == [j <= i for j in range(3)]
+        taken = await task
+
+
+async def test_who_was_admitted_before_does_not_give_way_first() -> None:
+    to = line(endpoint(slots=1))
+    await take(to)
+    held = [await waiting(to, key="x", max_queue=2) for _ in range(2)]
+    admitted = await waiting(to, key="x", max_queue=2, admitted=True)
+    other = await waiting(to, key="y", max_queue=3)
+    await settled()
+    assert [t.done() for t in (*held, admitted, other)] == [False, True, False, False]
+    with pytest.raises(QueueFull):
+        await held[1]
+    for task in (held[0], admitted, other):
+        task.cancel()
+    await asyncio.gather(held[0], admitted, other, return_exceptions=True)
 
 
 async def test_a_new_replica_takes_queued_work_at_once() -> None:

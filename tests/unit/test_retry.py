@@ -184,12 +184,12 @@ async def test_newcomers_under_suspicion_wait_for_their_trial_in_the_bounds_of_t
     line.update([endpoint("a")], only_add=False)
     newcomer = Ticket(since=0.0)
     newcomer.suspicion = 7
-    line.admit_suspect(newcomer, others=1, max_queue=0)  # nobody is on trial: it need not wait
+    assert not line.admit_suspect(newcomer, others=1, max_queue=0)  # nobody is on trial: it need not wait
     chances = [Retry(line.retries, line.trials) for _ in range(3)]
     tasks = [asyncio.create_task(chance.turn(lambda: "a")) for chance in chances]
     await asyncio.sleep(0)
     assert line.waiting == 2
-    line.admit_suspect(newcomer, others=0, max_queue=3)
+    assert line.admit_suspect(newcomer, others=0, max_queue=3)
     with pytest.raises(QueueFull, match="3 requests already wait"):
         line.admit_suspect(newcomer, others=1, max_queue=3)
     for chance, task in zip(chances, tasks, strict=True):

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import math
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
@@ -92,6 +93,7 @@ class Table:
         self.keys = ""
         self._born = now
         self._went_on_at: float | None = None  # the last time that anything happened; None until the janitor begins
+        self._paused_at = -math.inf  # when the last pause was over
         self._endpoints: dict[str, tuple[Endpoint, float]] = {}
         self._gateways: dict[str, tuple[GatewayInfo, float]] = {}
         self._targets: dict[str, tuple[Target, float]] = {}
@@ -298,9 +300,12 @@ class Table:
         gap_s, self._went_on_at = now - self._went_on_at, now
         if gap_s - JANITOR_EVERY_S > STOOD_STILL_S:
             log.warning("the directory stood still for %.1f s", gap_s)
-            self._born += gap_s  # who had not told of himself yet could not meanwhile
+            # Not all of one pause after another: for those who are starved time would stand still, and no lease would end.
+            late_s = gap_s if now - gap_s - self._paused_at > LEASE_S else gap_s - JANITOR_EVERY_S
+            self._paused_at = now
+            self._born += late_s  # who had not told of himself yet could not meanwhile
             for table in self._leased():
-                table.update({i: (entry, until + gap_s) for i, (entry, until) in table.items()})
+                table.update({i: (entry, until + late_s) for i, (entry, until) in table.items()})
 
     def _leased(self) -> tuple[dict[str, tuple[Any, float]], ...]:
         return self._endpoints, self._gateways, self._targets, self._gpu_busy

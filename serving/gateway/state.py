@@ -84,10 +84,14 @@ class CatalogConfig(msgspec.Struct, frozen=True):
     drain_s: float = 30.0
 
 
+TOLD_BEFORE_S = 15.0  # to a directory that is no more: by then the next one has heard everybody who lives
+
+
 class Fleet:
     """Catalog and endpoints joined: a line of waiting requests per version. Used from one event loop only."""
 
-    def __init__(self, gateway_id: str = "", node: str = "") -> None:
+    def __init__(self, gateway_id: str = "", node: str = "", clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self.gateway_id = gateway_id
         self.node = node
         self.catalog = CatalogConfig()
@@ -95,7 +99,7 @@ class Fleet:
         self.lines: dict[str, VersionLine] = {}
         self.gateways: tuple[GatewayInfo, ...] = ()
         self.announced: tuple[Target, ...] = ()  # processes with metrics that are neither gateway nor replica
-        self.fuse = Fuse()
+        self.fuse = Fuse(clock)
         self.asleep: frozenset[str] = frozenset()  # versions without a ready replica
         self.on_hold: Callable[[], None] = lambda: None  # a version must be woken: whoever announces does it now
         self.arrived: Counter[str] = Counter()  # version id -> requests that asked for a slot, ever
@@ -107,7 +111,8 @@ class Fleet:
         self._facts: dict[str, VersionFacts] = {}
         self._epoch = ""
         self._told: dict[str, Deaths] = {}  # by gateway: of engines that died
-        self._told_before: dict[str, Deaths] = {}  # to an earlier directory, by those silent since
+        # To an earlier directory, by those silent since, and until when it counts.
+        self._told_before: dict[str, tuple[Deaths, float]] = {}
         self._wanted: dict[str, float] = {}  # version id -> monotonic seconds until which it shall be woken
 
     def set_catalog(self, config: dict[str, Any]) -> None:
@@ -243,13 +248,14 @@ class Fleet:
     def _hear(self, snapshot: Snapshot) -> None:
         """What the others tell of engines that died. While a new directory's table may be incomplete, what each told before
         counts as well, until it speaks again: the table may lack it, or have kept an older word."""
-        here = {g.id: g for g in snapshot.gateways}
+        here, now = {g.id: g for g in snapshot.gateways}, self._clock()
         if snapshot.epoch != self._epoch:
-            self._epoch, self._told_before = snapshot.epoch, self._told
-        before = {} if snapshot.complete else {g: d for g, d in self._told_before.items() if g not in here}
-        self._told_before = before
-        self._told = {**snapshot.left, **before, **here}
-        every = (*here.items(), *snapshot.left.items(), *before.items())
+            new = {g: (d, now + TOLD_BEFORE_S) for g, d in self._told.items()}
+            self._epoch, self._told_before = snapshot.epoch, new | self._told_before
+        before = {} if snapshot.complete else self._told_before
+        self._told_before = {g: (d, until) for g, (d, until) in before.items() if g not in here and now < until}
+        self._told = {**snapshot.left, **here}
+        every = (*here.items(), *snapshot.left.items(), *((g, d) for g, (d, _) in self._told_before.items()))
         self.fuse.hear([d for g, d in every if g != self.gateway_id and d.deaths], snapshot.died)
 
     def _count_elsewhere(self) -> None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 
 # Blanks, and one end of a line: the next one may be another matter.
-_GAP = r"[^\S\r\n]*+(?:\r?\n[^\S\r\n]*+)?+"
+_GAP = r"[^\S\r\n]*+(?:(?:\r*+\n|\r)[^\S\r\n]*+)?+"
 # A name counts by its end: AWS_SECRET_ACCESS_KEY, x-steelyard-secret, "clientSecret", X-Amz-Signature.
 _BEGINS = re.compile(
     rf"""(?P<key> sk-steelyard-[0-9a-f]{{8}}- )  # a public id: it stays

@@ -150,6 +150,15 @@ def test_nor_does_a_doubt_end_in_a_pause_or_the_time_to_speak() -> None:
     assert not table.expire(61.4)
 
 
+def test_a_directory_that_is_starved_for_long_learns_in_the_end_who_is_gone() -> None:
+    """Pause after pause: what it does between them counts."""
+    table = Table(0)
+    table.announce(endpoint(), 0)
+    for round_ in range(40):
+        table.expire(1.6 * round_)
+    assert table.snapshot(64).endpoints == () and table.snapshot(64).complete
+
+
 def test_whose_listener_ended_is_gone_soon_unless_it_says_that_it_lives() -> None:
     table = Table(0)
     for name in ("dead", "lives"):

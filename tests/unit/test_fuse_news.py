@@ -15,7 +15,7 @@ from serving.fleet.directory import LEFT_KEPT, SETTLE_S, Table, pack, unpack
 from serving.fleet.endpoint import Deaths, GatewayInfo, Snapshot
 from serving.fleet.history import Kept
 from serving.gateway.fuse import HEARD_S, REMEMBERED_S, TOLD, Fuse
-from serving.gateway.state import Fleet
+from serving.gateway.state import TOLD_BEFORE_S, Fleet
 
 # -- of gateways that left
 
@@ -32,8 +32,7 @@ class Cluster:
         return self.now
 
     def gateway(self, name: str) -> Fuse:
-        fleet = self.fleets[name] = Fleet(name)
-        fleet.fuse = Fuse(self.clock)
+        fleet = self.fleets[name] = Fleet(name, clock=self.clock)
         self.hears(fleet)
         return fleet.fuse
 
@@ -219,6 +218,22 @@ def test_up_forgives_what_nobody_can_take_back() -> None:
     assert stays.blown("poison")
     cluster.table.forget_failures()
     cluster.news()
+    assert not stays.armed
+
+
+def test_what_only_an_earlier_directory_heard_is_forgotten_however_often_directories_come_and_go() -> None:
+    cluster = Cluster()
+    stays = cluster.gateway("stays")
+    killed_two(cluster)
+    cluster.leaves("old")
+    cluster.news()
+    cluster.table = Table(cluster.now, cluster.clock)  # it lost what it kept
+    cluster.news()
+    assert stays.blown("poison")
+    for _ in range(3):
+        cluster.now += TOLD_BEFORE_S / 2
+        cluster.table = Table(cluster.now, cluster.clock)
+        cluster.news()
     assert not stays.armed
 
 

@@ -48,6 +48,8 @@ TOKEN = "sk-steelyard-0123abcd-" + "Ab3_" * 10
         ("with bearer          abc123def", "with bearer          ***"),
         ("token\t=\tabc123def", "token\t=\t***"),
         ("x-api-key:\r\n  abc123def", "x-api-key:\r\n  ***"),
+        ("password=\rabc123def", "password=\r***"),
+        ("password: \r\r\nhunter22", "password: \r\r\n***"),
     ],
 )  # fmt: skip
 def test_of_a_secret_only_its_name_stays(said: str, kept: str) -> None:
@@ -153,5 +155,5 @@ def test_what_a_secret_begins_with_is_short_but_for_blanks() -> None:
     import re._parser as parser  # type: ignore[import-not-found]
 
     for pattern in (masking._BEGINS, masking._RANDOM, masking._PUBLIC, masking._PORT):
-        but_for_blanks = re.sub(r"(\[\^\\S\\r\\n\])\*\+", r"\1", pattern.pattern)
+        but_for_blanks = re.sub(r"(\[\^\\S\\r\\n\]|\\r)\*\+", r"\1", pattern.pattern)
         assert parser.parse(but_for_blanks, pattern.flags).getwidth()[1] <= 64

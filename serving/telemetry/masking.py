@@ -93,7 +93,8 @@ def _password(text: str, begin: int) -> tuple[int, int]:
     authority = re.split("[/?#]", url, maxsplit=1)[0]
     user, colon, rest = url.partition(":")
     at = authority.rfind("@")
-    if at < 0 and not authority.startswith("[") and len(user) < len(authority) and not _PORT.match(rest):
+    nowhere = at >= 0 and at == len(authority) - 1  # no host behind it: it is the password's
+    if nowhere or (at < 0 and not authority.startswith("[") and len(user) < len(authority) and not _PORT.match(rest)):
         at = url.rfind("@")
     if not colon or at < len(user):
         return begin, begin

@@ -32,6 +32,7 @@ TOKEN = "sk-steelyard-0123abcd-" + "Ab3_" * 10
         ("GET s3://user:pass@host/x http://host:80/a@b", "GET s3://user:***@host/x http://host:80/a@b"),
         ("postgres://u:p@ss@host/db?x=1", "postgres://u:***@host/db?x=1"),
         ("postgres://u:p/s#s@host/db", "postgres://u:***@host/db"),
+        ("postgres://u:0000@?@host/db", "postgres://u:***@host/db"),
         ("redis://:pw@host:6379/0", "redis://:***@host:6379/0"),
         ("http://h:80/a,redis://:pw@host", "http://h:80/a,redis://:***@host"),
         ("GET /v1/models?token=abc123def&limit=5", "GET /v1/models?token=***&limit=5"),
@@ -78,7 +79,8 @@ def test_what_is_no_secret_stays(said: str) -> None:
 
 
 PASSWORDS = st.text(st.characters(exclude_characters='"<>', exclude_categories=("Z", "C")), min_size=6).filter(
-    lambda p: "://" not in p and not re.match(r"\d{1,5}[/?#]", p)  # `host:80/path`
+    # `host:80/path`, and `password@host/path`
+    lambda p: "://" not in p and not re.match(r"\d{1,5}[/?#]|[^/?#]*@[^@/?#]+[/?#]", p)
 )
 VALUES = st.builds("a1{}7z".format, st.text(string.ascii_letters + string.digits + "+/=_.~%-", min_size=4))
 AROUND = st.lists(

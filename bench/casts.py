@@ -21,8 +21,8 @@ _SPARE = 1.25  # slots of three replicas over streams: the fourth may go
 # Room for four prompts of 32k tokens and little beside them, so that it runs out under more; half a second to compute one.
 _CONTEXT, _KV_TOKENS, _PREFILL_US = 40_960, 132_000, 16.0
 _LARGE_TOKENS = 20
-# Nobody is to be refused here: 25 s are waited at saturation, and in its first second, when large prompts hold most of the cache
-# and few run, four times as long is expected.
+# Nobody is to be refused here for a wait that is guessed: in the first second of saturation large prompts hold most of the cache,
+# few run, and more than a minute is expected.
 _MAX_WAIT_S = 180
 _REAL_TOKENS_PER_S = 60.0  # of one stream, two engines on two cores; so a long stream lasts about as long as asked
 

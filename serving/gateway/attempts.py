@@ -115,7 +115,6 @@ class Attempts:
         x, line, ticket = self.x, self.line, self.ticket
         began = heard = time.monotonic()
         waited_s = (x.line.queue_ms or 0.0) / 1e3
-        home = None if ticket.suspicion is None else functools.partial(line.home, ticket)
         waiting = self.metrics.waiting(ticket.class_)
         waiting.inc()
         try:
@@ -133,8 +132,10 @@ class Attempts:
                     raise self._crashed()
                 if self._spent >= MAX_ATTEMPTS:
                     raise self._out_of_attempts()
+                ticket.suspicion = self.charge.suspicion  # as it is after those waits
+                home = None if ticket.suspicion is None else functools.partial(line.home, ticket)
                 async with asyncio.timeout(bound_wait(self.model.limits.max_wait_s - waited_s, ticket.deadline)):
-                    await self._retried().turn(home)
+                    await self._retried().turn(home, first=not self._again)
         except TimeoutError:
             raise EngineBroken(
                 "an engine failed with it, and too many other requests are being tried again", retry_after_s=1

@@ -176,9 +176,9 @@ class Retry:
         """It was to be on trial, and the door, which would have told, has not let it in."""
         return self._alone_s > 0 and not self._inside and self._trials.doors_tell
 
-    async def turn(self, home: Callable[[], str] | None) -> None:
-        """Waits until it may be tried: one under suspicion until nobody else is on trial at its `home`. `close` gives the turn
-        back."""
+    async def turn(self, home: Callable[[], str] | None, *, first: bool = False) -> None:
+        """Waits until it may be tried: one under suspicion until nobody else is on trial at its `home`, and whoever was tried
+        before, which is all but the `first` time, for a place among the retries. `close` gives the turn back."""
         self._untimed()
         if self._occupied:
             self._occupied = False
@@ -187,7 +187,7 @@ class Retry:
             # First the trial, then the place: whoever is on trial may be waiting for this one.
             self._give_place()
             self._at = await self._trials.take(home)
-        if not self.taken:
+        if not (first or self.taken):
             await self._budget.take()
             self.taken = True
 

@@ -401,6 +401,25 @@ async def test_who_was_admitted_to_wait_for_the_trials_of_others_is_not_refused_
     assert [a.status for a in await asyncio.gather(admitted, held)] == [200] * 2
 
 
+async def test_newcomers_on_trial_or_behind_the_trials_of_others_take_no_place_among_the_retries(
+    front: Front, room: EngineRoom
+) -> None:
+    fleet = front.gateway.fleet
+    front.serve(room.shared())
+    model, line = fleet.models["tiny"], fleet.lines["tiny@v1"]
+    copied, suspect, guilty = chat("hello"), chat("suspect"), fingerprint("tiny@v1", CHAT, None, chat("guilty"))
+    for died in ("a", "b"):
+        fleet.fuse.died(fingerprint("tiny@v1", CHAT, None, copied), died, begun=True)
+    fleet.fuse.died(fingerprint("tiny@v1", CHAT, None, suspect), "d")
+    fleet.fuse.died(guilty, "b")
+    while line.retries.free():
+        await line.retries.take()
+    behind = asyncio.create_task(front.ask(body=copied))
+    await eventually("it waits for the trial of another", lambda: fleet.put_off(model) == 1)
+    fleet.fuse.died(guilty, "c", 1.0)
+    assert [a.status for a in await asyncio.gather(behind, front.ask(body=suspect))] == [200] * 2
+
+
 async def test_it_is_told_in_the_dialect_of_the_route(front: Front) -> None:
     async with recorded(cut=True) as one, recorded(cut=True) as two:
         front.serve(one, two)

@@ -98,15 +98,20 @@ def judge(look: Look, limits: Limits, memory: Memory, now: float) -> Judgement:
         due = _due(look, limits, m, now)
         judged = _aged(_asked(m, now) if due else m, cause, now - m.sick_since, 0.0, limits.sick_s, why)
         return msgspec.structs.replace(judged, probe=due)
-    waited_s = _seen_until(m, limit_s, now) - max(m.proved_at, m.busy_since) if m.busy_since is not None else 0.0
+    seen_until = _seen_until(m, limit_s, now)
+    waited_s = seen_until - max(m.proved_at, m.busy_since) if m.busy_since is not None else 0.0
     if look.probe == "pending":
         # A core that stands still also says what it last said of its load: only the probe tells that from a slow client.
-        asked_s = now - max(m.probed_at, m.proved_at)
+        asked_s = seen_until - max(m.probed_at, m.proved_at)
         waited_s = max(asked_s, waited_s if asked_s >= limit_s / 2 else 0.0)
     elif look.in_flight and not look.inside:
         waited_s = 0.0
     if waited_s >= limit_s:
-        why = f"no step for {waited_s:.1f} s with {max(look.in_flight, 1)} inside"
+        what = "step"
+        if _unread_s(m, now) >= 2 * limit_s:
+            # It may have made some since it was last heard of: only how long nobody could tell has it replaced.
+            what, waited_s = "word of its steps", min(waited_s, _unread_s(m, now))
+        why = f"no {what} for {waited_s:.1f} s with {max(look.in_flight, 1)} inside"
         return _aged(m, "stuck", waited_s, limit_s, replace_s, why)
     if _due(look, limits, m, now):
         return Judgement("ok", _asked(m, now), probe=True)
@@ -135,9 +140,12 @@ def _awake(m: Memory, now: float) -> Memory:
 def _seen_until(m: Memory, limit_s: float, now: float) -> float:
     """Until when it was seen to make no step. Where a machine has too little time for everybody its counters may not be had for
     seconds, while it computes; that they are late for twice the limit is no better than standing still."""
-    if m.read_at is None or now - m.read_at >= 2 * limit_s:
-        return now
-    return min(now, m.read_at + UNREAD_S)
+    unread_s = _unread_s(m, now)
+    return now if unread_s >= 2 * limit_s else now - max(0.0, unread_s - UNREAD_S)
+
+
+def _unread_s(m: Memory, now: float) -> float:
+    return 0.0 if m.read_at is None else now - m.read_at
 
 
 def limit_of(limits: Limits, memory: Memory) -> float:

@@ -87,7 +87,7 @@ class Watch:
         with contextlib.suppress(*_TROUBLE):
             async with asyncio.timeout(LOOK_S), self._http.get(self._url + "/health") as r:
                 self._healthy = r.status < 500
-        idle = not self.in_flight and self._entered == self._counted_entered
+        idle = not self.in_flight and self._entered == self._counted_entered and self._probe is None
         if idle and now - self._counted_at < IDLE_EVERY_S:
             return None
         with contextlib.suppress(*_TROUBLE):

@@ -87,6 +87,24 @@ def test_a_suspect_whose_counters_cannot_be_read_stays_one() -> None:
         assert engine.looks(EVERY_S, mark=None, **busy()).startswith(("suspect", "failed"))
 
 
+def test_what_has_an_engine_replaced_whose_counters_cannot_be_read_is_how_long_that_lasts() -> None:
+    """A step may be slow, and end while nobody can see it."""
+    engine = Engine()
+    engine.looks(10, steps_a_look=20, **busy())
+    engine.looks(LIMITS.stuck_s - EVERY_S, **busy())
+    assert engine.looks(LIMITS.replace_s - EVERY_S, mark=None, **busy()) == "suspect stuck"
+    assert engine.looks(EVERY_S, mark=None, **busy()) == "failed stuck"
+    assert "no word of its steps for 20.0 s" in engine.judged.why
+
+
+def test_a_token_that_is_late_while_the_counters_cannot_be_read_says_nothing_for_a_while() -> None:
+    engine = Engine()
+    engine.looks(LIMITS.probe_every_s)
+    assert engine.probes == 1
+    assert engine.looks(2 * LIMITS.stuck_s - EVERY_S, mark=None, probe="pending") == "ok"
+    assert engine.looks(EVERY_S, mark=None, probe="pending") == "suspect stuck"
+
+
 def test_anything_that_only_its_core_moves_is_a_step() -> None:
     """A long prefill in chunks yields no token and counts as no iteration, but its KV cache fills."""
     engine = Engine()

@@ -216,7 +216,8 @@ def test_profiles(tmp_path: Path) -> None:
     cpu, gpu, sim = (load(path, profile).models[0].versions for profile in ("cpu", "gpu", "sim"))
     assert (cpu[0].resources.gpus, cpu[0].resources.accelerator) == (0, None)
     assert cpu[0].engine.args == {"enforce-eager": True, "max-model-len": 16384, "max-num-seqs": 8}
-    assert cpu[0].engine.env == {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    threads = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    assert cpu[0].engine.env == {"VLLM_CPU_KVCACHE_SPACE": "1", **threads}
     assert (gpu[0].resources.gpus, gpu[1].resources.gpus) == (1, 1)
     assert gpu[0].engine.args == {"max-model-len": 16384, "max-num-seqs": 8}
     assert (sim[0].engine.kind, sim[0].weights, sim[0].resources.gpus) == ("simulator", None, 0)
@@ -225,13 +226,16 @@ def test_profiles(tmp_path: Path) -> None:
 
 def test_a_profile_leaves_what_the_file_says(tmp_path: Path) -> None:
     text = GOOD.replace("{max-model-len", "{enforce-eager: false, max-model-len")
-    text = text.replace("kind: vllm", "kind: vllm\n      env: {VLLM_CPU_KVCACHE_SPACE: '4'}").replace(
-        "gpus: 1", "gpus: 0.5"
-    )
+    env = "env: {VLLM_CPU_KVCACHE_SPACE: '4', VLLM_CPU_OMP_THREADS_BIND: 0-3}"
+    text = text.replace("kind: vllm", f"kind: vllm\n      {env}").replace("gpus: 1", "gpus: 0.5, cpus: 4")
     path = write(tmp_path, text)
     engine = load(path, "cpu").models[0].versions[0].engine
     assert engine.args["enforce-eager"] is False
-    assert engine.env == {"VLLM_CPU_KVCACHE_SPACE": "4"}
+    assert engine.env == {
+        "VLLM_CPU_KVCACHE_SPACE": "4",
+        "VLLM_CPU_OMP_THREADS_BIND": "0-3",
+        "OMP_NUM_THREADS": "4",
+    }
     assert load(path, "gpu").models[0].versions[0].resources.gpus == 0.5
 
 

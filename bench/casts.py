@@ -35,6 +35,7 @@ class Cast:
     profile: str
     replicas: int
     gateways: int
+    streams: int
     clients: Clients
     leavers: Callable[[str], Iterator[mix.Ask]]
     long_s: float
@@ -74,7 +75,7 @@ def simulators(streams: int | None, long_s: float | None, *, quick: bool) -> Cas
     def leavers(whose: str) -> Iterator[mix.Ask]:
         return mix.large_asks("chaos", expect, whose, 300)
 
-    return Cast(model, "sim", replicas, 2, clients, leavers, long_s)
+    return Cast(model, "sim", replicas, 2, streams, clients, leavers, long_s)
 
 
 def real(streams: int | None, long_s: float | None, *, quick: bool) -> Cast:
@@ -109,7 +110,7 @@ def real(streams: int | None, long_s: float | None, *, quick: bool) -> Cast:
     def leavers(whose: str) -> Iterator[mix.Ask]:
         return mix.remembered("tiny", corpus, whose, tokens)
 
-    return Cast(model, "cpu", 2, 2, clients, leavers, long_s, start_s=300.0)
+    return Cast(model, "cpu", 2, 2, streams, clients, leavers, long_s, start_s=300.0)
 
 
 CASTS = {"simulator": simulators, "vllm": real}

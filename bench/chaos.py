@@ -17,6 +17,7 @@ docs/failure.md says what each fault is and what is promised.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from collections import Counter
@@ -59,23 +60,48 @@ def main(argv: list[str] | None = None) -> int:
     names = (
         options.only or [name for name, row in playable.items() if row.quick or not options.quick]
     ) * options.repeat
-    rows: list[Found] = []
+    shape = {"streams": cast.streams, "long_s": cast.long_s, "saturation_s": options.saturation_s}
     try:
-        play(cast, names, options.saturation_s, say, rows)
+        rows = _before(options.out, names, shape) if options.resume else []
+    except ValueError as error:
+        print(f"error: --resume: {options.out}: {error}", file=sys.stderr)
+        return 2
+
+    def result() -> Report:
+        found = Report(machine=report.machine(), samples=[asdict(row) for row in rows])
+        judge(found, rows, len(names))
+        for name, value in shape.items():
+            found.note(name, value, "")
+        return found
+
+    def played(row: Found) -> None:
+        rows.append(row)
+        say(_sentence(row))
+        report.write(result(), options.out)  # what hours have found outlives whoever ends it
+
+    try:
+        play(cast, names, options.saturation_s, say, rows, played)
     finally:  # what was found until somebody ended it
-        result = Report(machine=report.machine())
-        judge(result, rows, len(names))
-        result.samples.extend(asdict(row) for row in rows)
         if not options.json:
             console = Console()
             console.width = max(console.width, 150)
             console.print(table(rows))
-        code = report.finish(result, options.out, as_json=options.json)
+        code = report.finish(result(), options.out, as_json=options.json)
     return code
 
 
-def play(cast: Cast, names: Sequence[str], saturation_s: float, say: Callable[[str], None], rows: list[Found]) -> None:
-    """All of them on one stack, each found added to `rows`."""
+def play(
+    cast: Cast,
+    names: Sequence[str],
+    saturation_s: float,
+    say: Callable[[str], None],
+    before: Sequence[Found],
+    played: Callable[[Found], None],
+) -> None:
+    """All of them but those that were played `before`, on one stack."""
+    turns, left = Counter(row.fault for row in before), names[len(before) :]
+    if not left:
+        return
     # `up` also waits for replicas that go, and they for their streams.
     ready_s = 120 + cast.start_s + cast.long_s
     settings = {"STEELYARD_GATEWAYS": str(cast.gateways), "STEELYARD_READY_TIMEOUT_S": f"{ready_s:g}"}
@@ -83,7 +109,7 @@ def play(cast: Cast, names: Sequence[str], saturation_s: float, say: Callable[[s
         tempfile.TemporaryDirectory(prefix="sy-") as folder,
         sides.stack([cast.model], cast.profile, Path(folder), **settings) as side,
     ):
-        say(f"starting {cast.replicas} replicas and {cast.gateways} gateways for {len(names)} faults")
+        say(f"starting {cast.replicas} replicas and {cast.gateways} gateways for {len(left)} faults")
         try:
             sides.wait_ready(side, sides.START_TIMEOUT_S)
         except procs.StartFailed as error:
@@ -104,11 +130,21 @@ def play(cast: Cast, names: Sequence[str], saturation_s: float, say: Callable[[s
                 start_s=cast.start_s,
                 say=say,
             )
-            turns: Counter[str] = Counter()
-            for name in names:
+            for name in left:
                 turns[name] += 1
-                rows.append(stage.play(name, ROWS[name], turns[name]))
-                say(_sentence(rows[-1]))
+                played(stage.play(name, ROWS[name], turns[name]))
+
+
+def _before(file: Path, names: Sequence[str], shape: dict[str, float]) -> list[Found]:
+    """The rows that a run of the same shape left there, none where there is no file. Raises ValueError where they are others."""
+    if not file.exists():
+        return []
+    told = json.loads(file.read_text())
+    rows = [Found(**row) for row in told["samples"]]
+    known = {figure["name"]: figure["value"] for figure in told["figures"]}
+    if {name: known.get(name) for name in shape} != shape or [r.fault for r in rows] != list(names[: len(rows)]):
+        raise ValueError("it holds a run of other rows or another load; move it away, or leave out --resume")
+    return rows
 
 
 def judge(result: Report, rows: Sequence[Found], asked: int) -> None:
@@ -122,12 +158,12 @@ def judge(result: Report, rows: Sequence[Found], asked: int) -> None:
         if times:
             worst = None if None in times else max(s for s in times if s is not None)
             result.judge(f"detect_{kind}_s", worst, "s", "<", limit)
-    for row in rows:
-        if row.fault == "poison":
-            result.judge("poison_deaths_per_fingerprint", max(row.deaths, default=None), "", "<=", 2.0)
-        if row.fault == "saturation":
-            result.judge("false_positives", sum(row.verdicts.values()), "", "==", 0.0)
-            result.note("preempted", row.preempted, "")
+    if deaths := [max(row.deaths, default=None) for row in rows if row.fault == "poison"]:
+        most = None if None in deaths else max(n for n in deaths if n is not None)
+        result.judge("poison_deaths_per_fingerprint", most, "", "<=", 2.0)
+    if full := [row for row in rows if row.fault == "saturation"]:
+        result.judge("false_positives", sum(sum(row.verdicts.values()) for row in full), "", "==", 0.0)
+        result.note("preempted", sum(row.preempted for row in full), "")
 
 
 def table(rows: Sequence[Found]) -> Table:
@@ -169,6 +205,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--saturation-s", type=float, default=30.0, help="length of that row (default 30; soak 1200)")
     parser.add_argument("--repeat", type=int, default=1, help="all rows so many times, on one stack")
+    parser.add_argument("--resume", action="store_true", help="go on after the rows that --out holds already")
     parser.add_argument("--out", type=Path, default=OUT, help="where the JSON goes")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the tables")
     return parser.parse_args(argv)

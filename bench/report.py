@@ -114,9 +114,7 @@ class Report:
 
 def finish(report: Report, path: Path, *, as_json: bool = False, console: Console | None = None) -> int:
     """Write the JSON to `path`, print the table (or, `as_json`, the JSON); the exit code: 1 when a bar is missed."""
-    data = report.as_json()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    data = write(report, path)
     if as_json:
         print(json.dumps(data))
     else:
@@ -126,6 +124,16 @@ def finish(report: Report, path: Path, *, as_json: bool = False, console: Consol
         if "warning" in data["machine"]:
             console.print(data["machine"]["warning"])
     return 0 if report.ok else 1
+
+
+def write(report: Report, path: Path) -> dict[str, Any]:
+    """The report as JSON, which is in `path` now, whole or not at all."""
+    data = report.as_json()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(json.dumps(data, indent=1) + "\n")
+    fresh.replace(path)
+    return data
 
 
 def teller(stream: TextIO) -> Callable[[str], None]:

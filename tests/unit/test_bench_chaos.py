@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import mix
+from bench import chaos, mix
 from bench.mix import Ask, Verdict, Witness
 from bench.play import Found, count
 from bench.scene import Victims
@@ -139,3 +140,33 @@ def test_the_mix_has_every_kind_and_no_request_twice() -> None:
     twenty = list(islice(mix.asks("m", EXPECT, "", lambda number: 4), 20))
     assert {ask.kind for ask in twenty} == {"chat", "tools", "schema", "completion", "n2", "unstreamed"}
     assert len({json.dumps(ask.body) for ask in twenty}) == 20
+
+
+def test_a_run_that_was_ended_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "chaos.json"
+    argv = ["--only", "engine-killed", "--only", "saturation", "--repeat", "2", "--out", str(file), "--resume"]
+    handed: list[list[tuple[str, int]]] = []
+
+    def play(cast: Any, names: Any, saturation_s: float, say: Any, before: list[Found], played: Any) -> None:
+        handed.append([(row.fault, row.turn) for row in before])
+        if before:
+            played(Found(names[3], 2, verdicts={"failed stuck": 1.0}))
+            return
+        for turn, name in zip((1, 1, 2), names, strict=False):
+            played(Found(name, turn, detect_s=0.1 * turn))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chaos, "play", play)
+    with pytest.raises(KeyboardInterrupt):
+        chaos.main(argv)
+    first = json.loads(file.read_text())
+    assert [row["fault"] for row in first["samples"]] == ["engine-killed", "saturation", "engine-killed"]
+    assert not first["ok"], "one of four is missing"
+    assert chaos.main(argv) == 1, "one engine was taken for stuck"
+    bars = {bar["name"]: bar["value"] for bar in json.loads(file.read_text())["bars"]}
+    assert (bars["rows_in_trouble"], bars["false_positives"], bars["detect_death_s"]) == (0, 1, 0.2)
+    assert handed == [[], [("engine-killed", 1), ("saturation", 1), ("engine-killed", 2)]]
+    assert chaos.main([*argv, "--streams", "9"]) == 2
+    assert "another load" in capsys.readouterr().err

@@ -41,9 +41,9 @@ test: install ## every test that this machine can run, real engines included
 test-fast: install ## without engines and Ray, under a minute
 	$(PYTEST) $(TWO) --hypothesis-profile fast -m "not engine and not ray and not gpu and not slow and not soak" tests/unit tests/gateway
 
-soak: install ## a night: what takes too long for every run, the asynchronous tests and the chaos suite COUNT times (default 20; RESUME=1 goes on with its rounds), MINUTES of traffic (60)
-	$(PYTEST) -m soak
-	for i in $$(seq $(or $(COUNT),20)); do $(PYTEST) -q -x -m "not engine and not ray and not gpu and not soak" tests/unit tests/gateway tests/engine || exit 1; done
+soak: install ## a night: what takes too long for every run, the asynchronous tests and the chaos suite COUNT times (default 20; RESUME=1 goes on with its rounds and what follows), MINUTES of traffic (60)
+	$(if $(RESUME),,$(PYTEST) -m soak)
+	$(if $(RESUME),,for i in $$(seq $(or $(COUNT),20)); do $(PYTEST) -q -x -m "not engine and not ray and not gpu and not soak" tests/unit tests/gateway tests/engine || exit 1; done)
 	$(PY) -m bench.chaos --repeat $(or $(COUNT),20) --long-s 12 --out .steelyard/bench/chaos-rounds.json $(if $(RESUME),--resume)
 	$(PY) -m bench.chaos --long-s 180
 	$(PY) -m bench.chaos --only saturation --saturation-s 1200

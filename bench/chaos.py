@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -60,18 +61,22 @@ def main(argv: list[str] | None = None) -> int:
     names = (
         options.only or [name for name, row in playable.items() if row.quick or not options.quick]
     ) * options.repeat
-    shape = {"streams": cast.streams, "long_s": cast.long_s, "saturation_s": options.saturation_s}
+    asked = {
+        "engine": options.engine,
+        "streams": cast.streams,
+        "long_s": cast.long_s,
+        "saturation_s": options.saturation_s,
+        "code": report.code(),
+    }
     try:
-        rows = _before(options.out, names, shape) if options.resume else []
+        rows = _before(options.out, names, asked) if options.resume else []
     except ValueError as error:
         print(f"error: --resume: {options.out}: {error}", file=sys.stderr)
         return 2
 
     def result() -> Report:
-        found = Report(machine=report.machine(), samples=[asdict(row) for row in rows])
+        found = Report(machine=report.machine(), asked=asked, samples=[asdict(row) for row in rows])
         judge(found, rows, len(names))
-        for name, value in shape.items():
-            found.note(name, value, "")
         return found
 
     def played(row: Found) -> None:
@@ -79,6 +84,9 @@ def main(argv: list[str] | None = None) -> int:
         say(_sentence(row))
         report.write(result(), options.out)  # what hours have found outlives whoever ends it
 
+    if rows:
+        say(f"{len(rows)} of {len(names)} rows were played before")
+    report.write(result(), options.out)
     try:
         play(cast, names, options.saturation_s, say, rows, played)
     finally:  # what was found until somebody ended it
@@ -135,15 +143,17 @@ def play(
                 played(stage.play(name, ROWS[name], turns[name]))
 
 
-def _before(file: Path, names: Sequence[str], shape: dict[str, float]) -> list[Found]:
-    """The rows that a run of the same shape left there, none where there is no file. Raises ValueError where they are others."""
+def _before(file: Path, names: Sequence[str], asked: dict[str, Any]) -> list[Found]:
+    """The rows that a run of the same code under the same load left there, none where there is no file. Raises ValueError where
+    they are others."""
     if not file.exists():
         return []
     told = json.loads(file.read_text())
+    if not isinstance(told, dict) or told.get("asked") != asked:
+        raise ValueError("what it holds is of other code or another load; move it away, or leave out --resume")
     rows = [Found(**row) for row in told["samples"]]
-    known = {figure["name"]: figure["value"] for figure in told["figures"]}
-    if {name: known.get(name) for name in shape} != shape or [r.fault for r in rows] != list(names[: len(rows)]):
-        raise ValueError("it holds a run of other rows or another load; move it away, or leave out --resume")
+    if [row.fault for row in rows] != list(names[: len(rows)]):
+        raise ValueError("it holds other rows; move it away, or leave out --resume")
     return rows
 
 

@@ -45,7 +45,7 @@ _RATIOS = Ratios(
 )
 
 # One OpenMP thread on the backends' core: two would fight for it. Both sides get the same.
-_ENGINE_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+_ENGINE_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 _ENGINE_ARGS = {"max-model-len": 2048, "max-num-seqs": 64, "enforce-eager": True}
 
 _FOREIGN_CORES = 0.1  # more than this in processes of others, and the figures deserve a warning

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import operator
@@ -18,6 +19,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from bench.client import ROOT
 from bench.stats import Estimate
 
 Op = Literal["<=", "<", ">=", ">", "=="]
@@ -67,6 +69,7 @@ class Report:
     figures: list[Figure] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=dict)
+    asked: dict[str, Any] = field(default_factory=dict)  # of which code, under which load
 
     @property
     def ok(self) -> bool:
@@ -93,6 +96,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         return {
             "machine": self.machine or machine(),
+            "asked": self.asked,
             "ok": self.ok,
             "bars": [
                 {
@@ -129,7 +133,11 @@ def finish(report: Report, path: Path, *, as_json: bool = False, console: Consol
 def write(report: Report, path: Path) -> dict[str, Any]:
     """The report as JSON, which is in `path` now, whole or not at all."""
     data = report.as_json()
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():  # a pipe, a terminal
+        path.write_text(json.dumps(data, indent=1) + "\n")
+        return data
     fresh = path.with_name(path.name + ".new")
     fresh.write_text(json.dumps(data, indent=1) + "\n")
     fresh.replace(path)
@@ -195,6 +203,14 @@ def _cpu_model() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def code() -> str:
+    """What tells this code from other: a digest of the benches and of what they measure."""
+    digest = hashlib.sha256()
+    for file in sorted(file for part in ("bench", "serving") for file in (ROOT / part).rglob("*.py")):
+        digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def gpus() -> list[str]:

@@ -74,15 +74,19 @@ def _on_cpu(version: Version) -> Version:
         engine = engine.model_copy(
             update={
                 "args": {"enforce-eager": True, **engine.args},
-                "env": {"VLLM_CPU_KVCACHE_SPACE": "1", **_threads(version.resources.cpus), **engine.env},
+                "env": {
+                    "VLLM_CPU_KVCACHE_SPACE": "1",
+                    **_threads(version.resources.cpus / version.world_size),
+                    **engine.env,
+                },
             }
         )
     return version.model_copy(update={"engine": engine, "resources": _no_gpu(version)})
 
 
 def _threads(cpus: float) -> dict[str, str]:
-    """As many as the replica takes from its node. Left to itself vLLM binds its threads to the node's first cores, and those of
-    every other replica there to the same ones."""
+    """As many as each worker of a replica takes from its node. Left to itself vLLM binds its threads to the node's first cores,
+    and those of every other replica there to the same ones."""
     return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, int(cpus)))}
 
 

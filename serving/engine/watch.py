@@ -29,7 +29,8 @@ class Watch:
         self.waiting = 0  # of them, in the engine's own queue
         self.kv_usage = 0.0
         self._http, self._url, self._model, self._alive = http, url, model, alive
-        self._memory = Memory(proved_at=time.monotonic())
+        now = time.monotonic()
+        self._memory = Memory(proved_at=now, read_at=now)
         self._probe: asyncio.Task[Probe] | None = None
         self._healthy = True
         self._vitals: stats.Vitals | None = None

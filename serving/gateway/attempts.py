@@ -135,7 +135,7 @@ class Attempts:
                 ticket.suspicion = self.charge.suspicion  # as it is after those waits
                 home = None if ticket.suspicion is None else functools.partial(line.home, ticket)
                 async with asyncio.timeout(bound_wait(self.model.limits.max_wait_s - waited_s, ticket.deadline)):
-                    await self._retried().turn(home, first=not self._again)
+                    await self._retried().turn(home, first=not x.line.attempts)
         except TimeoutError:
             raise EngineBroken(
                 "an engine failed with it, and too many other requests are being tried again", retry_after_s=1

@@ -180,6 +180,9 @@ class Retry:
         """Waits until it may be tried: one under suspicion until nobody else is on trial at its `home`, and whoever was tried
         before, which is all but the `first` time, for a place among the retries. `close` gives the turn back."""
         self._untimed()
+        if home is None and self._at is not None:  # cleared while it kept its turn
+            at, self._at, self._occupied = self._at, None, False
+            self._trials.give(at)
         if self._occupied:
             self._occupied = False
             await asyncio.sleep(OCCUPIED_S)

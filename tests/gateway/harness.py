@@ -87,9 +87,9 @@ class Engine:
     async def _holds(self, count: int) -> bool:
         return (await self.door())["in_flight"] == count
 
-    async def direct(self, path: str, body: Any, request_id: str) -> bytes:
-        """What the engine itself answers, without the gateway."""
-        headers = {"x-steelyard-secret": SECRET, "x-request-id": request_id}
+    async def direct(self, path: str, body: Any, request_id: str, **more: str) -> bytes:
+        """What the engine itself answers, without the gateway. `more`: further headers."""
+        headers = {"x-steelyard-secret": SECRET, "x-request-id": request_id, **more}
         async with aiohttp.ClientSession(headers=headers) as session, session.post(self.url + path, json=body) as r:
             return await r.read()
 

@@ -14,6 +14,7 @@ import anthropic
 import msgspec
 import pytest
 
+from serving.engine.door import TRIAL_HEADER
 from serving.fleet.endpoint import GatewayInfo, State
 from serving.gateway import retry, routing
 from serving.gateway.fuse import fingerprint
@@ -418,6 +419,23 @@ async def test_newcomers_on_trial_or_behind_the_trials_of_others_take_no_place_a
     await eventually("it waits for the trial of another", lambda: fleet.put_off(model) == 1)
     fleet.fuse.died(guilty, "c", 1.0)
     assert [a.status for a in await asyncio.gather(behind, front.ask(body=suspect))] == [200] * 2
+
+
+async def test_a_newcomer_that_finds_another_gateway_s_trial_at_the_door_takes_no_place_among_the_retries(
+    front: Front, room: EngineRoom
+) -> None:
+    engine, fleet = room.shared(), front.gateway.fleet
+    front.serve(engine)
+    line, suspect = fleet.lines["tiny@v1"], chat("suspect")
+    fleet.fuse.died(fingerprint("tiny@v1", CHAT, None, suspect), "d")
+    while line.retries.free():
+        await line.retries.take()
+    trial = {TRIAL_HEADER.decode(): "60000"}
+    another = asyncio.create_task(engine.direct(CHAT, chat(max_tokens=500), "another", **trial))
+    await engine.inside(1)
+    assert (await front.ask(body=suspect)).status == 200
+    assert front.metric(ATTEMPTS, outcome="busy") > 0, "its trial was put off"
+    assert b"choices" in await another
 
 
 async def test_it_is_told_in_the_dialect_of_the_route(front: Front) -> None:

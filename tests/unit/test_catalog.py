@@ -239,6 +239,12 @@ def test_a_profile_leaves_what_the_file_says(tmp_path: Path) -> None:
     assert load(path, "gpu").models[0].versions[0].resources.gpus == 0.5
 
 
+def test_the_workers_of_a_replica_without_gpus_share_its_cores(tmp_path: Path) -> None:
+    text = GOOD.replace("gpus: 1", "gpus: 2, cpus: 7").replace("max-num-seqs: 8", "tensor-parallel-size: 2")
+    engine = load(write(tmp_path, text), "cpu").models[0].versions[0].engine
+    assert engine.env["OMP_NUM_THREADS"] == "3"
+
+
 def test_gpus_default_to_the_parallel_size(tmp_path: Path) -> None:
     text = GOOD.replace("    resources: {gpus: 1, accelerator: H100}\n", "").replace(
         "max-num-seqs", "tensor-parallel-size"

@@ -152,6 +152,17 @@ async def test_who_is_told_that_another_is_on_trial_there_keeps_its_turn_and_ask
     assert trials.free(1) == 0
 
 
+async def test_who_was_cleared_while_it_kept_its_turn_gives_it_to_the_next() -> None:
+    trials = Trials()
+    chance = Retry(budget(lambda: 0), trials)
+    await chance.turn(lambda: "a")
+    chance.occupied()
+    await chance.turn(None)
+    assert trials.free(1) == 1
+    assert (chance.sent(), chance.trial_s) == (0, 0)
+    chance.close()
+
+
 async def test_who_is_on_trial_says_so_while_nobody_else_can_be_and_once_its_door_has_let_it_in(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -71,7 +71,7 @@ business; what concerns more than one key is refused here.
 {{- end -}}
 {{- if and (eq $profile "cpu") (eq $engine.kind "vllm") -}}
 {{- $_ := set $engine "args" (include "steelyard.with" (list $known.cpu.args $engine.args) | fromJson) -}}
-{{- $threads := dict "OMP_NUM_THREADS" (max 1 (int $resources.cpus) | toString) -}}
+{{- $threads := dict "OMP_NUM_THREADS" (max 1 (int (divf $resources.cpus $world)) | toString) -}}
 {{- $_ := set $engine "env" (include "steelyard.with" (list (merge $threads $known.cpu.env) $engine.env) | fromJson) -}}
 {{- end -}}
 {{- if and (eq $profile "sim") (eq $engine.kind "vllm") -}}

@@ -37,12 +37,14 @@ _NOISE = ("RuntimeError: Engine core initialization failed", "Traceback (most re
 
 
 class EngineProcess:
-    """A running engine. `on_exit(sentence)` is called once, from the watcher thread, when it ends unasked."""
+    """A running engine. `on_exit(sentence)` is called once, from the watcher thread, when one of its main processes ends unasked;
+    what is left of the others may take seconds more to end, until `exited`."""
 
     def __init__(self, command: Command, log_path: Path, on_exit: Callable[[str], None] | None = None) -> None:
         self.command = command
         self.log_path = log_path
-        self.exited = threading.Event()
+        self.exited = threading.Event()  # nothing of it is left
+        self._broken = threading.Event()  # one of its main processes ended
         self.returncode: int | None = None
         self.pid = 0
         self._on_exit = on_exit
@@ -62,7 +64,8 @@ class EngineProcess:
 
     @property
     def alive(self) -> bool:
-        return self.pid != 0 and not self.exited.is_set()
+        """All of its main processes run."""
+        return self.pid != 0 and not self._broken.is_set()
 
     def stop(self, grace_s: float = 5.0) -> None:
         """Ends the tree: SIGTERM, after `grace_s` SIGKILL, then the sweep. Returns when nothing is left."""
@@ -98,12 +101,14 @@ class EngineProcess:
         self.pid = child.pid
         self._spawned.set()
         died = self._watch(child)
+        code = child.poll()  # None: it is another one that ended
         _signal_group(child.pid, signal.SIGKILL)
+        self._broken.set()
+        if not self._stopping and self._on_exit is not None:
+            self._on_exit(died if code is None else f"{died} (exit code {code})")
         self.returncode = child.wait()
         sweep(self.command.env[ENGINE_MARK])
         self.exited.set()
-        if not self._stopping and self._on_exit is not None:
-            self._on_exit(f"{died} (exit code {self.returncode})")
 
     def _watch(self, child: subprocess.Popen[bytes]) -> str:
         """Blocks until one of the tree's main processes ends; its name. Children are looked up once a second only

@@ -107,6 +107,18 @@ def test_an_unasked_end_is_told_once(start: Start) -> None:
     assert len(told) == 1 and "server ended" in told[0]
 
 
+def test_an_unasked_end_is_told_before_all_of_it_has_ended(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process with gigabytes takes seconds to end where there is no time: nobody is to be sent there meanwhile."""
+    gone, heard = threading.Event(), threading.Event()
+    monkeypatch.setattr("serving.engine.process.sweep", lambda mark: gone.wait(30))
+    engine, _, _ = start(simulated(), lambda how: heard.set())
+    os.kill(engine.pid, signal.SIGKILL)
+    assert heard.wait(10)
+    assert not engine.alive and not engine.exited.is_set()
+    gone.set()
+    assert engine.exited.wait(10)
+
+
 def test_an_asked_end_is_not_told(start: Start) -> None:
     told: list[str] = []
     engine, _, _ = start(simulated(), told.append)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 from filelock import FileLock, Timeout
 
 from serving.engine.command import GUARD
@@ -54,9 +55,10 @@ def read_cluster_file(settings: Settings) -> ClusterFile | None:
     try:
         found = msgspec.json.decode(_path(settings).read_bytes(), type=ClusterFile)
         os.kill(found.pid, 0)
-    except (OSError, msgspec.MsgspecError):
+        ended = psutil.Process(found.pid).status() == psutil.STATUS_ZOMBIE  # and nobody has waited for it
+    except (OSError, psutil.Error, msgspec.MsgspecError):
         return None
-    return found
+    return None if ended else found
 
 
 def environment(settings: Settings, *, one_node: bool) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +13,8 @@ from typing import Any
 import pytest
 
 from serving.catalog.spec import Catalog, ModelSpec
-from serving.cli import up
-from serving.cli.cluster import Room
+from serving.cli import cluster, up
+from serving.cli.cluster import ClusterFile, Room
 from serving.errors import ClusterError, OperatorError
 from serving.fleet import manifest
 from serving.fleet.endpoint import GATEWAY_APP
@@ -91,6 +93,17 @@ def test_on_one_node_their_number_changes_without_a_bound_in_the_way() -> None:
     deployment = served(now)[GATEWAY_APP]["deployments"][0]
     assert deployment["num_replicas"] == 4
     assert "max_replicas_per_node" not in deployment
+
+
+def test_a_main_process_that_nobody_has_waited_for_is_gone(tmp_path: Path) -> None:
+    settings = load_settings(state_dir=tmp_path)
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as main:
+        cluster.write_cluster_file(settings, ClusterFile(address="", pid=main.pid, temp_dir="", profile="sim"))
+        assert cluster.read_cluster_file(settings) is not None
+        assert main.stdin is not None
+        main.stdin.close()
+        os.waitid(os.P_PID, main.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+        assert cluster.read_cluster_file(settings) is None
 
 
 def test_a_stack_that_ends_meanwhile_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

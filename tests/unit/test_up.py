@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 from serving.catalog.spec import Catalog, ModelSpec
 from serving.cli import cluster, up
 from serving.cli.cluster import ClusterFile, Room
-from serving.errors import ClusterError, OperatorError
+from serving.errors import ClusterError, EngineError, OperatorError
 from serving.fleet import manifest
 from serving.fleet.endpoint import GATEWAY_APP
 from serving.settings import load_settings
@@ -116,25 +115,65 @@ def test_a_stack_that_ends_meanwhile_is_not_waited_for(tmp_path: Path, monkeypat
         up._wait(config(), settings, print, before={})
 
 
-@pytest.mark.parametrize("dies", [False, True])
-def test_where_ray_has_died_nothing_is_drained_through_it(
-    dies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever asked it meanwhile would wait for nothing, and have Ray's own complaints on his terminal."""
-    drained: list[float] = []
+@pytest.fixture
+def drained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long streams got at the end of each stack; each is ready at once, and told to stop in the same instant."""
+    found: list[float] = []
     nothing = dict.fromkeys(("clear", "start", "apply", "read_cluster_file"), lambda *_: None)
-    running = SimpleNamespace(**nothing, stop=lambda *given: drained.append(given[-1]))
-
-    def until(stop: object) -> None:
-        if dies:
-            raise OperatorError("a Ray process of this node died")
-
-    for name, value in {"cluster": running, "_wait": lambda *_: None, "_until": until}.items():
+    running = SimpleNamespace(**nothing, stop=lambda *given: found.append(given[-1]))
+    stubs = {"cluster": running, "_wait": lambda *_: None, "_until": lambda _: None, "_ray_lives": lambda: True}
+    for name, value in stubs.items():
         monkeypatch.setattr(up, name, value)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    settings = load_settings(state_dir=tmp_path, profile="sim")
+    return found
+
+
+def serve(state_dir: Path, say: up.Say = lambda _: None) -> None:
+    settings = load_settings(state_dir=state_dir, profile="sim")
     version = {"version": "v", "engine": {"kind": "simulator"}}
     catalog = Catalog((ModelSpec.model_validate({"name": "m", "versions": [version]}),))
-    with pytest.raises(OperatorError, match="died") if dies else contextlib.nullcontext():
-        up._serve(catalog, config(), settings, lambda _: None, 0.0)
-    assert drained == [0.0 if dies else up.STOP_DRAIN_S]
+    up._serve(catalog, config(), settings, say, 0.0)
+
+
+def test_who_is_told_to_stop_drains(tmp_path: Path, drained: list[float]) -> None:
+    serve(tmp_path)
+    assert drained == [up.STOP_DRAIN_S]
+
+
+def test_where_ray_has_died_nothing_is_drained_through_it(
+    tmp_path: Path, drained: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asked it meanwhile would wait for nothing, and have Ray's own complaints on his terminal."""
+
+    def dies(_: object) -> None:
+        raise OperatorError("a Ray process of this node died")
+
+    monkeypatch.setattr(up, "_until", dies)
+    monkeypatch.setattr(up, "_ray_lives", lambda: False)
+    with pytest.raises(OperatorError, match="died"):
+        serve(tmp_path)
+    assert drained == [0.0]
+
+
+def test_a_stack_that_cannot_say_that_it_is_ready_serves_already_and_drains(
+    tmp_path: Path, drained: list[float]
+) -> None:
+    def say(line: str) -> None:
+        if line.startswith(("ready", "stopping")):
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        serve(tmp_path, say)
+    assert drained == [up.STOP_DRAIN_S]
+
+
+def test_one_that_does_not_become_ready_has_nothing_to_drain(
+    tmp_path: Path, drained: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise EngineError("not ready")
+
+    monkeypatch.setattr(up, "_wait", fails)
+    with pytest.raises(EngineError):
+        serve(tmp_path)
+    assert drained == [0.0]

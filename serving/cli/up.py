@@ -175,7 +175,7 @@ def _serve(catalog: Catalog, config: dict[str, Any], settings: Settings, say: Sa
         if ready:
             _print_ready(catalog, settings, say, time.monotonic() - began, stays=True)
             write_private(settings.state_dir / "ready", f"{_url(settings)}\n")
-            _until(told_to_stop)
+            _until(told_to_stop, settings, found.temp_dir)
     finally:
         with contextlib.suppress(OSError):  # a disk or a reader that is gone may be why
             (settings.state_dir / "ready").unlink(missing_ok=True)
@@ -407,11 +407,12 @@ def _ray_lives() -> bool:
     return node is None or bool(node.remaining_processes_alive())
 
 
-def _until(stop: threading.Event) -> None:
+def _until(stop: threading.Event, settings: Settings, temp_dir: str) -> None:
     """Waits for the signal; ends with an error when Ray dies under us."""
     while not stop.wait(1.0):
         if not _ray_lives():
-            raise OperatorError("a Ray process of this node died", "see its log folder, then run `steelyard up` again")
+            kept = cluster.keep_logs(settings, temp_dir)
+            raise OperatorError("a Ray process of this node died", f"see {kept}, then run `steelyard up` again")
 
 
 def _print_ready(catalog: Catalog, settings: Settings, say: Say, took_s: float, *, stays: bool) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 from filelock import FileLock, Timeout
 
 from serving.engine.command import GUARD
@@ -29,6 +30,7 @@ from serving.settings import Profile, Role, Settings, worker_environment
 # Ray's CPUs are bookkeeping here: engines on one box share the cores, GPUs are what is scarce.
 LOGICAL_CPUS = 1024
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # Ray's smallest; nothing of ours goes through it
+_KEPT_OF_A_LOG = 64 * 1024  # bytes
 _TURN_S = 60.0  # longest wait for another command that changes what is served
 
 
@@ -54,9 +56,10 @@ def read_cluster_file(settings: Settings) -> ClusterFile | None:
     try:
         found = msgspec.json.decode(_path(settings).read_bytes(), type=ClusterFile)
         os.kill(found.pid, 0)
-    except (OSError, msgspec.MsgspecError):
+        ended = psutil.Process(found.pid).status() == psutil.STATUS_ZOMBIE  # and nobody has waited for it
+    except (OSError, psutil.Error, msgspec.MsgspecError):
         return None
-    return found
+    return None if ended else found
 
 
 def environment(settings: Settings, *, one_node: bool) -> None:
@@ -138,12 +141,28 @@ def start(settings: Settings, profile: Profile) -> ClusterFile:
             _temp_dir=temp,
         )
     except Exception as e:
+        kept = keep_logs(settings, temp)
         shutil.rmtree(temp, ignore_errors=True)
-        raise ClusterError(f"Ray did not start: {one_line(e)}", f"see {temp}") from None
+        raise ClusterError(f"Ray did not start: {one_line(e)}", f"see {kept}") from None
     address = ray.get_runtime_context().gcs_address
     found = ClusterFile(address=address, pid=os.getpid(), temp_dir=temp, profile=profile)
     write_cluster_file(settings, found)
     return found
+
+
+def keep_logs(settings: Settings, temp_dir: str) -> Path:
+    """The ends of the logs of a Ray that failed, instead of those of the one before: its own folder goes. Returns where
+    they are."""
+    kept = settings.log_dir / "ray"
+    shutil.rmtree(kept, ignore_errors=True)
+    with contextlib.suppress(OSError):  # why it failed is told all the same
+        kept.mkdir(mode=0o700, parents=True)
+        for log in Path(temp_dir).glob("session_[0-9]*/logs/*"):
+            if log.is_file():
+                with log.open("rb") as whole:
+                    whole.seek(max(0, log.stat().st_size - _KEPT_OF_A_LOG))
+                    (kept / log.name).write_bytes(whole.read(_KEPT_OF_A_LOG))
+    return kept
 
 
 def write_cluster_file(settings: Settings, found: ClusterFile) -> None:

@@ -94,7 +94,7 @@ def _run(settings: Settings, say: Say, start: Callable[[Settings, str, Profile, 
         _write_cluster_file(settings, node, temp, profile)
         say(f"{settings.node_role} {settings.node_address} is up; control store {node.gcs_address}")
         _notify(unit, "READY=1")
-        _watch(node, told_to_stop)
+        _watch(node, told_to_stop, settings, temp)
         _notify(unit, "STOPPING=1")
         say(f"stopping; requests in progress get up to {settings.node_drain_s:g} s")
         for sig in (signal.SIGTERM, signal.SIGINT):  # a second one does not wait for them
@@ -391,13 +391,14 @@ def _write_cluster_file(settings: Settings, node: Any, temp: str, profile: Profi
 # -- stay and stop ---------------------------------------------------------------------------------------------------
 
 
-def _watch(node: Any, stop: threading.Event) -> None:
+def _watch(node: Any, stop: threading.Event, settings: Settings, temp: str) -> None:
     while not stop.wait(0.5):
         dead = node.dead_processes()
         if dead:
             kind, process = dead[0]
             raise ClusterError(
-                f"Ray's {kind} on this node ended (exit code {process.returncode})", f"see {node.get_logs_dir_path()}"
+                f"Ray's {kind} on this node ended (exit code {process.returncode})",
+                f"see {cluster.keep_logs(settings, temp)}",
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -165,22 +166,24 @@ def _serve(catalog: Catalog, config: dict[str, Any], settings: Settings, say: Sa
     found = cluster.start(settings, profile_of(settings))
     for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(sig, lambda *_: told_to_stop.set())
-    drain_s = 0.0
+    ready = False
     try:
         say(f"starting {counted(len(config['applications']) - 1, 'engine')}")
         cluster.apply(config)
         _wait(config, settings, say, told_to_stop)
-        if not told_to_stop.is_set():
+        ready = not told_to_stop.is_set()
+        if ready:
             _print_ready(catalog, settings, say, time.monotonic() - began, stays=True)
             write_private(settings.state_dir / "ready", f"{_url(settings)}\n")
-            _until(told_to_stop)
-            drain_s = STOP_DRAIN_S  # not where Ray has died: it would be asked to drain, and complain
+            _until(told_to_stop, settings, found.temp_dir)
     finally:
-        say("stopping")
-        (settings.state_dir / "ready").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk or a reader that is gone may be why
+            (settings.state_dir / "ready").unlink(missing_ok=True)
+            say("stopping")
         for sig in (signal.SIGINT, signal.SIGTERM):  # a second one does not wait for streams
             signal.signal(sig, lambda *_: os._exit(1))
-        cluster.stop(settings, found, drain_s)
+        # Not where Ray has died: it would be asked to drain, and complain.
+        cluster.stop(settings, found, STOP_DRAIN_S if ready and _ray_lives() else 0.0)
         settings.pid_file.unlink(missing_ok=True)
         say("stopped")
 
@@ -397,14 +400,19 @@ def _readyz(settings: Settings) -> bool:
         return False
 
 
-def _until(stop: threading.Event) -> None:
-    """Waits for the signal; ends with an error when Ray dies under us."""
+def _ray_lives() -> bool:
     import ray
 
     node = ray._private.worker._global_node
+    return node is None or bool(node.remaining_processes_alive())
+
+
+def _until(stop: threading.Event, settings: Settings, temp_dir: str) -> None:
+    """Waits for the signal; ends with an error when Ray dies under us."""
     while not stop.wait(1.0):
-        if node is not None and not node.remaining_processes_alive():
-            raise OperatorError("a Ray process of this node died", "see its log folder, then run `steelyard up` again")
+        if not _ray_lives():
+            kept = cluster.keep_logs(settings, temp_dir)
+            raise OperatorError("a Ray process of this node died", f"see {kept}, then run `steelyard up` again")
 
 
 def _print_ready(catalog: Catalog, settings: Settings, say: Say, took_s: float, *, stays: bool) -> None:

@@ -110,7 +110,7 @@ class Fleet:
         self._gateways_with: Counter[tuple[str | None, str | None]] = Counter()
         self._facts: dict[str, VersionFacts] = {}
         self._epoch = ""
-        self._told: dict[str, Deaths] = {}  # by gateway: of engines that died
+        self._told: dict[str, Deaths] = {}  # by gateway; of one that left, of engines that died alone
         # To an earlier directory, by those silent since, and until when it counts.
         self._told_before: dict[str, tuple[Deaths, float]] = {}
         self._wanted: dict[str, float] = {}  # version id -> monotonic seconds until which it shall be woken
@@ -132,13 +132,12 @@ class Fleet:
         fresh = {e.id: e for e in snapshot.endpoints}
         self._endpoints = fresh if snapshot.complete else self._endpoints | fresh
         self._facts = snapshot.versions if snapshot.complete else self._facts | snapshot.versions
-        self.gateways = snapshot.gateways
         targets = {t.id: t for t in snapshot.targets}
         known = {} if snapshot.complete else {t.id: t for t in self.announced}
         self.announced = tuple((known | targets).values())
         self._distribute(only_add=not snapshot.complete)
-        self._count_elsewhere()
         self._hear(snapshot)
+        self._count_elsewhere()
         for version, line in self.lines.items():
             others = {g.id: g.demand[version] for g in self.gateways if version in g.demand and g.id != self.gateway_id}
             line.others(others, snapshot.number)
@@ -246,8 +245,8 @@ class Fleet:
         return {(m.name, v): float(v in m.required) for m in self.catalog.models for v in m.versions}
 
     def _hear(self, snapshot: Snapshot) -> None:
-        """What the others tell of engines that died. While a new directory's table may be incomplete, what each told before
-        counts as well, until it speaks again: the table may lack it, or have kept an older word."""
+        """Who the gateways are, and what they tell of engines that died. While a new directory's table may be incomplete, what
+        each told before counts as well, until it speaks again: the table may lack it, or have kept an older word."""
         here, now = {g.id: g for g in snapshot.gateways}, self._clock()
         if snapshot.epoch != self._epoch:
             new = {g: (d, now + TOLD_BEFORE_S) for g, d in self._told.items()}
@@ -255,6 +254,8 @@ class Fleet:
         before = {} if snapshot.complete else self._told_before
         self._told_before = {g: (d, until) for g, (d, until) in before.items() if g not in here and now < until}
         self._told = {**snapshot.left, **here}
+        silent = (g for g, _ in self._told_before.values() if isinstance(g, GatewayInfo))
+        self.gateways = (*snapshot.gateways, *silent)
         every = (*here.items(), *snapshot.left.items(), *((g, d) for g, (d, _) in self._told_before.items()))
         self.fuse.hear([d for g, d in every if g != self.gateway_id and d.deaths], snapshot.died)
 

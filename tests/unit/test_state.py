@@ -8,7 +8,7 @@ import pytest
 
 from serving.fleet.endpoint import Endpoint, GatewayInfo, KeyDemand, Snapshot, State
 from serving.gateway.queue import Ticket
-from serving.gateway.state import BUSY_START_S, Fleet
+from serving.gateway.state import BUSY_START_S, TOLD_BEFORE_S, Fleet
 
 LIMITS = {"max_queue": 9, "max_wait_s": 9, "request_timeout_s": 9, "max_body_bytes": 9}
 CATALOG = {
@@ -60,6 +60,49 @@ async def test_one_that_is_told_of_others_waits_for_its_part_and_no_longer_than_
     assert 2 <= sum(t.done() for t in asked) < 4
     here.set_snapshot(table(4, number=2))
     await asyncio.wait_for(asyncio.gather(*asked), 1)
+
+
+async def test_who_a_restarted_directory_lacks_yet_counts_until_it_speaks_or_must_have_spoken() -> None:
+    now = 0.0
+    here = Fleet("here", clock=lambda: now)
+    here.set_catalog(CATALOG)
+    line = here.lines["m@v"]
+    e = Endpoint(id="e", model="m", version="v", url="http://e", state=State.READY, slots=4)
+    me = GatewayInfo(id="here", url="")
+    idle, busy = (
+        GatewayInfo(id="there", url="", demand={"m@v": (KeyDemand("b", 1, 1.0, held, 0),)}) for held in (0, 10)
+    )
+
+    def hears(epoch: str, *gateways: GatewayInfo, complete: bool = False) -> None:
+        here.set_snapshot(Snapshot(epoch=epoch, number=1, complete=complete, endpoints=(e,), gateways=gateways))
+
+    hears("old", me, busy, complete=True)
+    hears("new", me)
+    assert [g.id for g in here.gateways] == ["here", "there"] and line.siblings
+    assert here.elsewhere(None, "m") == here.elsewhere("b", None) == (10, 1)
+    asked = [
+        asyncio.create_task(line.take(Ticket(since=i, key="a"), others=0, max_queue=9, max_wait_s=9)) for i in range(4)
+    ]
+    await asyncio.sleep(0.01)
+    assert 2 <= sum(t.done() for t in asked) < 4, "its share, and what is tried beyond it"
+    hears("new", me, idle)
+    await asyncio.wait_for(asyncio.gather(*asked), 1)
+    assert here.elsewhere("b", None) == (0, 0), "its own word counts"
+    hears("new", me)
+    assert here.gateways == (me,), "this directory knew it, and says that it has left"
+
+    hears("newer", me, busy)
+    hears("newest", me)
+    assert len(here.gateways) == 2
+    now = TOLD_BEFORE_S
+    hears("newest", me)
+    assert here.gateways == (me,)
+
+    hears("last but one", me, busy)
+    hears("last", me)
+    assert len(here.gateways) == 2
+    hears("last", me, complete=True)
+    assert here.gateways == (me,)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +14,9 @@ from typing import Any
 import pytest
 
 from serving.catalog.spec import Catalog, ModelSpec
-from serving.cli import up
-from serving.cli.cluster import Room
-from serving.errors import ClusterError, OperatorError
+from serving.cli import cluster, node, up
+from serving.cli.cluster import ClusterFile, Room
+from serving.errors import ClusterError, EngineError, OperatorError
 from serving.fleet import manifest
 from serving.fleet.endpoint import GATEWAY_APP
 from serving.settings import load_settings
@@ -93,6 +96,67 @@ def test_on_one_node_their_number_changes_without_a_bound_in_the_way() -> None:
     assert "max_replicas_per_node" not in deployment
 
 
+def test_a_main_process_that_nobody_has_waited_for_is_gone(tmp_path: Path) -> None:
+    settings = load_settings(state_dir=tmp_path)
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as main:
+        cluster.write_cluster_file(settings, ClusterFile(address="", pid=main.pid, temp_dir="", profile="sim"))
+        assert cluster.read_cluster_file(settings) is not None
+        assert main.stdin is not None
+        main.stdin.close()
+        os.waitid(os.P_PID, main.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+        assert cluster.read_cluster_file(settings) is None
+
+
+def ray_folder(within: Path) -> Path:
+    """Of a Ray that wrote more than anybody reads."""
+    made = within / "steelyard-x"
+    logs = made / "session_2026-11-22_00-00-00" / "logs"
+    (logs / "old").mkdir(parents=True)
+    (logs / "raylet.err").write_text("no\n" * 100_000 + "out of file descriptors\n")
+    (made / "session_latest").symlink_to(logs.parent)
+    return made
+
+
+def test_where_ray_does_not_start_or_dies_the_message_names_logs_that_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(**_: object) -> None:
+        raise RuntimeError("the node timed out")
+
+    class Never(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            return False
+
+    never = Never()
+
+    def start() -> None:
+        cluster.start(settings, "sim")
+
+    def stay() -> None:
+        up._until(never, settings, str(made))
+
+    def stay_as_node() -> None:
+        raylet = SimpleNamespace(returncode=1)
+        node._watch(SimpleNamespace(dead_processes=lambda: [("raylet", raylet)]), never, settings, str(made))
+
+    settings = load_settings(state_dir=tmp_path / "state")
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=fails))
+    monkeypatch.setattr(cluster, "environment", lambda *_, **__: None)
+    monkeypatch.setattr(cluster, "runtime_folder", lambda _: str(made))
+    monkeypatch.setattr(up, "_ray_lives", lambda: False)
+    (settings.log_dir / "ray").mkdir(parents=True)
+    (settings.log_dir / "ray" / "of-another").touch()
+    for end in (start, stay, stay_as_node):
+        made = ray_folder(tmp_path)
+        with pytest.raises(OperatorError) as told:
+            end()
+        cluster.remove(settings, str(made))
+        [kept] = (settings.log_dir / "ray").iterdir()
+        assert told.value.fix.startswith(f"see {kept.parent}")
+        assert kept.name == "raylet.err" and kept.stat().st_size < 100_000
+        assert kept.read_text().endswith("out of file descriptors\n")
+
+
 def test_a_stack_that_ends_meanwhile_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def away() -> None:
         raise ClusterError("the directory does not answer")
@@ -103,25 +167,66 @@ def test_a_stack_that_ends_meanwhile_is_not_waited_for(tmp_path: Path, monkeypat
         up._wait(config(), settings, print, before={})
 
 
-@pytest.mark.parametrize("dies", [False, True])
-def test_where_ray_has_died_nothing_is_drained_through_it(
-    dies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever asked it meanwhile would wait for nothing, and have Ray's own complaints on his terminal."""
-    drained: list[float] = []
-    nothing = dict.fromkeys(("clear", "start", "apply", "read_cluster_file"), lambda *_: None)
-    running = SimpleNamespace(**nothing, stop=lambda *given: drained.append(given[-1]))
-
-    def until(stop: object) -> None:
-        if dies:
-            raise OperatorError("a Ray process of this node died")
-
-    for name, value in {"cluster": running, "_wait": lambda *_: None, "_until": until}.items():
+@pytest.fixture
+def drained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long streams got at the end of each stack; each is ready at once, and told to stop in the same instant."""
+    found: list[float] = []
+    nothing = dict.fromkeys(("clear", "apply", "read_cluster_file"), lambda *_: None)
+    started = SimpleNamespace(temp_dir="")
+    running = SimpleNamespace(**nothing, start=lambda *_: started, stop=lambda *given: found.append(given[-1]))
+    stubs = {"cluster": running, "_wait": lambda *_: None, "_until": lambda *_: None, "_ray_lives": lambda: True}
+    for name, value in stubs.items():
         monkeypatch.setattr(up, name, value)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    settings = load_settings(state_dir=tmp_path, profile="sim")
+    return found
+
+
+def serve(state_dir: Path, say: up.Say = lambda _: None) -> None:
+    settings = load_settings(state_dir=state_dir, profile="sim")
     version = {"version": "v", "engine": {"kind": "simulator"}}
     catalog = Catalog((ModelSpec.model_validate({"name": "m", "versions": [version]}),))
-    with pytest.raises(OperatorError, match="died") if dies else contextlib.nullcontext():
-        up._serve(catalog, config(), settings, lambda _: None, 0.0)
-    assert drained == [0.0 if dies else up.STOP_DRAIN_S]
+    up._serve(catalog, config(), settings, say, 0.0)
+
+
+def test_who_is_told_to_stop_drains(tmp_path: Path, drained: list[float]) -> None:
+    serve(tmp_path)
+    assert drained == [up.STOP_DRAIN_S]
+
+
+def test_where_ray_has_died_nothing_is_drained_through_it(
+    tmp_path: Path, drained: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asked it meanwhile would wait for nothing, and have Ray's own complaints on his terminal."""
+
+    def dies(*_: object) -> None:
+        raise OperatorError("a Ray process of this node died")
+
+    monkeypatch.setattr(up, "_until", dies)
+    monkeypatch.setattr(up, "_ray_lives", lambda: False)
+    with pytest.raises(OperatorError, match="died"):
+        serve(tmp_path)
+    assert drained == [0.0]
+
+
+def test_a_stack_that_cannot_say_that_it_is_ready_serves_already_and_drains(
+    tmp_path: Path, drained: list[float]
+) -> None:
+    def say(line: str) -> None:
+        if line.startswith(("ready", "stopping")):
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        serve(tmp_path, say)
+    assert drained == [up.STOP_DRAIN_S]
+
+
+def test_one_that_does_not_become_ready_has_nothing_to_drain(
+    tmp_path: Path, drained: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise EngineError("not ready")
+
+    monkeypatch.setattr(up, "_wait", fails)
+    with pytest.raises(EngineError):
+        serve(tmp_path)
+    assert drained == [0.0]

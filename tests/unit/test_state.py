@@ -56,7 +56,7 @@ async def test_one_that_is_told_of_others_waits_for_its_part_and_no_longer_than_
     asked = [
         asyncio.create_task(line.take(Ticket(since=i, key="a"), others=0, max_queue=9, max_wait_s=9)) for i in range(4)
     ]
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0)  # each has asked
     assert 2 <= sum(t.done() for t in asked) < 4
     here.set_snapshot(table(4, number=2))
     await asyncio.wait_for(asyncio.gather(*asked), 1)
@@ -83,7 +83,7 @@ async def test_who_a_restarted_directory_lacks_yet_counts_until_it_speaks_or_mus
     asked = [
         asyncio.create_task(line.take(Ticket(since=i, key="a"), others=0, max_queue=9, max_wait_s=9)) for i in range(4)
     ]
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0)  # each has asked
     assert 2 <= sum(t.done() for t in asked) < 4, "its share, and what is tried beyond it"
     hears("new", me, idle)
     await asyncio.wait_for(asyncio.gather(*asked), 1)

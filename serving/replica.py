@@ -144,18 +144,22 @@ class EngineReplica:
         )
         self._tasks.append(asyncio.create_task(self._report_for_ever()))
         await self._pause_after_failures()
-        await self._have_weights()
         for attempt in range(1, START_ATTEMPTS + 1):
             try:
+                await self._have_weights()
                 await self._start_once(attempt)
                 return
-            except EngineError as e:
+            except Exception as e:  # a full disk, an engine that answers nonsense: each counts as a start that failed
                 await self._stop_engine()
-                if attempt == START_ATTEMPTS or not _transient(str(e)):
-                    self._set(state=State.FAILED, reason=str(e), fault="start")
+                told = isinstance(e, EngineError)
+                why = str(e) if told else f"{self.spec.id}: node {self._host}: {type(e).__name__}: {str(e)[:200]}"
+                if attempt == START_ATTEMPTS or not _transient(why):
+                    self._set(state=State.FAILED, reason=why, fault="start")
                     await self._announce()
-                    raise
-                log.warning("%s: start attempt %d failed, trying again: %s", self._id, attempt, e)
+                    if told:
+                        raise
+                    raise EngineError(why) from None
+                log.warning("%s: start attempt %d failed, trying again: %s", self._id, attempt, why)
 
     async def _pause_after_failures(self) -> None:
         """Serve starts the next replica the moment one failed, for ever. From the third failure on the pause is here,
@@ -192,10 +196,7 @@ class EngineReplica:
             for adapter in self.spec.adapters:
                 await asyncio.to_thread(weights.verify, Path(adapter.path), "adapter")
         except WeightsError as e:
-            reason = f"{self.spec.id}: node {self._host}: {e}"
-            self._set(state=State.FAILED, reason=reason, fault="start")
-            await self._announce()
-            raise EngineError(reason) from None
+            raise EngineError(f"{self.spec.id}: node {self._host}: {e}") from None
 
     async def _start_once(self, attempt: int) -> None:
         port = _free_port(self._host)
@@ -347,7 +348,9 @@ class EngineReplica:
             self._set(state=State.READY, reason="", fault="")
         elif judged.verdict == "suspect" and state is State.READY:
             self._set(state=State.SUSPECT, reason=why, fault=judged.cause)
-        elif judged.verdict == "failed" and judged.cause != "process" and state in _UP:
+        elif judged.cause == "process":  # its supervisor says so first, but for one that ended before it was up
+            self._on_engine_exit(judged.why)
+        elif judged.verdict == "failed" and state in _UP:
             self._set(state=State.FAILED, reason=why, fault=judged.cause)
             if judged.cause in ("health", "refuses"):
                 await self._close_door()
@@ -415,8 +418,9 @@ def _replica_tag() -> str:
 
 
 def _assigned_gpus() -> tuple[str, ...]:
-    with contextlib.suppress(Exception):  # likewise
-        return tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", ()))
+    with contextlib.suppress(Exception):  # likewise, where asking would start a Ray
+        if ray.is_initialized():
+            return tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", ()))
     return ()
 
 

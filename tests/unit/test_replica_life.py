@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -102,14 +104,18 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.state in UP and not self.ended)
     @rule(
         verdict=st.sampled_from(["ok", "suspect", "suspect", "failed"]),
-        cause=st.sampled_from(["stuck", "silent", "refuses", "health"]),
+        cause=st.sampled_from(["stuck", "silent", "refuses", "health", "process"]),
     )
     def is_judged(self, verdict: Any, cause: Any) -> None:
+        if not self.process.alive:
+            verdict, cause = "failed", "process"
+        elif cause == "process":
+            cause = "stuck"
         judged = Judgement(verdict, Memory(proved_at=0.0), "" if verdict == "ok" else cause, "no step for 9.9 s")
         before = self.state
         self.loop.run_until_complete(self.replica._follow(judged))
         if verdict == "failed":
-            assert self.state is State.FAILED and self.process.stopped
+            assert self.state is State.FAILED and not self.process.alive
         elif before is State.DRAINING:
             assert self.state is before
         else:
@@ -175,6 +181,22 @@ def node(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("STEELYARD_STATE_DIR", str(tmp_path))
     monkeypatch.setenv("STEELYARD_CLUSTER_SECRET", "between-engines-and-gateways")
     monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.1")
+
+
+@pytest.mark.usefixtures("node")
+async def test_a_start_that_fails_for_whatever_reason_is_counted_as_one() -> None:
+    made = Replica(msgspec.to_builtins(EngineSpec("m", "v", "simulator", "m", ["m"])))
+    made._directory = table = Directory()  # type: ignore[assignment]
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with (
+        mock.patch.object(made, "_start_once", side_effect=full),
+        pytest.raises(EngineError, match=r"OSError: .*No space left") as told,
+    ):
+        await made.reconfigure({})
+    assert made._endpoint.state is State.FAILED and made._endpoint.fault == "start"
+    assert table.table.facts("m@v").failures == 1
+    assert told.value.__suppress_context__
+    await made.stop()
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import psutil
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 ENGINE_MARK = "STEELYARD_ENGINE_MARK"  # on every process of an engine: `<state folder>:<replica id>`
 STACK_MARK = "STEELYARD_STACK_MARK"  # on every process of Ray's: `<state folder>:ray`
 LOG_BYTES = 64 * 1024 * 1024
+KILL_WAIT_S = 15.0  # for the end of processes that were killed: gigabytes and GPUs are given back first
 LOGS_KEPT = 100  # starts of one version on this node whose logs stay
 _TELLING = ("Error", "error:", "Exception", "CUDA out of memory", "Killed", "No space left", "ValidationError")
 _NOISE = ("RuntimeError: Engine core initialization failed", "Traceback (most recent", "EngineDeadError", "raise ")
@@ -68,14 +69,15 @@ class EngineProcess:
         return self.pid != 0 and not self._broken.is_set()
 
     def stop(self, grace_s: float = 5.0) -> None:
-        """Ends the tree: SIGTERM, after `grace_s` SIGKILL, then the sweep. Returns when nothing is left."""
+        """Ends the tree: SIGTERM, after `grace_s` SIGKILL, then the sweep. Nothing is left then, but for what takes longer than
+        `KILL_WAIT_S` to end."""
         self._stopping = True
         if self.pid and not self.exited.is_set():
             _signal_group(self.pid, signal.SIGTERM)
             self.exited.wait(grace_s)
-        if self.pid:
+        if self.pid and not self.exited.is_set():  # else its number may be another's by now
             _signal_group(self.pid, signal.SIGKILL)
-            self.exited.wait(5.0)
+            self.exited.wait(KILL_WAIT_S)
         sweep(self.command.env[ENGINE_MARK])
 
     def telling_lines(self, limit: int = 3) -> str:
@@ -100,46 +102,51 @@ class EngineProcess:
             return
         self.pid = child.pid
         self._spawned.set()
-        died = self._watch(child)
+        watched: dict[int, str] = {}
+        died = self._watch(child, watched)
         code = child.poll()  # None: it is another one that ended
         _signal_group(child.pid, signal.SIGKILL)
         self._broken.set()
         if not self._stopping and self._on_exit is not None:
             self._on_exit(died if code is None else f"{died} (exit code {code})")
         self.returncode = child.wait()
+        _all_ended(watched, KILL_WAIT_S)
         sweep(self.command.env[ENGINE_MARK])
         self.exited.set()
 
-    def _watch(self, child: subprocess.Popen[bytes]) -> str:
-        """Blocks until one of the tree's main processes ends; its name. Children are looked up once a second only
-        while the tree still grows or could, by pidfd otherwise: no polling of /proc under load."""
+    def _watch(self, child: subprocess.Popen[bytes], watched: dict[int, str]) -> str:
+        """Blocks until one of the tree's main processes ends; how. `watched`: their pidfds, for the caller to close. Children are
+        looked up once a second only while the tree still grows or could, by pidfd otherwise: no polling of /proc under load."""
         poller = select.poll()
-        watched: dict[int, tuple[int, str]] = {}
-
-        def add(pid: int, name: str) -> None:
-            if all(pid != p for p, _ in watched.values()):
-                with contextlib.suppress(ProcessLookupError):
-                    fd = os.pidfd_open(pid)
-                    watched[fd] = (pid, name)
-                    poller.register(fd, select.POLLIN)
-
-        add(child.pid, "the engine's server ended")
+        pids: set[int] = set()
         pause_ms = 500
-        try:
-            while watched:
-                for fd, _ in poller.poll(pause_ms):
-                    return watched[fd][1]
-                if child.poll() is not None:
-                    return "the engine's server ended"
-                rotate(self.log_path)
-                before = len(watched)
-                for pid, name in _main_children(child.pid):
-                    add(pid, f"the engine's {name} ended")
-                pause_ms = 1000 if len(watched) == 1 or len(watched) != before else 10_000
-            return "the engine's server ended"
-        finally:
-            for fd in watched:
-                os.close(fd)
+        while True:
+            before = len(pids)
+            # Without a descriptor to spare it goes on by what it has: that is no reason to end an engine.
+            with contextlib.suppress(OSError):
+                for pid, name in ((child.pid, "server"), *_main_children(child.pid)):
+                    if pid not in pids:
+                        fd = os.pidfd_open(pid)
+                        watched[fd] = f"the engine's {name} ended"
+                        pids.add(pid)
+                        poller.register(fd, select.POLLIN)
+            for fd, _ in poller.poll(pause_ms):
+                return watched[fd]
+            if child.poll() is not None:
+                return "the engine's server ended"
+            rotate(self.log_path)
+            pause_ms = 1000 if len(pids) < 2 or len(pids) != before else 10_000
+
+
+def _all_ended(pidfds: Iterable[int], within_s: float) -> None:
+    """Waits for them, and closes them. A process that was killed holds its memory and its GPU until it has ended, and shows no
+    mark any more."""
+    deadline = time.monotonic() + within_s
+    for fd in pidfds:
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        poller.poll(max(0.0, deadline - time.monotonic()) * 1e3)
+        os.close(fd)
 
 
 def _private(path: str, flags: int) -> int:

@@ -19,7 +19,7 @@ from serving.fleet.endpoint import GATEWAY_APP, GATEWAY_DEPLOYMENT
 
 POLICY = "serving.fleet.serve_policy:policy"
 PROXY_LOCATION = "Disabled"  # clients reach the gateways' own listeners
-STOP_GRACE_S = 10.0  # beyond the drain bound: stopping the engine itself
+STOP_GRACE_S = 25.0  # beyond the drain bound: stopping the engine itself, which may take 20
 
 # (source, folder of the model's file) -> path of the weights as the node that runs the engine sees it
 Locate = Callable[[str, Path], Path]

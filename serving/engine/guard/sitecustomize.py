@@ -18,9 +18,18 @@ _PARENT = "STEELYARD_PARENT"  # pid of the process that made this one, handed do
 def _arm(expected: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     # The parent may have died before the signal was armed. A living intermediary (a shell) is fine.
-    if expected and os.getppid() != expected and not os.path.exists(f"/proc/{expected}"):
+    if expected and os.getppid() != expected and not _lives(expected):
         os._exit(1)
     os.environ[_PARENT] = str(os.getpid())
+
+
+def _lives(pid: int) -> bool:
+    """Not one that has ended and was not waited for."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
+            return stat.read().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (OSError, IndexError):
+        return False
 
 
 def _after_fork() -> None:

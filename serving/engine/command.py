@@ -16,6 +16,9 @@ import msgspec
 from serving.errors import EngineError
 
 DEFAULT_SLOTS = 256
+# Longer than any stop gives it: told to end, vLLM goes on with what runs, and is ended in the middle of it, which a client can
+# see. With 0, its default, it ends every answer as if it were whole, and on two of its routes does not even say so.
+SHUTDOWN_TIMEOUT_S = 60
 DOOR = "serving.engine.door.Door"
 GUARD = Path(__file__).parent / "guard"
 _ROOT = Path(__file__).parents[2]
@@ -152,7 +155,10 @@ def _vllm(spec: EngineSpec) -> list[str]:
             # One slot stays empty: on CPUs, in a batch that mixes both, requests for the base model get the adapter of
             # the last slot (vllm-project/vllm#49656).
             adapters += ["--max-loras", str(len(spec.adapters) + 1)]
-    return ["-m", "vllm.entrypoints.openai.api_server", *_common(spec), "--disable-uvicorn-access-log", *adapters]
+    fixed = ["--disable-uvicorn-access-log"]
+    if "shutdown-timeout" not in spec.args:
+        fixed += ["--shutdown-timeout", str(SHUTDOWN_TIMEOUT_S)]
+    return ["-m", "vllm.entrypoints.openai.api_server", *_common(spec), *fixed, *adapters]
 
 
 def _simulator(spec: EngineSpec) -> list[str]:

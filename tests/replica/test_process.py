@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import http.client
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +13,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -27,7 +31,7 @@ def simulated(**args: object) -> EngineSpec:
     return EngineSpec(model="m", version="a", kind="simulator", weights="m", served_names=["m", "m@a"], args=args)
 
 
-def tiny(source: str = "build:tiny/v1") -> EngineSpec:
+def tiny(source: str = "build:tiny/v1", context: int = 512) -> EngineSpec:
     from serving.catalog import weights
     from serving.settings import load_settings
     from tests.stack import ROOT
@@ -39,7 +43,7 @@ def tiny(source: str = "build:tiny/v1") -> EngineSpec:
         kind="vllm",
         weights=str(path),
         served_names=["tiny"],
-        args={"max-model-len": 512, "max-num-seqs": 4, "enforce-eager": True},
+        args={"max-model-len": context, "max-num-seqs": 4, "enforce-eager": True},
         env={"VLLM_CPU_KVCACHE_SPACE": "1"},
     )
 
@@ -119,6 +123,34 @@ def test_an_unasked_end_is_told_before_all_of_it_has_ended(start: Start, monkeyp
     assert engine.exited.wait(10)
 
 
+def test_a_supervisor_without_a_descriptor_to_spare_ends_no_engine(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = threading.Semaphore(0)
+
+    def none_left(pid: int) -> int:
+        asked.release()
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    told: list[str] = []
+    monkeypatch.setattr(os, "pidfd_open", none_left)
+    engine, _, _ = start(simulated(), told.append)
+    assert asked.acquire(timeout=10) and asked.acquire(timeout=10), "it tries again"
+    assert engine.alive and not told
+    os.kill(engine.pid, signal.SIGKILL)
+    assert engine.exited.wait(10)
+    assert len(told) == 1 and not engine.alive
+
+
+def test_what_has_ended_is_not_signalled_again(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number may be another engine's by then."""
+    engine, _, _ = start(simulated())
+    os.kill(engine.pid, signal.SIGKILL)
+    assert engine.exited.wait(10)
+    monkeypatch.setattr(os, "killpg", lambda pgid, sig: pytest.fail(f"{sig} to {pgid}"))
+    engine.stop(0.1)
+
+
 def test_an_asked_end_is_not_told(start: Start) -> None:
     told: list[str] = []
     engine, _, _ = start(simulated(), told.append)
@@ -187,3 +219,49 @@ def test_the_death_of_any_member_ends_the_tree(start: Start) -> None:
     os.kill(workers[0], signal.SIGKILL)
     assert engine.exited.wait(30)
     until(lambda: not marked(mark), "the whole tree is gone", 5)
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_stop_ends_no_answer_as_if_it_were_whole(start: Start) -> None:
+    """On any route: vLLM would say of what it aborts that it is complete, and on two of them nothing else."""
+    engine, port, _ = start(tiny(context=2048))
+    endless = {"ignore_eos": True, "stream": True, "model": "tiny"}
+    asked = {
+        "/v1/completions": {"prompt": "a", "max_tokens": 1900, **endless},
+        "/v1/responses": {"input": "a", "max_output_tokens": 1900, **endless},
+        # It cannot be told to go on, so it says what it will; where it was aborted it would not say why it stopped.
+        "/v1/messages": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1900, "temperature": 5.0}
+        | {"stream": True, "model": "tiny"},
+    }
+    begun = threading.Semaphore(0)
+
+    def ask(path: str) -> tuple[str, bool]:
+        """The last that came, and whether it broke; one that comes to its own end is asked for again."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}{path}",
+            json.dumps(asked[path]).encode(),
+            {"x-steelyard-secret": SECRET, "content-type": "application/json"},
+        )
+        while True:
+            said = b""
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    said += answer.read(1)
+                    begun.release()
+                    while more := answer.read1():
+                        said += more
+            except (OSError, http.client.HTTPException):
+                return said.decode()[-600:], True
+            if engine._stopping:
+                return said.decode()[-600:], False
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = {path: pool.submit(ask, path) for path in asked}
+        for _ in answers:
+            assert begun.acquire(timeout=60)
+        engine.stop(0.5)
+        for path, answer in answers.items():
+            said, broke = answer.result(60)
+            assert broke or (path == "/v1/messages" and '"stop_reason":null' not in said), f"{path}: {said}"

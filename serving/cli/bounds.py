@@ -41,7 +41,7 @@ def read(settings: Settings) -> dict[str, Bounds]:
         return {}
     except OSError as e:
         raise OperatorError(f"cannot read {file}: {e.strerror}") from None
-    except msgspec.MsgspecError as e:
+    except (ValueError, msgspec.MsgspecError) as e:
         raise OperatorError(f"{file}: {e}", "correct it, or remove it to go back to the model files") from None
 
 

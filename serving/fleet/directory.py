@@ -232,6 +232,15 @@ class Table:
         """What the gateways told, those that left included, and when the engines died (epoch seconds)."""
         return dict(self._deaths), dict(self._died)
 
+    def _notice_the_clock(self) -> None:
+        """Where it was set back: what failed has not failed in the future, or a pause would last as much longer."""
+        now = self._wall()
+        for version_id, f in self._facts.items():
+            if f.failed_at > now or any(c.at > now for c in f.crashes):
+                crashes = tuple(msgspec.structs.replace(c, at=min(c.at, now)) for c in f.crashes)
+                self._facts[version_id] = msgspec.structs.replace(f, failed_at=min(f.failed_at, now), crashes=crashes)
+                self.unpublished = True
+
     def _forget_deaths(self) -> None:
         """Of gateways that left: what is too old, and what is too much. Those that live forget for themselves, and tell."""
         if not self._died:
@@ -286,6 +295,7 @@ class Table:
         self._went_on_at = now if self._went_on_at is None else self._went_on_at
         self._go_on(now)
         self._forget_deaths()
+        self._notice_the_clock()
         gone = [(table, i) for table in self._leased() for i, (_, until) in table.items() if until < now]
         for table, i in gone:
             del table[i]

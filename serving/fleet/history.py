@@ -74,7 +74,7 @@ def read(path: Path) -> Kept:
         return msgspec.json.decode(path.read_bytes(), type=Kept)
     except FileNotFoundError:
         return Kept()
-    except (OSError, msgspec.MsgspecError) as e:
+    except (OSError, ValueError, msgspec.MsgspecError) as e:  # no UTF-8 is a ValueError
         log.warning("%s cannot be read, start times, changes of counts and deaths are forgotten: %s", path, e)
         return Kept()
 

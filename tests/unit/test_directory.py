@@ -254,6 +254,21 @@ def test_failed_starts_make_the_next_one_wait_longer_and_longer() -> None:
     assert table.start_delay_s("m@v", "s") == 1
 
 
+def test_what_failed_before_the_clock_was_set_back_pauses_nothing_for_as_long() -> None:
+    wall = [7600.0]
+    table = Table(0, wall=lambda: wall[0])
+    table.announce(endpoint("r", State.STARTING, spec="s"), 0)
+    table.announce(endpoint("r", FAILED, spec="s", reason="no weights"), 0)
+    for i in range(3):
+        crashed(table, f"c{i}")
+    wall[0] -= 3600
+    table.expire(0)
+    assert table.start_delay_s("m@v", "s") == 0
+    assert table.start_delay_s("m@v", "s", "n1") == ALONE_LONGEST_S
+    wall[0] += ALONE_LONGEST_S
+    assert table.start_delay_s("m@v", "s", "n1") == 0
+
+
 def test_failures_are_forgotten_after_a_good_start_another_engine_or_a_word_of_the_operator() -> None:
     def failed() -> Table:
         table = Table(0)
@@ -420,9 +435,9 @@ def test_start_times_and_changes_outlive_the_directory(tmp_path: Path) -> None:
     assert History(kept.changes).of("m@v") == [change]
 
 
-@pytest.mark.parametrize("text", [None, "", "{", '{"changes": 1}'])
-def test_a_file_of_the_past_that_cannot_be_read_is_an_empty_one(tmp_path: Path, text: str | None) -> None:
+@pytest.mark.parametrize("text", [None, b"", b"{", b'{"changes": 1}', b'{"changes": {"m\xff": []}}'])
+def test_a_file_of_the_past_that_cannot_be_read_is_an_empty_one(tmp_path: Path, text: bytes | None) -> None:
     file = tmp_path / "directory.json"
     if text is not None:
-        file.write_text(text)
+        file.write_bytes(text)
     assert read(file) == Kept()

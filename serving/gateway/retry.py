@@ -53,6 +53,7 @@ class Turns:
 
     async def take(self) -> None:
         """The caller must `give` it back."""
+        self._let_go()  # there may be more places than when somebody gave one back
         if self.free():
             self._taken += 1
             return
@@ -69,6 +70,9 @@ class Turns:
 
     def give(self) -> None:
         self._taken -= 1
+        self._let_go()
+
+    def _let_go(self) -> None:
         while self._waiting and self._taken < self._places():
             turn = self._waiting.popleft()
             if not turn.done():

@@ -80,6 +80,24 @@ async def test_whoever_leaves_while_waiting_takes_no_turn_with_him() -> None:
     assert turns.free() == 1
 
 
+async def test_who_waits_goes_before_a_newcomer_also_where_places_were_added() -> None:
+    places = 1
+    turns = Turns(lambda: places)
+    await turns.take()
+    first = asyncio.create_task(turns.take())
+    await asyncio.sleep(0)
+    places = 2
+    second = asyncio.create_task(turns.take())
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert first.done() and not second.done()
+    turns.give()
+    await second
+    turns.give()
+    turns.give()
+    assert turns.idle
+
+
 async def test_second_chances_are_given_one_at_a_time_on_each_engine() -> None:
     trials = Trials()
     homes = ["a", "b", "a", "a"]

@@ -219,10 +219,10 @@ def down(settings: Settings, say: Say, timeout_s: float = 60.0) -> None:
         cluster.clear(settings)
         say("nothing runs")
         return
-    main = psutil.Process(pid)
-    os.kill(pid, signal.SIGTERM)
-    say(f"stopping (pid {pid})")
     try:
+        main = psutil.Process(pid)
+        main.terminate()  # nobody else who has the number by now
+        say(f"stopping (pid {pid})")
         main.wait(timeout_s)
     except psutil.TimeoutExpired:
         raise OperatorError(
@@ -295,7 +295,7 @@ def prepare_secrets(settings: Settings, say: Say) -> None:
 def only_one(settings: Settings) -> FileLock:
     weights.require_free_disk(settings.state_dir, _FREE_DISK_BYTES, "the state folder", "STEELYARD_STATE_DIR")
     settings.state_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(settings.state_dir / "up.lock", timeout=0)
+    lock = _lock(settings)
     try:
         lock.acquire()
     except Timeout:
@@ -450,14 +450,23 @@ def _short(path: Path) -> str:
         return str(path)
 
 
+def _lock(settings: Settings) -> FileLock:
+    """Held by a main process for as long as it lives."""
+    return FileLock(settings.state_dir / "up.lock", timeout=0)
+
+
 def _pid(settings: Settings) -> int | None:
+    """A main process that has not written a cluster file yet. Scripts read its pid file, so that holds the number alone; that
+    the one who wrote it still runs is told by its lock, which the kernel takes from whoever ends."""
     try:
-        pid = int(settings.pid_file.read_text())
-        os.kill(pid, 0)
-        command = " ".join(psutil.Process(pid).cmdline())
-    except (OSError, ValueError, psutil.Error):
-        return None
-    return pid if "serving.cli" in command or "steelyard" in command else None
+        with _lock(settings):
+            return None
+    except Timeout:
+        with contextlib.suppress(OSError, ValueError):  # it is about to write it, or has just removed it
+            return int(settings.pid_file.read_text())
+    except OSError:  # there is no state folder
+        pass
+    return None
 
 
 def _show_new(log: Path, shown: int, say: Say) -> int:

@@ -162,6 +162,8 @@ def _serve(catalog: Catalog, config: dict[str, Any], settings: Settings, say: Sa
     left = cluster.clear(settings)
     if left:
         say(f"removed {counted(left, 'engine process', 'engine processes')} that an earlier run left behind")
+    turn = contextlib.ExitStack()  # as soon as there is a cluster file, other commands would apply to it, and be undone
+    turn.enter_context(cluster.only_writer(settings))
     say("starting Ray")
     found = cluster.start(settings, profile_of(settings))
     for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -170,6 +172,7 @@ def _serve(catalog: Catalog, config: dict[str, Any], settings: Settings, say: Sa
     try:
         say(f"starting {counted(len(config['applications']) - 1, 'engine')}")
         cluster.apply(config)
+        turn.close()
         _wait(config, settings, say, told_to_stop)
         ready = not told_to_stop.is_set()
         if ready:

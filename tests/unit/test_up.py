@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -173,7 +174,12 @@ def drained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     found: list[float] = []
     nothing = dict.fromkeys(("clear", "apply", "read_cluster_file"), lambda *_: None)
     started = SimpleNamespace(temp_dir="")
-    running = SimpleNamespace(**nothing, start=lambda *_: started, stop=lambda *given: found.append(given[-1]))
+    running = SimpleNamespace(
+        **nothing,
+        start=lambda *_: started,
+        stop=lambda *given: found.append(given[-1]),
+        only_writer=lambda _: contextlib.nullcontext(),
+    )
     stubs = {"cluster": running, "_wait": lambda *_: None, "_until": lambda *_: None, "_ray_lives": lambda: True}
     for name, value in stubs.items():
         monkeypatch.setattr(up, name, value)
@@ -230,3 +236,24 @@ def test_one_that_does_not_become_ready_has_nothing_to_drain(
     with pytest.raises(EngineError):
         serve(tmp_path)
     assert drained == [0.0]
+
+
+def test_nobody_applies_to_a_cluster_before_who_starts_it_has(
+    tmp_path: Path, drained: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other commands find it as soon as its file is there; what they applied before would be undone."""
+    only_writer, settings, was_free = cluster.only_writer, load_settings(state_dir=tmp_path), []
+
+    def look(*_: object) -> SimpleNamespace:
+        free = False
+        with contextlib.suppress(OperatorError), only_writer(settings):
+            free = True
+        was_free.append(free)
+        return SimpleNamespace(temp_dir="")
+
+    monkeypatch.setattr(cluster, "_TURN_S", 0.0)
+    for where, name in ((up.cluster, "start"), (up.cluster, "apply"), (up, "_wait"), (up.cluster, "stop")):
+        monkeypatch.setattr(where, name, look)
+    monkeypatch.setattr(up.cluster, "only_writer", only_writer)
+    serve(tmp_path)
+    assert was_free == [False, False, True, True]

@@ -80,7 +80,7 @@ def run(settings: Settings, say: Say) -> None:
         _print_ready(catalog, _as_running(settings, running), say, time.monotonic() - began, stays=False)
         return
     config = _config(catalog, settings, say)
-    with only_one(settings):
+    with only_one(settings, say):
         preflight(settings)
         prepare_weights(catalog, settings, say)
         prepare_secrets(settings, say)
@@ -159,9 +159,6 @@ def _as_running(settings: Settings, running: cluster.ClusterFile | None) -> Sett
 
 def _serve(catalog: Catalog, config: dict[str, Any], settings: Settings, say: Say, began: float) -> None:
     told_to_stop = threading.Event()
-    left = cluster.clear(settings)
-    if left:
-        say(f"removed {counted(left, 'engine process', 'engine processes')} that an earlier run left behind")
     turn = contextlib.ExitStack()  # as soon as there is a cluster file, other commands would apply to it, and be undone
     turn.enter_context(cluster.only_writer(settings))
     say("starting Ray")
@@ -295,7 +292,8 @@ def prepare_secrets(settings: Settings, say: Say) -> None:
         say(f"made the first key: {_short(settings.api_key_file)}")
 
 
-def only_one(settings: Settings) -> FileLock:
+def only_one(settings: Settings, say: Say) -> FileLock:
+    """Held by the main process of this state folder; nothing of an earlier one runs any more, or holds its ports."""
     weights.require_free_disk(settings.state_dir, _FREE_DISK_BYTES, "the state folder", "STEELYARD_STATE_DIR")
     settings.state_dir.mkdir(parents=True, exist_ok=True)
     lock = _lock(settings)
@@ -304,6 +302,9 @@ def only_one(settings: Settings) -> FileLock:
     except Timeout:
         raise OperatorError(f"another `steelyard up` is at work in {settings.state_dir}", "wait, or stop it") from None
     settings.pid_file.write_text(f"{os.getpid()}\n")
+    left = cluster.clear(settings)
+    if left:
+        say(f"removed {counted(left, 'process', 'processes')} that an earlier run left behind")
     return lock
 
 

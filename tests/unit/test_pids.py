@@ -90,7 +90,7 @@ def test_a_thread_is_no_process() -> None:
 
 
 def test_before_there_is_a_cluster_file_the_main_process_is_who_holds_the_lock(settings: Settings) -> None:
-    with up.only_one(settings):
+    with up.only_one(settings, print):
         assert up._pid(settings) == os.getpid() == int(settings.pid_file.read_text())
     assert settings.pid_file.exists()
     assert up._pid(settings) is None

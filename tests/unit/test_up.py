@@ -17,7 +17,8 @@ import pytest
 from serving.catalog.spec import Catalog, ModelSpec
 from serving.cli import cluster, node, up
 from serving.cli.cluster import ClusterFile, Room
-from serving.errors import ClusterError, EngineError, OperatorError
+from serving.engine.process import STACK_MARK
+from serving.errors import ClusterError, EngineError, OperatorError, PortTaken
 from serving.fleet import manifest
 from serving.fleet.endpoint import GATEWAY_APP
 from serving.settings import load_settings
@@ -108,6 +109,21 @@ def test_a_main_process_that_nobody_has_waited_for_is_gone(tmp_path: Path) -> No
         assert cluster.read_cluster_file(settings) is None
 
 
+def test_what_a_killed_stack_left_does_not_keep_its_port_from_the_next(tmp_path: Path) -> None:
+    listen = "import socket; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); input()"
+    environ = os.environ | {STACK_MARK: f"{tmp_path}:ray"}
+    argv = [sys.executable, "-c", listen]
+    with subprocess.Popen(argv, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as left:
+        assert left.stdout is not None
+        settings = load_settings(state_dir=tmp_path, host="127.0.0.1", port=int(left.stdout.readline()))
+        with pytest.raises(PortTaken):
+            up.preflight(settings)
+        said: list[str] = []
+        with up.only_one(settings, said.append):
+            up.preflight(settings)
+    assert said == ["removed 1 process that an earlier run left behind"]
+
+
 def ray_folder(within: Path) -> Path:
     """Of a Ray that wrote more than anybody reads."""
     made = within / "steelyard-x"
@@ -172,7 +188,7 @@ def test_a_stack_that_ends_meanwhile_is_not_waited_for(tmp_path: Path, monkeypat
 def drained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """How long streams got at the end of each stack; each is ready at once, and told to stop in the same instant."""
     found: list[float] = []
-    nothing = dict.fromkeys(("clear", "apply", "read_cluster_file"), lambda *_: None)
+    nothing = dict.fromkeys(("apply", "read_cluster_file"), lambda *_: None)
     started = SimpleNamespace(temp_dir="")
     running = SimpleNamespace(
         **nothing,

@@ -284,11 +284,14 @@ def prepare_secrets(settings: Settings, say: Say) -> None:
     elif settings.cluster_secret is not None:
         # Workers read it from its file: an environment variable would reach every process of the node.
         write_private(settings.state_dir / "cluster-secret", settings.cluster_secret.get_secret_value())
-    if not settings.keys_file.exists():
+    begun = settings.state_dir / ".first-key"  # still there: whoever made one may have been killed before it was told
+    if begun.exists() or not settings.keys_file.exists():
+        begun.touch()
         _, token = create_key(
             settings.keys_file, name="first", scopes=["infer:*", "metrics", "admin"], now=time.time(), expires_at=None
         )
         write_private(settings.api_key_file, token + "\n")
+        begun.unlink()
         say(f"made the first key: {_short(settings.api_key_file)}")
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from serving.engine.process import STACK_MARK
 from serving.errors import ClusterError, EngineError, OperatorError, PortTaken
 from serving.fleet import manifest
 from serving.fleet.endpoint import GATEWAY_APP
+from serving.gateway.keys import KeyRing
 from serving.settings import load_settings
 
 
@@ -273,3 +275,22 @@ def test_nobody_applies_to_a_cluster_before_who_starts_it_has(
     monkeypatch.setattr(up.cluster, "only_writer", only_writer)
     serve(tmp_path)
     assert was_free == [False, False, True, True]
+
+
+def test_a_first_key_that_nobody_was_told_is_followed_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(path: Path, text: str) -> None:
+        if path == settings.api_key_file:
+            raise KeyboardInterrupt
+        write_private(path, text)
+
+    settings, write_private = load_settings(state_dir=tmp_path), up.write_private
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(up, "write_private", killed)
+        up.prepare_secrets(settings, print)
+    up.prepare_secrets(settings, print)
+    token = settings.api_key_file.read_text().strip()
+    assert "admin" in KeyRing(settings.keys_file).check(token, time.time()).scopes
+    assert settings.api_key_file.stat().st_mode & 0o777 == 0o600
+    settings.api_key_file.unlink()  # kept elsewhere: no other one comes in its place
+    up.prepare_secrets(settings, print)
+    assert not settings.api_key_file.exists()

@@ -419,17 +419,17 @@ def _leave(client: Any, node_id: str, bound_s: float, gone: Callable[[], bool]) 
     ends the node when the last is gone."""
     from ray.core.generated import autoscaler_pb2
 
-    deadline = time.time() + bound_s
+    deadline = time.monotonic() + bound_s
     accepted, why = client.drain_node(
         node_id,
         autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION,
         "steelyard stops this node",
-        int(deadline * 1000),
+        int((time.time() + bound_s) * 1000),
         timeout=5,
     )
     if not accepted:
         raise ClusterError(f"Ray refuses to drain this node: {why}")
-    while time.time() < deadline and not gone():
+    while time.monotonic() < deadline and not gone():
         time.sleep(0.1)
 
 

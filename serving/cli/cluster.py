@@ -56,7 +56,7 @@ def read_cluster_file(settings: Settings) -> ClusterFile | None:
     """The running cluster of this state folder, or None when its main process is gone."""
     try:
         found = msgspec.json.decode(_path(settings).read_bytes(), type=ClusterFile)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, ValueError, msgspec.MsgspecError):  # ValueError: no UTF-8
         return None
     return found if pids.runs(found.pid, found.process) else None
 
@@ -359,7 +359,7 @@ def clear(settings: Settings) -> int:
     left = sweep(f"{settings.state_dir}:", prefix=True)
     try:
         old = json.loads(_path(settings).read_text())["temp_dir"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return left
     remove(settings, old)
     return left

@@ -94,3 +94,10 @@ def test_before_there_is_a_cluster_file_the_main_process_is_who_holds_the_lock(s
         assert up._pid(settings) == os.getpid() == int(settings.pid_file.read_text())
     assert settings.pid_file.exists()
     assert up._pid(settings) is None
+
+
+@pytest.mark.parametrize("text", [b'{"address": "\xff\xfe"}', b"\0" * 64, b"", b"[]", b'{"pid": 1}'])
+def test_a_file_that_is_damaged_is_of_nobody(settings: Settings, text: bytes) -> None:
+    (settings.state_dir / "cluster.json").write_bytes(text)
+    assert cluster.read_cluster_file(settings) is None
+    assert cluster.clear(settings) == 0

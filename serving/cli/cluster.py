@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 from filelock import FileLock, Timeout
 
+from serving.cli import pids
 from serving.engine.command import GUARD
 from serving.engine.process import STACK_MARK, sweep
 from serving.errors import ClusterError, OperatorError
@@ -45,6 +45,7 @@ class ClusterFile(msgspec.Struct):
     node_address: str | None = None  # None: 127.0.0.1, a cluster of one node
     host: str | None = None  # where this node's gateways listen, when its main process says so
     port: int | None = None
+    process: str | None = None  # `pids.mark` of its main process
 
 
 def _path(settings: Settings) -> Path:
@@ -55,11 +56,9 @@ def read_cluster_file(settings: Settings) -> ClusterFile | None:
     """The running cluster of this state folder, or None when its main process is gone."""
     try:
         found = msgspec.json.decode(_path(settings).read_bytes(), type=ClusterFile)
-        os.kill(found.pid, 0)
-        ended = psutil.Process(found.pid).status() == psutil.STATUS_ZOMBIE  # and nobody has waited for it
-    except (OSError, psutil.Error, msgspec.MsgspecError):
+    except (OSError, ValueError, msgspec.MsgspecError):  # ValueError: no UTF-8
         return None
-    return None if ended else found
+    return found if pids.runs(found.pid, found.process) else None
 
 
 def environment(settings: Settings, *, one_node: bool) -> None:
@@ -166,6 +165,7 @@ def keep_logs(settings: Settings, temp_dir: str) -> Path:
 
 
 def write_cluster_file(settings: Settings, found: ClusterFile) -> None:
+    found = msgspec.structs.replace(found, process=pids.mark(found.pid))
     write_private(_path(settings), msgspec.json.encode(found).decode())
 
 
@@ -359,7 +359,7 @@ def clear(settings: Settings) -> int:
     left = sweep(f"{settings.state_dir}:", prefix=True)
     try:
         old = json.loads(_path(settings).read_text())["temp_dir"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return left
     remove(settings, old)
     return left

@@ -30,7 +30,7 @@ from serving.cli import cluster, up
 from serving.cli.cluster import ClusterFile, one_line
 from serving.cli.term import one_line_errors
 from serving.engine.process import sweep
-from serving.errors import ClusterError, OperatorError, counted
+from serving.errors import ClusterError, OperatorError
 from serving.settings import Profile, Role, Settings, read_private
 
 Say = Callable[[str], None]
@@ -54,7 +54,7 @@ def run_head(settings: Settings, say: Say) -> None:
     if settings.head is not None:
         raise OperatorError("STEELYARD_HEAD is set on the head", "unset it: it tells a worker where the head is")
     settings.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with up.only_one(settings):
+    with up.only_one(settings, say):
         up.prepare_secrets(settings, say)
         up.preflight(settings)
         _require_free(settings.node_address, settings.ray_port, "set STEELYARD_RAY_PORT to a free one")
@@ -69,19 +69,16 @@ def run_worker(settings: Settings, say: Say) -> None:
         path = settings.secret_file if name == "cluster-secret" else settings.state_dir / name
         if name != "cluster-secret" or settings.cluster_secret is None:
             read_private(path, f"the cluster's {name}", f"copy it from the head ({host}), mode 0600")
-    with up.only_one(settings):
+    with up.only_one(settings, say):
         up.preflight(settings)
         _run(settings, say, partial(_start_worker, head=(host, port)))
 
 
 def _run(settings: Settings, say: Say, start: Callable[[Settings, str, Profile, Say], Any]) -> None:
-    """Clear, start, stay, drain, stop."""
+    """Start, stay, drain, stop."""
     told_to_stop = threading.Event()
     for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(sig, _interrupt)
-    left = cluster.clear(settings)
-    if left:
-        say(f"removed {counted(left, 'process', 'processes')} that an earlier run left behind")
     cluster.environment(settings, one_node=False)
     os.environ |= _ray_settings(settings)
     unit = os.environ.pop("NOTIFY_SOCKET", "")
@@ -422,17 +419,17 @@ def _leave(client: Any, node_id: str, bound_s: float, gone: Callable[[], bool]) 
     ends the node when the last is gone."""
     from ray.core.generated import autoscaler_pb2
 
-    deadline = time.time() + bound_s
+    deadline = time.monotonic() + bound_s
     accepted, why = client.drain_node(
         node_id,
         autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION,
         "steelyard stops this node",
-        int(deadline * 1000),
+        int((time.time() + bound_s) * 1000),
         timeout=5,
     )
     if not accepted:
         raise ClusterError(f"Ray refuses to drain this node: {why}")
-    while time.time() < deadline and not gone():
+    while time.monotonic() < deadline and not gone():
         time.sleep(0.1)
 
 

@@ -80,7 +80,7 @@ def run(settings: Settings, say: Say) -> None:
         _print_ready(catalog, _as_running(settings, running), say, time.monotonic() - began, stays=False)
         return
     config = _config(catalog, settings, say)
-    with only_one(settings):
+    with only_one(settings, say):
         preflight(settings)
         prepare_weights(catalog, settings, say)
         prepare_secrets(settings, say)
@@ -159,9 +159,8 @@ def _as_running(settings: Settings, running: cluster.ClusterFile | None) -> Sett
 
 def _serve(catalog: Catalog, config: dict[str, Any], settings: Settings, say: Say, began: float) -> None:
     told_to_stop = threading.Event()
-    left = cluster.clear(settings)
-    if left:
-        say(f"removed {counted(left, 'engine process', 'engine processes')} that an earlier run left behind")
+    turn = contextlib.ExitStack()  # as soon as there is a cluster file, other commands would apply to it, and be undone
+    turn.enter_context(cluster.only_writer(settings))
     say("starting Ray")
     found = cluster.start(settings, profile_of(settings))
     for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -170,6 +169,7 @@ def _serve(catalog: Catalog, config: dict[str, Any], settings: Settings, say: Sa
     try:
         say(f"starting {counted(len(config['applications']) - 1, 'engine')}")
         cluster.apply(config)
+        turn.close()
         _wait(config, settings, say, told_to_stop)
         ready = not told_to_stop.is_set()
         if ready:
@@ -219,10 +219,10 @@ def down(settings: Settings, say: Say, timeout_s: float = 60.0) -> None:
         cluster.clear(settings)
         say("nothing runs")
         return
-    main = psutil.Process(pid)
-    os.kill(pid, signal.SIGTERM)
-    say(f"stopping (pid {pid})")
     try:
+        main = psutil.Process(pid)
+        main.terminate()  # nobody else who has the number by now
+        say(f"stopping (pid {pid})")
         main.wait(timeout_s)
     except psutil.TimeoutExpired:
         raise OperatorError(
@@ -284,23 +284,30 @@ def prepare_secrets(settings: Settings, say: Say) -> None:
     elif settings.cluster_secret is not None:
         # Workers read it from its file: an environment variable would reach every process of the node.
         write_private(settings.state_dir / "cluster-secret", settings.cluster_secret.get_secret_value())
-    if not settings.keys_file.exists():
+    begun = settings.state_dir / ".first-key"  # still there: whoever made one may have been killed before it was told
+    if begun.exists() or not settings.keys_file.exists():
+        begun.touch()
         _, token = create_key(
             settings.keys_file, name="first", scopes=["infer:*", "metrics", "admin"], now=time.time(), expires_at=None
         )
         write_private(settings.api_key_file, token + "\n")
+        begun.unlink()
         say(f"made the first key: {_short(settings.api_key_file)}")
 
 
-def only_one(settings: Settings) -> FileLock:
+def only_one(settings: Settings, say: Say) -> FileLock:
+    """Held by the main process of this state folder; nothing of an earlier one runs any more, or holds its ports."""
     weights.require_free_disk(settings.state_dir, _FREE_DISK_BYTES, "the state folder", "STEELYARD_STATE_DIR")
     settings.state_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(settings.state_dir / "up.lock", timeout=0)
+    lock = _lock(settings)
     try:
         lock.acquire()
     except Timeout:
         raise OperatorError(f"another `steelyard up` is at work in {settings.state_dir}", "wait, or stop it") from None
     settings.pid_file.write_text(f"{os.getpid()}\n")
+    left = cluster.clear(settings)
+    if left:
+        say(f"removed {counted(left, 'process', 'processes')} that an earlier run left behind")
     return lock
 
 
@@ -450,14 +457,23 @@ def _short(path: Path) -> str:
         return str(path)
 
 
+def _lock(settings: Settings) -> FileLock:
+    """Held by a main process for as long as it lives."""
+    return FileLock(settings.state_dir / "up.lock", timeout=0)
+
+
 def _pid(settings: Settings) -> int | None:
+    """A main process that has not written a cluster file yet. Scripts read its pid file, so that holds the number alone; that
+    the one who wrote it still runs is told by its lock, which the kernel takes from whoever ends."""
     try:
-        pid = int(settings.pid_file.read_text())
-        os.kill(pid, 0)
-        command = " ".join(psutil.Process(pid).cmdline())
-    except (OSError, ValueError, psutil.Error):
-        return None
-    return pid if "serving.cli" in command or "steelyard" in command else None
+        with _lock(settings):
+            return None
+    except Timeout:
+        with contextlib.suppress(OSError, ValueError):  # it is about to write it, or has just removed it
+            return int(settings.pid_file.read_text())
+    except OSError:  # there is no state folder
+        pass
+    return None
 
 
 def _show_new(log: Path, shown: int, say: Say) -> int:

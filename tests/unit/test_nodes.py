@@ -6,8 +6,10 @@ import asyncio
 import json
 import os
 import socket
+import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -291,3 +293,33 @@ def test_what_a_node_builds_is_told_without_rolling_anything(tmp_path: Path) -> 
     knobs = engine["deployments"][0]["user_config"]
     assert knobs["builds"] == [{"source": "build:r/v1", "base": str(tmp_path)}]
     assert str(tmp_path) not in json.dumps(engine["args"])
+
+
+@pytest.mark.parametrize("jump_s", [-3600.0, 3600.0])
+def test_a_clock_that_is_set_neither_prolongs_a_drain_nor_ends_it(
+    monkeypatch: pytest.MonkeyPatch, jump_s: float
+) -> None:
+    class Clock:
+        slept = jumped = 0.0
+
+        def monotonic(self) -> float:
+            return self.slept
+
+        def time(self) -> float:
+            return NOW + self.slept + self.jumped
+
+        def sleep(self, seconds: float) -> None:
+            self.slept, self.jumped = self.slept + seconds, jump_s
+            assert self.slept < 20
+
+    told: list[float] = []
+
+    def drain_node(node_id: str, reason: int, why: str, deadline_ms: int, timeout: float) -> tuple[bool, str]:
+        told.append(deadline_ms / 1000)
+        return True, ""
+
+    clock, words = Clock(), SimpleNamespace(DrainNodeReason=SimpleNamespace(DRAIN_NODE_REASON_PREEMPTION=2))
+    monkeypatch.setitem(sys.modules, "ray.core.generated", SimpleNamespace(autoscaler_pb2=words))
+    monkeypatch.setattr(node, "time", clock)
+    node._leave(SimpleNamespace(drain_node=drain_node), "n", 10.0, lambda: False)
+    assert clock.slept == pytest.approx(10.0, abs=0.2) and told == [NOW + 10.0]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +18,11 @@ import pytest
 from serving.catalog.spec import Catalog, ModelSpec
 from serving.cli import cluster, node, up
 from serving.cli.cluster import ClusterFile, Room
-from serving.errors import ClusterError, EngineError, OperatorError
+from serving.engine.process import STACK_MARK
+from serving.errors import ClusterError, EngineError, OperatorError, PortTaken
 from serving.fleet import manifest
 from serving.fleet.endpoint import GATEWAY_APP
+from serving.gateway.keys import KeyRing
 from serving.settings import load_settings
 
 
@@ -107,6 +111,21 @@ def test_a_main_process_that_nobody_has_waited_for_is_gone(tmp_path: Path) -> No
         assert cluster.read_cluster_file(settings) is None
 
 
+def test_what_a_killed_stack_left_does_not_keep_its_port_from_the_next(tmp_path: Path) -> None:
+    listen = "import socket; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); input()"
+    environ = os.environ | {STACK_MARK: f"{tmp_path}:ray"}
+    argv = [sys.executable, "-c", listen]
+    with subprocess.Popen(argv, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as left:
+        assert left.stdout is not None
+        settings = load_settings(state_dir=tmp_path, host="127.0.0.1", port=int(left.stdout.readline()))
+        with pytest.raises(PortTaken):
+            up.preflight(settings)
+        said: list[str] = []
+        with up.only_one(settings, said.append):
+            up.preflight(settings)
+    assert said == ["removed 1 process that an earlier run left behind"]
+
+
 def ray_folder(within: Path) -> Path:
     """Of a Ray that wrote more than anybody reads."""
     made = within / "steelyard-x"
@@ -171,9 +190,14 @@ def test_a_stack_that_ends_meanwhile_is_not_waited_for(tmp_path: Path, monkeypat
 def drained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """How long streams got at the end of each stack; each is ready at once, and told to stop in the same instant."""
     found: list[float] = []
-    nothing = dict.fromkeys(("clear", "apply", "read_cluster_file"), lambda *_: None)
+    nothing = dict.fromkeys(("apply", "read_cluster_file"), lambda *_: None)
     started = SimpleNamespace(temp_dir="")
-    running = SimpleNamespace(**nothing, start=lambda *_: started, stop=lambda *given: found.append(given[-1]))
+    running = SimpleNamespace(
+        **nothing,
+        start=lambda *_: started,
+        stop=lambda *given: found.append(given[-1]),
+        only_writer=lambda _: contextlib.nullcontext(),
+    )
     stubs = {"cluster": running, "_wait": lambda *_: None, "_until": lambda *_: None, "_ray_lives": lambda: True}
     for name, value in stubs.items():
         monkeypatch.setattr(up, name, value)
@@ -230,3 +254,43 @@ def test_one_that_does_not_become_ready_has_nothing_to_drain(
     with pytest.raises(EngineError):
         serve(tmp_path)
     assert drained == [0.0]
+
+
+def test_nobody_applies_to_a_cluster_before_who_starts_it_has(
+    tmp_path: Path, drained: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other commands find it as soon as its file is there; what they applied before would be undone."""
+    only_writer, settings, was_free = cluster.only_writer, load_settings(state_dir=tmp_path), []
+
+    def look(*_: object) -> SimpleNamespace:
+        free = False
+        with contextlib.suppress(OperatorError), only_writer(settings):
+            free = True
+        was_free.append(free)
+        return SimpleNamespace(temp_dir="")
+
+    monkeypatch.setattr(cluster, "_TURN_S", 0.0)
+    for where, name in ((up.cluster, "start"), (up.cluster, "apply"), (up, "_wait"), (up.cluster, "stop")):
+        monkeypatch.setattr(where, name, look)
+    monkeypatch.setattr(up.cluster, "only_writer", only_writer)
+    serve(tmp_path)
+    assert was_free == [False, False, True, True]
+
+
+def test_a_first_key_that_nobody_was_told_is_followed_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(path: Path, text: str) -> None:
+        if path == settings.api_key_file:
+            raise KeyboardInterrupt
+        write_private(path, text)
+
+    settings, write_private = load_settings(state_dir=tmp_path), up.write_private
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(up, "write_private", killed)
+        up.prepare_secrets(settings, print)
+    up.prepare_secrets(settings, print)
+    token = settings.api_key_file.read_text().strip()
+    assert "admin" in KeyRing(settings.keys_file).check(token, time.time()).scopes
+    assert settings.api_key_file.stat().st_mode & 0o777 == 0o600
+    settings.api_key_file.unlink()  # kept elsewhere: no other one comes in its place
+    up.prepare_secrets(settings, print)
+    assert not settings.api_key_file.exists()

@@ -35,8 +35,10 @@ _OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)  # says nothing of the engine
 _NO_ROUTE = b'{"detail":"Not Found"}'
 _DEAD = b"EngineCore encountered an issue"  # what vLLM says to all inside when its core has died
 # Inside a JSON string quotes and line feeds are escaped, so none of these can come from generated text.
-_ABORTED = b'"finish_reason":"abort"'  # what vLLM says of requests it drops when it is stopped, under a status 200
-_ERROR_FRAMES = (b'data: {"error"', b"event: error\n", _ABORTED)
+_ERROR_FRAMES = (b'data: {"error"', b"event: error\n")
+# What vLLM says of requests it drops when it is stopped, under a status 200. Sought on routes with choices only, which hold no
+# JSON but vLLM's own: a response repeats its client's `metadata` and `tools`, a message holds the model's tool input.
+_ABORTED = b'"finish_reason":"abort"'
 _MAYBE_ERROR = b"error"  # in all frames but the last: one search for most events
 _USAGE_EVENT = b'"choices":[]'
 _USAGE_MARK = b'_tokens":'
@@ -98,7 +100,7 @@ class StreamScan:
     """Looks at a stream's bytes event by event, without parsing them."""
 
     __slots__ = (
-        *("complete", "died", "error", "events", "usage"),
+        *("aborted", "complete", "died", "error", "events", "usage"),
         *("_ends", "_finish", "_mark", "_opening", "_tail", "_usage_by_option", "_why", "_withhold"),
     )
 
@@ -114,6 +116,7 @@ class StreamScan:
         self.complete = False  # the route's end was seen
         self.died = False  # the engine's error frame was seen: nothing from it on was returned
         self.error = b""  # that frame
+        self.aborted = False  # it says that the engine was stopped
         self._why = route.finish
         self._finish = b""  # the last piece that may say why
 
@@ -145,7 +148,7 @@ class StreamScan:
                 self.died = True
             if not data:
                 return b""
-        if _MAYBE_ERROR in data or _ABORTED in data:
+        if _MAYBE_ERROR in data or (self._usage_by_option and _ABORTED in data):
             data = self._until_error(data)
         if self._usage_by_option and _FINISHED in data:
             self._finish = data
@@ -174,10 +177,10 @@ class StreamScan:
         )
 
     def _until_error(self, data: bytes) -> bytes:
-        for frame in _ERROR_FRAMES:
+        for frame in (*_ERROR_FRAMES, _ABORTED) if self._usage_by_option else _ERROR_FRAMES:
             at = data.find(frame)
             if at >= 0:
-                self.died = True
+                self.died, self.aborted = True, frame is _ABORTED
                 before = data.rfind(b"\n\n", 0, at)
                 begin = before + 2 if before >= 0 else 0
                 data, self.error = data[:begin], data[begin : data.index(b"\n\n", at)]
@@ -224,12 +227,13 @@ class Reply:
             "finished",
             "let_in",
             "patient",
+            "route",
             "scan",
             "since",
             "status",
             "stream",
         ),
-        *("_busy", "_connection", "_ended", "_fault", "_held", "_news", "_route", "_sink", "_size", "_slow"),
+        *("_busy", "_connection", "_ended", "_fault", "_held", "_news", "_sink", "_size", "_slow"),
         *("_tell_let_in", "_withhold"),
     )
 
@@ -253,7 +257,7 @@ class Reply:
         self.error: str | None = None  # how the connection broke
         self.finished = False  # the stream's end was handed to the sink
         self._connection = connection
-        self._route, self._withhold = route, withhold_usage
+        self.route, self._withhold = route, withhold_usage
         self._busy, self._ended = b"", False
         self.let_in = False  # by the door, which says so of those on trial
         self._tell_let_in = let_in
@@ -278,7 +282,7 @@ class Reply:
         if self.error is not None or not self.scan.error:
             return True
         code = _code_of(self.scan.error)
-        return _ABORTED not in self.scan.error and not (code is not None and 400 <= code < 500)
+        return not self.scan.aborted and not (code is not None and 400 <= code < 500)
 
     def give_up(self, why: str, *, suspect: bool) -> None:
         """Whoever awaits `begun` gets Broken. `suspect`: the engine is not well, and this request may be the reason."""
@@ -332,7 +336,7 @@ class Reply:
         self.content_type = headers.get(b"content-type", self.content_type)
         self._busy = headers.get(BUSY_HEADER, b"") if status == 503 else b""
         if 200 <= status < 300 and self.content_type.startswith(b"text/event-stream"):
-            self.scan = StreamScan(self._route, withhold_usage=self._withhold)
+            self.scan = StreamScan(self.route, withhold_usage=self._withhold)
 
     def awaited(self) -> None:
         self.let_in = True
@@ -518,7 +522,7 @@ def _judged(who: str, reply: Reply) -> Reply:
         raise Broken(outcome, f"{who}: {reply.status} {text}", killed=False)
     if reply.error is not None:
         raise Broken("died", f"{who}: {reply.error}", killed=True)
-    if _ABORTED in body:
+    if reply.route.usage_by_option and _ABORTED in body:
         raise Broken("died", f"{who}: the engine was stopped under the request", killed=False, gone=True)
     return reply
 
@@ -563,9 +567,8 @@ def _failed_at_once(who: str, reply: Reply, scan: StreamScan) -> Reply:
         reply.close()
         reply.status, reply.content_type, reply.body, reply.scan = code, b"application/json", data, None
         return reply
-    aborted = _ABORTED in scan.error
     detail = f"{who}: {scan.error[:300].decode(errors='replace')}"
-    raise Broken("died", detail, killed=not aborted, gone=aborted or code is not None)
+    raise Broken("died", detail, killed=not scan.aborted, gone=scan.aborted or code is not None)
 
 
 def _is_answer(status: int) -> bool:

@@ -563,7 +563,7 @@ def _failed_at_once(who: str, reply: Reply, scan: StreamScan) -> Reply:
     """A stream whose first bytes hold its error, so that nothing has left yet: the client's fault is the answer, with
     the status that vLLM had no way to send any more; anything else may go better elsewhere."""
     data, code = scan.error.partition(b"data: ")[2], _code_of(scan.error)
-    if code is not None and 400 <= code < 500 and not scan.events:
+    if code is not None and 400 <= code < 500:
         reply.close()
         reply.status, reply.content_type, reply.body, reply.scan = code, b"application/json", data, None
         return reply

@@ -36,6 +36,7 @@ DONE = b"data: [DONE]\n\n"
 DEAD = (
     b'data: {"error": {"message": "EngineCore encountered an issue.", "type": "InternalServerError", "code": 500}}\n\n'
 )
+REFUSED = b'data: {"error": {"message": "bad grammar", "type": "BadRequestError", "param": null, "code": 400}}\n\n'
 
 
 def said(text: str) -> bytes:
@@ -212,10 +213,11 @@ async def test_a_prompt_that_kills_engines_is_refused_and_spares_the_third(
     assert (await front.ask(body=chat())).status == 200
 
 
-async def test_a_client_cannot_take_an_engine_out_of_service_by_its_mistakes(front: Front) -> None:
-    """vLLM finds some only after it has said 200: the answer is still a 400, and the engine is still well."""
-    frame = b'data: {"error": {"message": "bad grammar", "type": "BadRequestError", "param": null, "code": 400}}\n\n'
-    async with recorded(frame, DONE) as engine:
+@pytest.mark.parametrize("opening", [b"", said("")])
+async def test_a_client_cannot_take_an_engine_out_of_service_by_its_mistakes(front: Front, opening: bytes) -> None:
+    """vLLM finds some only after it has said 200, or even opened the stream: the answer is still a 400, and the engine is
+    still well."""
+    async with recorded(opening + REFUSED, DONE) as engine:
         front.serve(engine)
         for _ in range(3):
             with pytest.raises(openai.BadRequestError, match="bad grammar") as told:

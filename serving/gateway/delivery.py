@@ -61,7 +61,8 @@ async def _stream(x: Exchange, route: Route, reply: Reply, meter: StreamMeter, s
     # `sent.events()`: with that it could be joined elsewhere.
     kept = "kept" if sent.whole else "not kept"
     log.warning("stream broken after %d events (%s): %s", scan.events, kept, how, extra={"request_id": x.request_id})
-    error = EngineBroken("the engine died while it generated; what came before is incomplete")
+    what = "died" if reply.outcome == "died" else "failed with this request"
+    error = EngineBroken(f"the engine {what} while it generated; what came before is incomplete")
     x.line.reason = error.code
     await x.end(error_event(route.path, x.dialect, error, x.request_id))
 

@@ -131,6 +131,20 @@ class StreamScan:
         """Tokens in the events so far, where the engine has not told yet: one each but for those that open the stream."""
         return max(0, self.events - self._opening)
 
+    @property
+    def told(self) -> bytes:
+        """The error frame's JSON."""
+        return self.error.partition(b"data: ")[2]
+
+    @property
+    def outcome(self) -> str:
+        """What a stream without its end tells of its engine, in the metrics' word: `ok`, the request is at fault; `http_5xx`, the
+        engine failed with this request and lives; `died`, it says so, or says nothing that can be read."""
+        code = _code_of(self.told)
+        if code is not None and 400 <= code < 500:
+            return "ok"
+        return "died" if code is None or _DEAD in self.error else "http_5xx"
+
     def feed(self, data: bytes) -> bytes:
         """The whole events in what came so far that the client may have; the rest is kept for the next call."""
         if self.is_token(data, 0, len(data)):
@@ -274,15 +288,16 @@ class Reply:
         return self._busy
 
     @property
+    def outcome(self) -> str:
+        """What became of it, now that it has ended, in the metrics' word."""
+        if self.scan is None or self.finished:
+            return "ok"
+        return "died" if self.error is not None else self.scan.outcome
+
+    @property
     def crashed(self) -> bool:
-        """The engine died under a stream that had begun. One that was stopped drops its streams politely, and what it says is
-        the client's fault did it no harm."""
-        if self.finished or self.scan is None:
-            return False
-        if self.error is not None or not self.scan.error:
-            return True
-        code = _code_of(self.scan.error)
-        return not self.scan.aborted and not (code is not None and 400 <= code < 500)
+        """The engine died under a stream that had begun. One that was stopped drops its streams politely."""
+        return self.outcome == "died" and not (self.error is None and self.scan is not None and self.scan.aborted)
 
     def give_up(self, why: str, *, suspect: bool) -> None:
         """Whoever awaits `begun` gets Broken. `suspect`: the engine is not well, and this request may be the reason."""
@@ -551,10 +566,10 @@ class _ErrorFrame(msgspec.Struct):
 _decode_error = msgspec.json.Decoder(_ErrorFrame).decode
 
 
-def _code_of(event: bytes) -> int | None:
-    """The status in an error event."""
+def _code_of(error: bytes) -> int | None:
+    """The status in an error event's JSON."""
     try:
-        return _decode_error(event.partition(b"data: ")[2]).error.code
+        return _decode_error(error).error.code
     except msgspec.MsgspecError:
         return None
 
@@ -562,13 +577,14 @@ def _code_of(event: bytes) -> int | None:
 def _failed_at_once(who: str, reply: Reply, scan: StreamScan) -> Reply:
     """A stream whose first bytes hold its error, so that nothing has left yet: the client's fault is the answer, with
     the status that vLLM had no way to send any more; anything else may go better elsewhere."""
-    data, code = scan.error.partition(b"data: ")[2], _code_of(scan.error)
-    if code is not None and 400 <= code < 500:
+    outcome, code = scan.outcome, _code_of(scan.told)
+    if outcome == "ok" and code is not None:
         reply.close()
-        reply.status, reply.content_type, reply.body, reply.scan = code, b"application/json", data, None
+        reply.status, reply.content_type, reply.body, reply.scan = code, b"application/json", scan.told, None
         return reply
     detail = f"{who}: {scan.error[:300].decode(errors='replace')}"
-    raise Broken("died", detail, killed=not scan.aborted, gone=scan.aborted or code is not None)
+    killed, gone = outcome == "died" and not scan.aborted, scan.aborted or _DEAD in scan.error
+    raise Broken(outcome, detail, killed=killed, gone=gone)
 
 
 def _is_answer(status: int) -> bool:

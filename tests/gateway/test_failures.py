@@ -36,6 +36,7 @@ DONE = b"data: [DONE]\n\n"
 DEAD = (
     b'data: {"error": {"message": "EngineCore encountered an issue.", "type": "InternalServerError", "code": 500}}\n\n'
 )
+FAILED = b'data: {"error": {"message": "list index out of range", "type": "InternalServerError", "code": 500}}\n\n'
 REFUSED = b'data: {"error": {"message": "bad grammar", "type": "BadRequestError", "param": null, "code": 400}}\n\n'
 
 
@@ -227,6 +228,23 @@ async def test_a_client_cannot_take_an_engine_out_of_service_by_its_mistakes(fro
         assert front.metric("steelyard_upstream_attempts_total", outcome="ok") == 3
 
 
+@pytest.mark.parametrize("opening", [b"", said("")])
+async def test_a_request_that_its_engine_failed_with_is_no_death(
+    front: Front, opening: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream's 500, for any exception of one request, is like a 500 without a stream: the engine goes on."""
+    monkeypatch.setattr(routing, "BROKEN_PAUSE_S", 60.0)
+    async with recorded(opening + FAILED, DONE) as one, recorded(opening + FAILED, DONE) as two:
+        front.serve(one, two)
+        for _ in range(2):
+            answer = await front.ask(body=chat(stream=True))
+            assert (answer.status, answer.error["code"]) == (502, "engine_error")
+            assert "index" not in answer.error["message"]
+        assert (len(one.seen), len(two.seen)) == (2, 2)
+        assert front.metric("steelyard_upstream_attempts_total", outcome="http_5xx") == 4
+        assert not front.gateway.fleet.fuse.armed
+
+
 async def test_one_replica_that_cuts_a_stream_is_asked_again_at_once(
     front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,6 +306,16 @@ async def test_an_engine_that_dies_in_mid_stream_is_one_error_event(front: Front
 async def test_a_polite_end_of_a_dead_engine_is_not_passed_as_an_end(front: Front, room: EngineRoom) -> None:
     front.serve(*(room.start(sins="lies_about_health", after=3) for _ in range(2)))
     assert len(await broken_off(front)) == 4
+
+
+async def test_an_engine_that_fails_with_a_request_in_mid_stream_is_not_said_to_have_died(front: Front) -> None:
+    async with recorded(said("so far"), 0.01, FAILED, DONE) as engine:
+        front.serve(engine)
+        assert len(await broken_off(front)) == 1
+        told = events((await front.ask(body=chat(stream=True))).body)[-1]["error"]["message"]
+        assert told == "the engine failed with this request while it generated; what came before is incomplete"
+        assert front.metric("steelyard_upstream_attempts_total", outcome="http_5xx") == 3
+        assert not front.gateway.fleet.fuse.armed
 
 
 async def test_what_a_stopped_engine_drops_is_not_passed_as_an_end(front: Front, room: EngineRoom) -> None:

@@ -308,6 +308,20 @@ async def test_a_polite_end_of_a_dead_engine_is_not_passed_as_an_end(front: Fron
     assert len(await broken_off(front)) == 4
 
 
+async def test_a_clients_mistake_that_is_found_in_mid_stream_is_told_as_one(front: Front) -> None:
+    async with recorded(said("so far"), 0.01, REFUSED, DONE) as engine:
+        front.serve(engine)
+        answer = await front.ask(body=chat(stream=True), headers={"x-request-id": "refused"})
+        so_far, last = events(answer.body)
+        assert so_far["choices"][0]["delta"] == {"content": "so far"}
+        assert (last["error"]["code"], last["error"]["message"]) == ("invalid_request", "bad grammar")
+        assert last["error"]["request_id"] == "refused"
+        assert (await front.line("refused"))["reason"] == "engine_refused"
+        assert front.metric("steelyard_upstream_attempts_total", outcome="ok") == 1
+        assert front.metric("steelyard_slo_requests_total") == 0
+        assert not front.gateway.fleet.fuse.armed
+
+
 async def test_an_engine_that_fails_with_a_request_in_mid_stream_is_not_said_to_have_died(front: Front) -> None:
     async with recorded(said("so far"), 0.01, FAILED, DONE) as engine:
         front.serve(engine)

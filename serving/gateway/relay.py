@@ -331,7 +331,8 @@ class Reply:
             if self._slow is not None:
                 slow, self._slow = self._slow, None
                 await slow
-                self._connection.resume()
+                if not self._ended:
+                    self._connection.resume()
             elif self._ended or self.scan.died:
                 return
             else:
@@ -403,7 +404,8 @@ class Reply:
             self._wake()
         if slow is not None:
             self._slow = slow
-            self._connection.pause()
+            if not self._ended:  # then it is the next request's
+                self._connection.pause()
             self._wake()
         elif scan.died:
             self._wake()

@@ -238,7 +238,7 @@ class Attempts:
             self._engine_died(begun=True)
         elif reply.scan is None or reply.finished:
             self.charge.survived()
-        self._attempted("died" if reply.scan is not None and reply.scan.died else "ok")
+        self._attempted(reply.outcome)
 
     def _busy(self, e: Busy) -> Callable[[Ticket], None]:
         self._attempted("busy")

@@ -27,7 +27,8 @@ async def deliver(x: Exchange, route: Route, reply: Reply, metrics: ModelMetrics
         if scan is None:
             assert reply.body is not None
             if x.started:  # keep-alives left already
-                raise _refusal(reply)
+                await _refused(x, route, reply.status, reply.body)
+                return
             await x.answer(reply.status, reply.body, reply.content_type)
             x.line.reason = "ok" if reply.status < 400 else "engine_refused"
             _count_unstreamed(x, reply, metrics)
@@ -57,11 +58,15 @@ async def _stream(x: Exchange, route: Route, reply: Reply, meter: StreamMeter, s
         x.line.reason = "ok"
         return
     scan.died = True
+    if reply.outcome == "ok":
+        await _refused(x, route, 400, scan.told)
+        return
     how = reply.error or scan.error[:300].decode(errors="replace") or "it ended without its end"
     # `sent.events()`: with that it could be joined elsewhere.
     kept = "kept" if sent.whole else "not kept"
     log.warning("stream broken after %d events (%s): %s", scan.events, kept, how, extra={"request_id": x.request_id})
-    error = EngineBroken("the engine died while it generated; what came before is incomplete")
+    what = "died" if reply.outcome == "died" else "failed with this request"
+    error = EngineBroken(f"the engine {what} while it generated; what came before is incomplete")
     x.line.reason = error.code
     await x.end(error_event(route.path, x.dialect, error, x.request_id))
 
@@ -115,14 +120,16 @@ class _EngineError(msgspec.Struct):
     error: _EngineMessage
 
 
-def _refusal(reply: Reply) -> RequestError:
-    """An engine's answer that is no stream, for a client that got a stream's 200 already."""
+async def _refused(x: Exchange, route: Route, status: int, body: bytes) -> None:
+    """The end of an answer by an engine's refusal, for a client that got a stream's 200 already."""
     message = ""
     with contextlib.suppress(msgspec.MsgspecError):
-        message = msgspec.json.decode(reply.body or b"", type=_EngineError).error.message
-    if reply.status < 500:
-        return BadRequest(message or f"the engine refused the request with status {reply.status}")
-    return EngineBroken(f"the engine answered with status {reply.status}")
+        message = msgspec.json.decode(body, type=_EngineError).error.message
+    error: RequestError = EngineBroken(f"the engine answered with status {status}")
+    if status < 500:
+        error = BadRequest(message or f"the engine refused the request with status {status}")
+    x.line.reason = "engine_refused"
+    await x.end(error_event(route.path, x.dialect, error, x.request_id))
 
 
 class _Details(msgspec.Struct):

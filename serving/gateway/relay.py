@@ -35,8 +35,10 @@ _OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)  # says nothing of the engine
 _NO_ROUTE = b'{"detail":"Not Found"}'
 _DEAD = b"EngineCore encountered an issue"  # what vLLM says to all inside when its core has died
 # Inside a JSON string quotes and line feeds are escaped, so none of these can come from generated text.
-_ABORTED = b'"finish_reason":"abort"'  # what vLLM says of requests it drops when it is stopped, under a status 200
-_ERROR_FRAMES = (b'data: {"error"', b"event: error\n", _ABORTED)
+_ERROR_FRAMES = (b'data: {"error"', b"event: error\n")
+# What vLLM says of requests it drops when it is stopped, under a status 200. Sought on routes with choices only, which hold no
+# JSON but vLLM's own: a response repeats its client's `metadata` and `tools`, a message holds the model's tool input.
+_ABORTED = b'"finish_reason":"abort"'
 _MAYBE_ERROR = b"error"  # in all frames but the last: one search for most events
 _USAGE_EVENT = b'"choices":[]'
 _USAGE_MARK = b'_tokens":'
@@ -98,7 +100,7 @@ class StreamScan:
     """Looks at a stream's bytes event by event, without parsing them."""
 
     __slots__ = (
-        *("complete", "died", "error", "events", "usage"),
+        *("aborted", "complete", "died", "error", "events", "usage"),
         *("_ends", "_finish", "_mark", "_opening", "_tail", "_usage_by_option", "_why", "_withhold"),
     )
 
@@ -114,6 +116,7 @@ class StreamScan:
         self.complete = False  # the route's end was seen
         self.died = False  # the engine's error frame was seen: nothing from it on was returned
         self.error = b""  # that frame
+        self.aborted = False  # it says that the engine was stopped
         self._why = route.finish
         self._finish = b""  # the last piece that may say why
 
@@ -127,6 +130,20 @@ class StreamScan:
     def tokens(self) -> int:
         """Tokens in the events so far, where the engine has not told yet: one each but for those that open the stream."""
         return max(0, self.events - self._opening)
+
+    @property
+    def told(self) -> bytes:
+        """The error frame's JSON."""
+        return self.error.partition(b"data: ")[2]
+
+    @property
+    def outcome(self) -> str:
+        """What a stream without its end tells of its engine, in the metrics' word: `ok`, the request is at fault; `http_5xx`, the
+        engine failed with this request and lives; `died`, it says so, or says nothing that can be read."""
+        code = _code_of(self.told)
+        if code is not None and 400 <= code < 500:
+            return "ok"
+        return "died" if code is None or _DEAD in self.error else "http_5xx"
 
     def feed(self, data: bytes) -> bytes:
         """The whole events in what came so far that the client may have; the rest is kept for the next call."""
@@ -145,7 +162,7 @@ class StreamScan:
                 self.died = True
             if not data:
                 return b""
-        if _MAYBE_ERROR in data or _ABORTED in data:
+        if _MAYBE_ERROR in data or (self._usage_by_option and _ABORTED in data):
             data = self._until_error(data)
         if self._usage_by_option and _FINISHED in data:
             self._finish = data
@@ -174,10 +191,10 @@ class StreamScan:
         )
 
     def _until_error(self, data: bytes) -> bytes:
-        for frame in _ERROR_FRAMES:
+        for frame in (*_ERROR_FRAMES, _ABORTED) if self._usage_by_option else _ERROR_FRAMES:
             at = data.find(frame)
             if at >= 0:
-                self.died = True
+                self.died, self.aborted = True, frame is _ABORTED
                 before = data.rfind(b"\n\n", 0, at)
                 begin = before + 2 if before >= 0 else 0
                 data, self.error = data[:begin], data[begin : data.index(b"\n\n", at)]
@@ -224,12 +241,13 @@ class Reply:
             "finished",
             "let_in",
             "patient",
+            "route",
             "scan",
             "since",
             "status",
             "stream",
         ),
-        *("_busy", "_connection", "_ended", "_fault", "_held", "_news", "_route", "_sink", "_size", "_slow"),
+        *("_busy", "_connection", "_ended", "_fault", "_held", "_news", "_sink", "_size", "_slow"),
         *("_tell_let_in", "_withhold"),
     )
 
@@ -253,7 +271,7 @@ class Reply:
         self.error: str | None = None  # how the connection broke
         self.finished = False  # the stream's end was handed to the sink
         self._connection = connection
-        self._route, self._withhold = route, withhold_usage
+        self.route, self._withhold = route, withhold_usage
         self._busy, self._ended = b"", False
         self.let_in = False  # by the door, which says so of those on trial
         self._tell_let_in = let_in
@@ -270,15 +288,16 @@ class Reply:
         return self._busy
 
     @property
+    def outcome(self) -> str:
+        """What became of it, now that it has ended, in the metrics' word."""
+        if self.scan is None or self.finished:
+            return "ok"
+        return "died" if self.error is not None else self.scan.outcome
+
+    @property
     def crashed(self) -> bool:
-        """The engine died under a stream that had begun. One that was stopped drops its streams politely, and what it says is
-        the client's fault did it no harm."""
-        if self.finished or self.scan is None:
-            return False
-        if self.error is not None or not self.scan.error:
-            return True
-        code = _code_of(self.scan.error)
-        return _ABORTED not in self.scan.error and not (code is not None and 400 <= code < 500)
+        """The engine died under a stream that had begun. One that was stopped drops its streams politely."""
+        return self.outcome == "died" and not (self.error is None and self.scan is not None and self.scan.aborted)
 
     def give_up(self, why: str, *, suspect: bool) -> None:
         """Whoever awaits `begun` gets Broken. `suspect`: the engine is not well, and this request may be the reason."""
@@ -312,7 +331,8 @@ class Reply:
             if self._slow is not None:
                 slow, self._slow = self._slow, None
                 await slow
-                self._connection.resume()
+                if not self._ended:
+                    self._connection.resume()
             elif self._ended or self.scan.died:
                 return
             else:
@@ -332,7 +352,7 @@ class Reply:
         self.content_type = headers.get(b"content-type", self.content_type)
         self._busy = headers.get(BUSY_HEADER, b"") if status == 503 else b""
         if 200 <= status < 300 and self.content_type.startswith(b"text/event-stream"):
-            self.scan = StreamScan(self._route, withhold_usage=self._withhold)
+            self.scan = StreamScan(self.route, withhold_usage=self._withhold)
 
     def awaited(self) -> None:
         self.let_in = True
@@ -384,7 +404,8 @@ class Reply:
             self._wake()
         if slow is not None:
             self._slow = slow
-            self._connection.pause()
+            if not self._ended:  # then it is the next request's
+                self._connection.pause()
             self._wake()
         elif scan.died:
             self._wake()
@@ -518,7 +539,7 @@ def _judged(who: str, reply: Reply) -> Reply:
         raise Broken(outcome, f"{who}: {reply.status} {text}", killed=False)
     if reply.error is not None:
         raise Broken("died", f"{who}: {reply.error}", killed=True)
-    if _ABORTED in body:
+    if reply.route.usage_by_option and _ABORTED in body:
         raise Broken("died", f"{who}: the engine was stopped under the request", killed=False, gone=True)
     return reply
 
@@ -547,10 +568,10 @@ class _ErrorFrame(msgspec.Struct):
 _decode_error = msgspec.json.Decoder(_ErrorFrame).decode
 
 
-def _code_of(event: bytes) -> int | None:
-    """The status in an error event."""
+def _code_of(error: bytes) -> int | None:
+    """The status in an error event's JSON."""
     try:
-        return _decode_error(event.partition(b"data: ")[2]).error.code
+        return _decode_error(error).error.code
     except msgspec.MsgspecError:
         return None
 
@@ -558,14 +579,14 @@ def _code_of(event: bytes) -> int | None:
 def _failed_at_once(who: str, reply: Reply, scan: StreamScan) -> Reply:
     """A stream whose first bytes hold its error, so that nothing has left yet: the client's fault is the answer, with
     the status that vLLM had no way to send any more; anything else may go better elsewhere."""
-    data, code = scan.error.partition(b"data: ")[2], _code_of(scan.error)
-    if code is not None and 400 <= code < 500 and not scan.events:
+    outcome, code = scan.outcome, _code_of(scan.told)
+    if outcome == "ok" and code is not None:
         reply.close()
-        reply.status, reply.content_type, reply.body, reply.scan = code, b"application/json", data, None
+        reply.status, reply.content_type, reply.body, reply.scan = code, b"application/json", scan.told, None
         return reply
-    aborted = _ABORTED in scan.error
     detail = f"{who}: {scan.error[:300].decode(errors='replace')}"
-    raise Broken("died", detail, killed=not aborted, gone=aborted or code is not None)
+    killed, gone = outcome == "died" and not scan.aborted, scan.aborted or _DEAD in scan.error
+    raise Broken(outcome, detail, killed=killed, gone=gone)
 
 
 def _is_answer(status: int) -> bool:

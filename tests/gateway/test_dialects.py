@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import anthropic
+import msgspec
 import openai
 import pytest
 
@@ -156,6 +157,36 @@ async def test_a_response_that_takes_too_long_is_told_in_its_own_words(front: Fr
         body = (await front.ask("/v1/responses", {"model": "tiny", "input": "hi", "stream": True})).body
         assert json.loads(body.rpartition(b"data: ")[2])["code"] == "deadline_exceeded"
         await engine.inside(0)
+
+
+# -- JSON that is not the engine's
+
+ABORT = {"finish_reason": "abort"}  # what vLLM says of requests that it drops when it is stopped
+CALLED = {**MESSAGE, "content": [{"type": "tool_use", "id": "t", "name": "end", "input": ABORT}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "answer"),
+    [("/v1/responses", {**RESPONSE, "metadata": ABORT}), (MESSAGES, CALLED)],
+)
+async def test_an_answer_that_holds_json_of_others_takes_no_engine_out_of_service(
+    front: Front, path: str, answer: dict[str, Any]
+) -> None:
+    body = msgspec.json.encode(answer)
+    async with recorded(body, content_type="application/json") as engine:
+        front.serve(engine)
+        asked = {"model": "tiny", "input": "hi", "metadata": ABORT} if path != MESSAGES else chat()
+        assert (await front.ask(path, asked)).body == body
+        assert front.metric("steelyard_upstream_attempts_total", outcome="ok") == 1
+
+
+async def test_a_stream_that_holds_json_of_its_clients_is_passed_whole(front: Front) -> None:
+    created = CREATED.replace(b'{"id"', b'{"metadata":' + msgspec.json.encode(ABORT) + b',"id"')
+    async with recorded(created, DELTA, COMPLETED) as engine:
+        front.serve(engine)
+        asked = {"model": "tiny", "input": "hi", "metadata": ABORT, "stream": True}
+        assert (await front.ask("/v1/responses", asked)).body == created + DELTA + COMPLETED
+        assert front.metric("steelyard_upstream_attempts_total", outcome="ok") == 1
 
 
 # -- embeddings

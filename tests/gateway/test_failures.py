@@ -36,6 +36,8 @@ DONE = b"data: [DONE]\n\n"
 DEAD = (
     b'data: {"error": {"message": "EngineCore encountered an issue.", "type": "InternalServerError", "code": 500}}\n\n'
 )
+FAILED = b'data: {"error": {"message": "list index out of range", "type": "InternalServerError", "code": 500}}\n\n'
+REFUSED = b'data: {"error": {"message": "bad grammar", "type": "BadRequestError", "param": null, "code": 400}}\n\n'
 
 
 def said(text: str) -> bytes:
@@ -212,10 +214,11 @@ async def test_a_prompt_that_kills_engines_is_refused_and_spares_the_third(
     assert (await front.ask(body=chat())).status == 200
 
 
-async def test_a_client_cannot_take_an_engine_out_of_service_by_its_mistakes(front: Front) -> None:
-    """vLLM finds some only after it has said 200: the answer is still a 400, and the engine is still well."""
-    frame = b'data: {"error": {"message": "bad grammar", "type": "BadRequestError", "param": null, "code": 400}}\n\n'
-    async with recorded(frame, DONE) as engine:
+@pytest.mark.parametrize("opening", [b"", said("")])
+async def test_a_client_cannot_take_an_engine_out_of_service_by_its_mistakes(front: Front, opening: bytes) -> None:
+    """vLLM finds some only after it has said 200, or even opened the stream: the answer is still a 400, and the engine is
+    still well."""
+    async with recorded(opening + REFUSED, DONE) as engine:
         front.serve(engine)
         for _ in range(3):
             with pytest.raises(openai.BadRequestError, match="bad grammar") as told:
@@ -223,6 +226,23 @@ async def test_a_client_cannot_take_an_engine_out_of_service_by_its_mistakes(fro
             assert isinstance(told.value.body, dict) and told.value.body["request_id"] == told.value.request_id
         assert len(engine.seen) == 3
         assert front.metric("steelyard_upstream_attempts_total", outcome="ok") == 3
+
+
+@pytest.mark.parametrize("opening", [b"", said("")])
+async def test_a_request_that_its_engine_failed_with_is_no_death(
+    front: Front, opening: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream's 500, for any exception of one request, is like a 500 without a stream: the engine goes on."""
+    monkeypatch.setattr(routing, "BROKEN_PAUSE_S", 60.0)
+    async with recorded(opening + FAILED, DONE) as one, recorded(opening + FAILED, DONE) as two:
+        front.serve(one, two)
+        for _ in range(2):
+            answer = await front.ask(body=chat(stream=True))
+            assert (answer.status, answer.error["code"]) == (502, "engine_error")
+            assert "index" not in answer.error["message"]
+        assert (len(one.seen), len(two.seen)) == (2, 2)
+        assert front.metric("steelyard_upstream_attempts_total", outcome="http_5xx") == 4
+        assert not front.gateway.fleet.fuse.armed
 
 
 async def test_one_replica_that_cuts_a_stream_is_asked_again_at_once(
@@ -286,6 +306,30 @@ async def test_an_engine_that_dies_in_mid_stream_is_one_error_event(front: Front
 async def test_a_polite_end_of_a_dead_engine_is_not_passed_as_an_end(front: Front, room: EngineRoom) -> None:
     front.serve(*(room.start(sins="lies_about_health", after=3) for _ in range(2)))
     assert len(await broken_off(front)) == 4
+
+
+async def test_a_clients_mistake_that_is_found_in_mid_stream_is_told_as_one(front: Front) -> None:
+    async with recorded(said("so far"), 0.01, REFUSED, DONE) as engine:
+        front.serve(engine)
+        answer = await front.ask(body=chat(stream=True), headers={"x-request-id": "refused"})
+        so_far, last = events(answer.body)
+        assert so_far["choices"][0]["delta"] == {"content": "so far"}
+        assert (last["error"]["code"], last["error"]["message"]) == ("invalid_request", "bad grammar")
+        assert last["error"]["request_id"] == "refused"
+        assert (await front.line("refused"))["reason"] == "engine_refused"
+        assert front.metric("steelyard_upstream_attempts_total", outcome="ok") == 1
+        assert front.metric("steelyard_slo_requests_total") == 0
+        assert not front.gateway.fleet.fuse.armed
+
+
+async def test_an_engine_that_fails_with_a_request_in_mid_stream_is_not_said_to_have_died(front: Front) -> None:
+    async with recorded(said("so far"), 0.01, FAILED, DONE) as engine:
+        front.serve(engine)
+        assert len(await broken_off(front)) == 1
+        told = events((await front.ask(body=chat(stream=True))).body)[-1]["error"]["message"]
+        assert told == "the engine failed with this request while it generated; what came before is incomplete"
+        assert front.metric("steelyard_upstream_attempts_total", outcome="http_5xx") == 3
+        assert not front.gateway.fleet.fuse.armed
 
 
 async def test_what_a_stopped_engine_drops_is_not_passed_as_an_end(front: Front, room: EngineRoom) -> None:

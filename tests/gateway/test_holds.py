@@ -169,6 +169,8 @@ async def test_after_keep_alives_a_refusal_of_the_engine_is_an_event_in_the_stre
     assert answer.status == 200
     (told, *_) = events(answer.body.removeprefix(PINGS[CHAT]))
     assert (told["error"]["code"], told["error"]["message"]) == ("invalid_request", "too many tokens")
+    assert (await front.line(answer.headers["x-request-id"]))["reason"] == "engine_refused"
+    assert front.metric("steelyard_upstream_attempts_total", outcome="ok") == 1
 
 
 @pytest.mark.parametrize("body", [chat(), chat(stream=False)])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Awaitable
 from unittest import mock
 
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from serving.gateway.connection import Connection, Pool
+from serving.gateway.relay import Reply
+from serving.gateway.routes import SERVED
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -46,13 +49,18 @@ def framed(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def fed(reads: list[bytes]) -> Taken:
-    """What a receiver got of an answer that came in these reads, on a connection that is kept afterwards."""
-    pool, taken = mock.create_autospec(Pool), Taken()
+def connected(pool: Pool) -> tuple[Connection, mock.Mock]:
     connection = Connection(pool, ("127.0.0.1", 1))
     transport = mock.create_autospec(asyncio.Transport)
     transport.is_closing.return_value = False
     connection.connection_made(transport)
+    return connection, transport
+
+
+def fed(reads: list[bytes]) -> Taken:
+    """What a receiver got of an answer that came in these reads, on a connection that is kept afterwards."""
+    pool, taken = mock.create_autospec(Pool), Taken()
+    connection, _ = connected(pool)
     connection.send(b"", b"", taken)
     for data in reads:
         connection.data_received(data)
@@ -105,3 +113,29 @@ def test_that_the_request_is_being_read_is_told_before_its_answer() -> None:
     for at in (9, 25, 60):
         taken = fed(cut(answer, [at]))
         assert (taken.body, taken.ends, taken.continued) == (b"abc", [None], 1)
+
+
+async def test_who_is_slow_pauses_no_connection_that_may_be_anothers_by_now() -> None:
+    """The whole answer came in one read, so the connection was back in the pool before the first byte went to the client."""
+    stream = b"data: {}\n\ndata: [DONE]\n\n"
+    read = asyncio.get_running_loop().create_future()
+
+    class Slow:
+        def push(self, data: bytes) -> Awaitable[None]:
+            return read
+
+        end = push
+
+        def chunk(self, data: bytes) -> bool:
+            return False
+
+    connection, transport = connected(mock.create_autospec(Pool))
+    reply = Reply(connection, SERVED["/v1/chat/completions"], False)
+    connection.send(b"", b"", reply)
+    connection.data_received(HEAD + framed(stream) + b"0\r\n\r\n")
+    await reply.begun()
+    asyncio.get_running_loop().call_soon(read.set_result, None)
+    await reply.relay(Slow())
+    assert reply.finished
+    transport.pause_reading.assert_not_called()
+    transport.resume_reading.assert_not_called()

@@ -132,6 +132,21 @@ def test_an_error_frame_and_what_follows_never_reach_the_client(end: bytes) -> N
         assert (scan.died, scan.complete, scan.error) == (True, False, end[:-2])
 
 
+@pytest.mark.parametrize(
+    ("route", "stream"),
+    [
+        (RESPONSES, RESPONSE.replace(b'{"status"', b'{"metadata":{"finish_reason":"abort"},"status"')),
+        (MESSAGES, MESSAGE.replace(b'{"delta"', b'{"input":{"finish_reason":"abort"},"delta"')),
+    ],
+)
+def test_json_of_the_clients_or_the_models_is_no_word_of_the_engines(route: Route, stream: bytes) -> None:
+    assert b'{"finish_reason":"abort"}' in stream
+    for chunks in cuts(stream):
+        scan = StreamScan(route, withhold_usage=False)
+        assert fed(scan, *chunks) == stream
+        assert (scan.complete, scan.died) == (True, False)
+
+
 def test_an_error_frame_may_be_the_first_event() -> None:
     for chunks in cuts(DEAD + DONE):
         scan = StreamScan(CHAT, withhold_usage=False)

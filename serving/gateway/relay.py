@@ -39,6 +39,10 @@ _ERROR_FRAMES = (b'data: {"error"', b"event: error\n")
 # What vLLM says of requests it drops when it is stopped, under a status 200. Sought on routes with choices only, which hold no
 # JSON but vLLM's own: a response repeats its client's `metadata` and `tools`, a message holds the model's tool input.
 _ABORTED = b'"finish_reason":"abort"'
+# vLLM makes messages of a chat stream and cannot read that one's error frames: what it says then ends in what it could not read.
+# A core's death, a 500 among these, has lost its words, so only who is at fault is told by them.
+_MISTAKE_OF_A_MESSAGE = re.compile(rb"'code': (4\d\d)}}, input_type=dict")
+_REFUSED = b'{"error":{"message":"the engine refused the request with status %b","code":%b}}'
 _MAYBE_ERROR = b"error"  # in all frames but the last: one search for most events
 _USAGE_EVENT = b'"choices":[]'
 _USAGE_MARK = b'_tokens":'
@@ -134,7 +138,9 @@ class StreamScan:
     @property
     def told(self) -> bytes:
         """The error frame's JSON."""
-        return self.error.partition(b"data: ")[2]
+        told = self.error.partition(b"data: ")[2]
+        mistake = _MISTAKE_OF_A_MESSAGE.search(told)
+        return told if mistake is None else _REFUSED % (mistake[1], mistake[1])
 
     @property
     def outcome(self) -> str:

@@ -19,6 +19,7 @@ from serving.gateway.connection import Address, Connection, Pool
 from serving.gateway.sent import Sent
 from tests.gateway.harness import (
     CHAT,
+    MESSAGES,
     SECRET,
     Engine,
     EngineRoom,
@@ -320,6 +321,25 @@ async def test_a_clients_mistake_that_is_found_in_mid_stream_is_told_as_one(fron
         assert front.metric("steelyard_upstream_attempts_total", outcome="ok") == 1
         assert front.metric("steelyard_slo_requests_total") == 0
         assert not front.gateway.fleet.fuse.armed
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_a_clients_mistake_is_no_engines_death_where_vllm_cannot_read_its_own_words(
+    front: Front, at_once: bool
+) -> None:
+    """A message is made of a chat stream, whose error frames its maker takes for chunks that lack everything."""
+    missing = "Field required [type=missing, input_value={'error': {'message': 'In...am': None, 'code': 400}}, input_type=dict]"
+    told = {"type": "error", "error": {"type": "internal_error", "message": f"2 validation errors\nmodel\n  {missing}"}}
+    start = b'event: message_start\ndata: {"type":"message_start","message":{"id":"m","usage":{"input_tokens":1}}}\n\n'
+    frame = b"event: error\ndata: " + json.dumps(told).encode() + b"\n\n"
+    async with recorded(*([start + frame] if at_once else [start, 0.05, frame])) as engine:
+        front.serve(engine)
+        body = {"model": "tiny", "max_tokens": 5, "stream": True, "messages": [{"role": "user", "content": "a"}]}
+        answer = await front.ask(MESSAGES, body)
+        assert answer.status == (400 if at_once else 200)
+        error = answer.error if at_once else json.loads(answer.body.rpartition(b"data: ")[2])["error"]
+        assert error["type"] == "invalid_request_error" and "validation" not in error["message"]
+        assert engine.seen == [MESSAGES] and not front.gateway.fleet.fuse.armed
 
 
 async def test_an_engine_that_fails_with_a_request_in_mid_stream_is_not_said_to_have_died(front: Front) -> None:

@@ -35,7 +35,8 @@ def engine_killed(scene: Scene) -> Victims:
 
 def engine_stopped(scene: Scene) -> Victims:
     replica, pid = scene.busiest()
-    return _hit(scene.core(pid), signal.SIGSTOP, Victims({replica}))
+    limit_s = scene.endpoint(replica).stuck_after_s
+    return _hit(scene.core(pid), signal.SIGSTOP, Victims({replica}, stuck_after_s=limit_s))
 
 
 def core_killed(scene: Scene) -> Victims:
@@ -93,9 +94,10 @@ def engine_lies(scene: Scene) -> Victims:
 
 def engine_wedged(scene: Scene) -> Victims:
     """It accepts, and nothing gets another token."""
-    victims = _sins(scene, "hangs", after=0)
-    victims.at = scene.last_step(*victims.replicas)
-    return victims
+    replica, _ = scene.busiest()
+    endpoint = scene.endpoint(replica)
+    scene.sin(endpoint.url, "hangs", after=0)
+    return Victims({replica}, at=scene.last_step(endpoint.url), stuck_after_s=endpoint.stuck_after_s)
 
 
 def rolling_update(scene: Scene) -> Victims:
@@ -331,9 +333,9 @@ def _hit(pid: int, number: signal.Signals, victims: Victims) -> Victims:
     return victims
 
 
-def _sins(scene: Scene, *names: str, after: int = 1) -> Victims:
+def _sins(scene: Scene, *names: str) -> Victims:
     replica, _ = scene.busiest()
-    at = scene.sin(replica, *names, after=after)
+    at = scene.sin(scene.endpoint(replica).url, *names, after=1)
     return Victims({replica}, at=at)
 
 

@@ -35,7 +35,7 @@ Clients = Callable[[str, Row], list[tuple[int, Iterator[mix.Ask]]]]
 class Found:
     """One row of the table. Seconds are None where nothing was to go, or nothing came back. `verdicts`: of replicas'
     watches against their engines, by cause. `preempted`: times that an engine gave up a request's KV cache, and computed it
-    again. `trouble`: why the row shows less than it should."""
+    again. `stuck_after_s`: the limit of an engine that stood still. `trouble`: why the row shows less than it should."""
 
     fault: str
     turn: int = 0
@@ -50,6 +50,7 @@ class Found:
     unsent_failed: int = 0
     answers: int = 0
     detect_s: float | None = None
+    stuck_after_s: float = 0.0
     full_s: float | None = None
     verdicts: dict[str, float] = field(default_factory=dict)
     preempted: float = 0.0
@@ -117,7 +118,7 @@ class Stage:
         at = victims.at if victims.replicas or victims.ports else struck
         count(answers, victims, lines, in_flight, at, found)
         found.odd.extend(_odd(answers, lines))
-        found.deaths = victims.deaths
+        found.deaths, found.stuck_after_s = victims.deaths, victims.stuck_after_s
         found.verdicts = {k: v - verdicts.get(k, 0.0) for k, v in self._verdicts().items() if v > verdicts.get(k, 0.0)}
         found.preempted = sum(max(0.0, n - preempted.get(replica, 0.0)) for replica, n in self._preempted().items())
         found.trouble = found.trouble or victims.check(lines, answers) or self._left_behind()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import msgspec
 import psutil
 import yaml
 
@@ -29,6 +30,7 @@ from bench.mix import Ask, Witness
 from serving.engine import stats
 from serving.engine.door import SECRET_HEADER
 from serving.engine.process import ENGINE_MARK
+from serving.fleet.endpoint import Endpoint
 
 # What the gateways wrote down of each request, by its id.
 Lines = Mapping[str, Mapping[str, Any]]
@@ -48,6 +50,7 @@ class Victims:
     ports: set[int] = field(default_factory=set)
     at: float = field(default_factory=time.monotonic)
     leaves: bool = True
+    stuck_after_s: float = 0.0  # the engine's own limit, of one that is to be seen standing still
     settle_s: float = 2.0
     wait: Callable[[], None] = lambda: None
     back_s: float | None = None  # where nothing leaves: until it was whole again
@@ -121,31 +124,31 @@ class Scene:
         port = int(self.fleet.side.base_url.rpartition(":")[2])
         return {client for client, inode in taken(port).items() if inode in sockets}
 
-    def sin(self, replica: str, *names: str, after: int = 8) -> float:
-        """Turn one simulated engine bad; when, on the monotonic clock."""
+    def sin(self, url: str, *names: str, after: int) -> float:
+        """Turn the simulated engine there bad; when, on the monotonic clock."""
         body = json.dumps({"names": names, "after": after}).encode()
-        url = self._url(replica)
         at = time.monotonic()
         self._ask(url + "/-/sins", body)
         return at
 
-    def last_step(self, replica: str) -> float:
-        """When an engine that is about to stand still has made its last step, by its own counters, on the monotonic clock: a
-        simulated one that is told to obeys at its next request."""
-        url = self._url(replica)
+    def last_step(self, url: str) -> float:
+        """When the engine there, which is about to stand still, has made its last step, by its own counters, on the monotonic
+        clock: a simulated one that is told to obeys at its next request."""
         at, mark = time.monotonic(), None
         while time.monotonic() < at + _STILL_S:
             asked = time.monotonic()
             found = stats.vitals(self._ask(url + stats.VITALS_PATH))
             if found is None:
-                raise procs.StartFailed(f"{replica} says nothing of its steps")
+                raise procs.StartFailed(f"{url} says nothing of its steps")
             if found.mark != mark:
                 at, mark = asked, found.mark
             time.sleep(0.1)  # an engine tells its steps when asked, and not by itself
         return at
 
-    def _url(self, replica: str) -> str:
-        return next(str(r["url"]) for r in self.status()["replicas"] if r["id"] == replica)
+    def endpoint(self, replica: str) -> Endpoint:
+        """As the directory knows it. Takes a second or two."""
+        told = next(r for r in self.status()["replicas"] if r["id"] == replica)
+        return msgspec.convert(told, Endpoint)
 
     def _ask(self, url: str, body: bytes | None = None) -> str:
         """An engine, past its door."""

@@ -29,6 +29,7 @@ import msgspec
 import ray
 from ray import serve
 
+from serving import tasks
 from serving.catalog import weights
 from serving.engine import command, stats
 from serving.engine.command import EngineSpec, Traces
@@ -142,7 +143,7 @@ class EngineReplica:
         self._http = aiohttp.ClientSession(
             headers={SECRET_HEADER.decode(): self._secret}, timeout=aiohttp.ClientTimeout(total=30)
         )
-        self._tasks.append(asyncio.create_task(self._report_for_ever()))
+        self._tasks.append(tasks.for_ever(f"{self._id}: announcing it", self._report_for_ever))
         await self._pause_after_failures()
         for attempt in range(1, START_ATTEMPTS + 1):
             try:
@@ -236,8 +237,8 @@ class EngineReplica:
         )
         await self._announce()
         assert self._http is not None
-        self._watch = Watch(self._http, url, self.spec.served_names[0], lambda: engine.alive)
-        self._tasks.append(asyncio.create_task(self._watch_while_up(self._watch)))
+        watch = self._watch = Watch(self._http, url, self.spec.served_names[0], lambda: engine.alive)
+        self._tasks.append(tasks.for_ever(f"{self._id}: watching its engine", lambda: self._watch_while_up(watch)))
         log.info("%s: ready at %s after %.1f s", self._id, url, time.monotonic() - began)
 
     def _traces(self) -> Traces | None:
@@ -337,6 +338,7 @@ class EngineReplica:
                 tokens=watch.tokens,
                 waiting=watch.waiting,
                 kv_usage=watch.kv_usage,
+                stuck_after_s=watch.stuck_after_s,
             )
             await self._follow(judged)
             await asyncio.sleep(LOOK_EVERY_S)

@@ -9,7 +9,6 @@ import os
 import secrets
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import msgspec
 from filelock import FileLock, Timeout
 
+from serving import files
 from serving.cli import pids
 from serving.engine.command import GUARD
 from serving.engine.process import STACK_MARK, sweep
@@ -375,10 +375,7 @@ def remove(settings: Settings, temp_dir: str) -> None:
 def write_private(path: Path, text: str) -> None:
     """Atomically, mode 0600."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
-    with open(partial, "w", opener=lambda p, f: os.open(p, f | os.O_EXCL, 0o600)) as out:
-        out.write(text)
-    partial.replace(path)
+    files.replace(path, text.encode())
 
 
 def one_line(e: BaseException) -> str:

@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -333,10 +333,10 @@ def _wait(
 ) -> None:
     """Until every application that must be up runs and a gateway says ready; the first engine of them that fails ends the
     wait with its reason. A version that may have no replica starts with its first request, and fails with that.
-    `before`: Serve's messages before the config was applied."""
+    `before`: Serve's messages before the config was applied. A main process, which has a `stop`, waits for what another
+    command has applied since: it is what it serves."""
     before = before or {}
-    known = {a["name"] for a in config["applications"]}
-    wanted = {a["name"] for a in config["applications"] if _must_run(a)}
+    known, wanted = _names(config["applications"])
     began, told, deadline = time.time(), "", time.monotonic() + settings.ready_timeout_s
     next_line = 0.0
     unhealthy: dict[str, float] = {}  # since when
@@ -363,6 +363,14 @@ def _wait(
             failed = status == "DEPLOY_FAILED" or (_START_FAILED in message and message != before.get(name))
             if name in wanted and (failed or now - since > _UNHEALTHY_S):
                 raise EngineError(f"{name}: {_sentence(message)}", f"see {settings.log_dir}")
+        served = {} if set(statuses) == known else _served()
+        if set(served) not in (known, set()):
+            if stop is None:
+                raise OperatorError(
+                    "another `steelyard up` has applied its catalog meanwhile", "`steelyard status` says what is served"
+                )
+            say("another `steelyard up` has applied its catalog meanwhile, which is served now")
+            known, wanted = _names(served.values())
         running = {n for n, (status, _) in statuses.items() if status == "RUNNING"}
         if wanted <= running and set(statuses) == known and _readyz(settings):
             return
@@ -373,6 +381,18 @@ def _wait(
         if time.monotonic() > deadline:
             raise EngineError(f"not ready within {settings.ready_timeout_s:g} s: {line}", f"see {settings.log_dir}")
         (stop or threading.Event()).wait(0.25)
+
+
+def _served() -> dict[str, dict[str, Any]]:
+    """What was applied last, by application; empty where Serve is too busy to say."""
+    with contextlib.suppress(ClusterError):
+        return cluster.deployed_apps()
+    return {}
+
+
+def _names(apps: Collection[dict[str, Any]]) -> tuple[set[str], set[str]]:
+    """All applications, and those that must have a replica."""
+    return {a["name"] for a in apps}, {a["name"] for a in apps if _must_run(a)}
 
 
 def _must_run(app: dict[str, Any]) -> bool:

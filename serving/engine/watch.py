@@ -11,7 +11,7 @@ import aiohttp
 
 from serving.engine import stats
 from serving.engine.door import PROBE_HEADER, STATUS_PATH
-from serving.engine.health import Judgement, Limits, Look, Memory, Probe, judge
+from serving.engine.health import Judgement, Limits, Look, Memory, Probe, judge, limit_of
 
 LOOK_S = 1.0  # longest wait for one answer
 DEEPER_EVERY_S = 1.0  # /health, and the counters of one that is busy
@@ -28,6 +28,7 @@ class Watch:
         self.tokens = 0  # that they may take
         self.waiting = 0  # of them, in the engine's own queue
         self.kv_usage = 0.0
+        self.stuck_after_s = 0.0  # without a step, while it has work, it is suspect
         self._http, self._url, self._model, self._alive = http, url, model, alive
         now = time.monotonic()
         self._memory = Memory(proved_at=now, read_at=now)
@@ -57,6 +58,7 @@ class Watch:
         )
         judged = judge(look, limits, self._memory, now)
         self._memory = judged.memory
+        self.stuck_after_s = limit_of(limits, judged.memory)
         if judged.probe:
             self._probe = asyncio.create_task(generates(self._http, self._url, self._model))
         elif self._probe is not None and judged.memory.proved_at == now:  # proved otherwise

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import msgspec
 from prometheus_client import CollectorRegistry
 
+from serving import tasks
 from serving.fleet import history, keeper
 from serving.fleet.endpoint import (
     CRASH_WINDOW_S,
@@ -533,11 +534,13 @@ class Directory:
 
     def _ensure_janitor(self) -> None:
         if self._janitor is None:
-            loop = asyncio.get_running_loop()
-            self._janitor = loop.create_task(self._tidy_for_ever())
-            self._keepers += [loop.create_task(keeper.keep_gpu_exporters()), loop.create_task(self._keep_for_ever())]
+            self._janitor = tasks.for_ever("tidying the table", self._tidy_for_ever)
+            self._keepers = [
+                tasks.for_ever("keeping GPU exporters", keeper.keep_gpu_exporters),
+                tasks.for_ever("writing what outlives the directory", self._keep_for_ever),
+            ]
             if self._on_head:
-                self._keepers.append(loop.create_task(keeper.keep_gateways()))
+                self._keepers.append(tasks.for_ever("keeping gateways", keeper.keep_gateways))
 
     async def _tidy_for_ever(self) -> None:
         while True:

@@ -58,6 +58,7 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int = 0  # that they may take at most, as their gateways estimated
     waiting: int = 0  # of those, waiting in the engine's own queue
     kv_usage: float = 0.0  # share of KV cache blocks in use, 0..1
+    stuck_after_s: float = 0.0  # without a step, while it has work, it is SUSPECT; 0 while it is not looked at
     max_model_len: int | None = None  # tokens
     adapters: tuple[str, ...] | None = None  # that it has loaded; None: it does not say
     reason: str = ""  # why SUSPECT or FAILED, one line

@@ -4,7 +4,6 @@ directory, with that, with how long starts take, and with what gateways told of 
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from serving import files
 from serving.fleet.endpoint import Deaths
 from serving.fleet.scaling import Load
 
@@ -81,7 +81,4 @@ def read(path: Path) -> Kept:
 
 def write(path: Path, kept: Kept) -> None:
     """Atomically, mode 0600. Raises OSError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "wb", opener=lambda p, flags: os.open(p, flags, 0o600)) as out:
-        out.write(msgspec.json.encode(kept))
-    partial.replace(path)
+    files.replace(path, msgspec.json.encode(kept))

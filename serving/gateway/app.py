@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from serving import tasks
 from serving.errors import (
     BadRequest,
     DeadlinePassed,
@@ -102,8 +103,11 @@ class Gateway:
     async def start(self) -> None:
         self._engines = Engines(self._secret)
         await self._own.start()
-        minding = self._reload_keys(), self._mind_silence(), self._recall_suspects()
-        self._tasks = [asyncio.create_task(one) for one in minding]
+        self._tasks = [
+            tasks.for_ever("reading the keys file", self._reload_keys),
+            tasks.for_ever("minding silent engines", self._mind_silence),
+            tasks.for_ever("recalling suspects", self._recall_suspects),
+        ]
 
     async def stop(self) -> None:
         """After the last request. Closes connections to engines and writes out the log."""

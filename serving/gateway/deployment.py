@@ -16,6 +16,7 @@ import ray
 from prometheus_client import CollectorRegistry
 from ray import serve
 
+from serving import tasks
 from serving.errors import OperatorError
 from serving.fleet import directory, spare
 from serving.fleet.endpoint import Deaths, GatewayInfo, Snapshot
@@ -115,11 +116,12 @@ class GatewayReplica:
         own = private.getsockname()[:2]
         self.gateway.private_port = own[1]
         self._server = Server(self.gateway, private=own)
+        lock = self._settings.state_dir / "spare.lock"
         self._tasks = [
             asyncio.create_task(self._server.serve(sockets=[public, private])),
-            asyncio.create_task(directory.follow(self._take, self._directory)),
-            asyncio.create_task(self._announce_for_ever()),
-            asyncio.create_task(spare.keep_for_ever(self._spare_wanted, self._settings.state_dir / "spare.lock")),
+            tasks.for_ever("following the table", lambda: directory.follow(self._take, self._directory)),
+            tasks.for_ever("announcing this gateway", self._announce_for_ever),
+            tasks.for_ever("keeping a spare process", lambda: spare.keep_for_ever(self._spare_wanted, lock)),
         ]
         while not self._server.started:
             if self._tasks[0].done():

@@ -29,6 +29,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from serving import files
 from serving.catalog.spec import NAME, VERSION
 from serving.errors import InvalidKey, OperatorError
 from serving.gateway.order import CLASSES
@@ -153,7 +154,7 @@ def adopt(path: Path, content: bytes) -> bool:
     with contextlib.suppress(OSError):
         if path.read_bytes() == content:
             return False
-    _replace(path, content)
+    files.replace(path, content)
     return True
 
 
@@ -328,21 +329,8 @@ def _change(path: Path, change: Callable[[dict[str, Key]], None]) -> dict[str, K
         keys = _read(path)[0] if path.exists() else {}
         change(keys)
         records = [{**as_record(key), "sha256": key.sha256} for key in keys.values()]
-        _replace(path, (json.dumps({"keys": records}, indent=1) + "\n").encode())
+        files.replace(path, (json.dumps({"keys": records}, indent=1) + "\n").encode())
     return keys
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Readers see the old file or the new one, also after a power failure."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _iso(at: float | None) -> str | None:

@@ -17,6 +17,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+from serving import tasks
 from serving.gateway.exchange import Receive, Scope, Send
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -88,7 +89,7 @@ class Server(uvicorn.Server):
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._sockets = sockets or []
-        minding = asyncio.create_task(self._close_the_speechless())
+        minding = tasks.for_ever("closing on who says nothing", self._close_the_speechless)
         try:
             await super().serve(sockets)
         finally:

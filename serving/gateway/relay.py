@@ -26,6 +26,9 @@ from serving.gateway.routing import Charged, Upstream
 
 BUSY_HEADER, OCCUPIED = b"x-steelyard-busy", b"trial"
 MAX_ANSWER_BYTES = 256 * 1024 * 1024  # of one unstreamed answer
+MAX_HELD_BYTES = (
+    1024 * 1024
+)  # of a stream, until its head could be sent: the client may have an answer before it to read
 MAX_EVENT_BYTES = 8 * 1024 * 1024  # of one SSE event
 # The door says whom it lets in that is on trial: of who was still before it, its engine did not die.
 _TRIAL = b"expect: 100-continue\r\nx-steelyard-trial: %d\r\n"
@@ -33,7 +36,8 @@ _OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)  # says nothing of the engine
 
 # Sought in answers that are refusals by their status, which hold no generated text.
 _NO_ROUTE = b'{"detail":"Not Found"}'
-_DEAD = b"EngineCore encountered an issue"  # what vLLM says to all inside when its core has died
+# What vLLM says to all inside when its core has died. As the message itself: one may repeat its client's words.
+_DEAD = re.compile(rb'"message": ?"EngineCore encountered an issue')
 # Inside a JSON string quotes and line feeds are escaped, so none of these can come from generated text.
 _ERROR_FRAMES = (b'data: {"error"', b"event: error\n")
 # What vLLM says of requests it drops when it is stopped, under a status 200. Sought on routes with choices only, which hold no
@@ -149,7 +153,7 @@ class StreamScan:
         code = _code_of(self.told)
         if code is not None and 400 <= code < 500:
             return "ok"
-        return "died" if code is None or _DEAD in self.error else "http_5xx"
+        return "died" if code is None or _DEAD.search(self.error) else "http_5xx"
 
     def feed(self, data: bytes) -> bytes:
         """The whole events in what came so far that the client may have; the rest is kept for the next call."""
@@ -332,7 +336,10 @@ class Reply:
         assert self.scan is not None
         self._sink = sink
         if self._held:
+            paused = self._size > MAX_HELD_BYTES
             self._emit(self._taken())
+            if paused and self._slow is None and not self._ended:
+                self._connection.resume()
         while self._fault is None:
             if self._slow is not None:
                 slow, self._slow = self._slow, None
@@ -378,9 +385,12 @@ class Reply:
         if data:
             self._held.append(data)
             self._size += len(data)
-        if self._size > MAX_ANSWER_BYTES:
+        if scan is not None:
+            if self._size > MAX_HELD_BYTES:
+                self._connection.pause()
+            self._wake()
+        elif self._size > MAX_ANSWER_BYTES:
             self._fault = Broken("too_long", f"an answer over {MAX_ANSWER_BYTES} bytes", killed=True)
-        if self.scan is not None or self._fault is not None:
             self._wake()
 
     def chunk(self, data: bytes, start: int, end: int) -> None:
@@ -539,7 +549,7 @@ def _judged(who: str, reply: Reply) -> Reply:
         raise Busy(occupied=reply.busy == OCCUPIED)
     if not _is_answer(reply.status):
         text = body[:2000].decode(errors="replace")
-        if reply.status >= 500 and _DEAD in body:
+        if reply.status >= 500 and _DEAD.search(body):
             raise Broken("died", f"{who}: {text}", killed=True, gone=True)
         outcome = "http_5xx" if reply.status >= 500 else "refused"
         raise Broken(outcome, f"{who}: {reply.status} {text}", killed=False)
@@ -591,7 +601,7 @@ def _failed_at_once(who: str, reply: Reply, scan: StreamScan) -> Reply:
         reply.status, reply.content_type, reply.body, reply.scan = code, b"application/json", scan.told, None
         return reply
     detail = f"{who}: {scan.error[:300].decode(errors='replace')}"
-    killed, gone = outcome == "died" and not scan.aborted, scan.aborted or _DEAD in scan.error
+    killed, gone = outcome == "died" and not scan.aborted, scan.aborted or _DEAD.search(scan.error) is not None
     raise Broken(outcome, detail, killed=killed, gone=gone)
 
 

@@ -57,6 +57,14 @@ def whole(text: str, extra: str = "") -> bytes:
     return f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n{extra}content-length: {len(body)}\r\n\r\n{body}".encode()
 
 
+async def read_on(reader: asyncio.StreamReader, size: int) -> None:
+    """At least so many bytes."""
+    while size > 0:
+        data = await reader.read(2**20)
+        assert data, f"it ended {size} bytes too early"
+        size -= len(data)
+
+
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -252,9 +260,37 @@ async def test_a_slow_client_holds_its_engine_back_and_gets_everything(front: Fr
         writer.write(head.encode() + body)
         await eventually("the engine is held back", _still(lambda: written))
         assert 0 < written < total / 2
-        received = await reader.readuntil(b"\r\n\r\n") and 0
-        while received < total * len(event):
-            received += len(await reader.read(2**20))
+        await read_on(reader, total * len(event))
+        await eventually("the engine wrote it all", lambda: written == total)
+        writer.transport.abort()
+
+
+async def test_a_stream_whose_client_has_not_read_the_answer_before_it_holds_its_engine_back(front: Front) -> None:
+    """Its own head cannot leave yet, so nothing of it has."""
+    event = b'data: {"choices":[{"delta":{"content":"' + b"x" * 65_000 + b'"}}]}\n\n'
+    large, total, written = "y" * 8_000_000, 2_000, 0
+
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal written
+        if not json.loads(await request(reader)).get("stream"):
+            writer.write(whole(large))
+            await writer.drain()
+            await request(reader)
+        writer.write(STREAM)
+        for _ in range(total):
+            writer.write(chunk(event))
+            await writer.drain()
+            written += 1
+        writer.write(chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+
+    async with wire(front, play):
+        reader, writer = await asyncio.open_connection("127.0.0.1", front.port, limit=1024)
+        for body in (json.dumps(chat()).encode(), json.dumps(chat(stream=True)).encode()):
+            head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {front.keys.all}\r\n"
+            writer.write(head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body)
+        await eventually("the engine is held back", _still(lambda: written))
+        assert 0 < written < total / 2
+        await read_on(reader, len(large) + total * len(event))
         await eventually("the engine wrote it all", lambda: written == total)
         writer.transport.abort()
 

@@ -246,6 +246,19 @@ async def test_a_request_that_its_engine_failed_with_is_no_death(
         assert not front.gateway.fleet.fuse.armed
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_error_that_repeats_its_clients_words_is_no_death(front: Front, stream: bool) -> None:
+    said_by_client = '"message":"EngineCore encountered an issue. See stack trace'
+    error = json.dumps({"error": {"message": said_by_client, "type": "InternalServerError", "code": 500}}).encode()
+    words = (b"data: " + error + b"\n\n", DONE) if stream else (error,)
+    kind = "text/event-stream" if stream else "application/json"
+    async with recorded(*words, status=200 if stream else 500, content_type=kind) as engine:
+        front.serve(engine)
+        assert (await front.ask(body=chat(stream=stream))).error["code"] == "engine_error"
+        assert front.metric("steelyard_upstream_attempts_total", outcome="died") == 0
+        assert not front.gateway.fleet.fuse.armed
+
+
 async def test_one_replica_that_cuts_a_stream_is_asked_again_at_once(
     front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:

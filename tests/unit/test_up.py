@@ -21,7 +21,7 @@ from serving.cli.cluster import ClusterFile, Room
 from serving.engine.process import STACK_MARK
 from serving.errors import ClusterError, EngineError, OperatorError, PortTaken
 from serving.fleet import manifest
-from serving.fleet.endpoint import GATEWAY_APP
+from serving.fleet.endpoint import GATEWAY_APP, Snapshot
 from serving.gateway.keys import KeyRing
 from serving.settings import load_settings
 
@@ -184,6 +184,37 @@ def test_a_stack_that_ends_meanwhile_is_not_waited_for(tmp_path: Path, monkeypat
     settings = load_settings(state_dir=tmp_path)
     with pytest.raises(ClusterError, match="the stack ended while the catalog was applied"):
         up._wait(config(), settings, print, before={})
+
+
+def another_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve runs what somebody else has applied, and not what `config()` says."""
+    there = {app["name"].replace("m@", "other@"): app for app in config()["applications"]}
+    apps = {name: {**app, "name": name} for name, app in there.items()}
+    stubs = {
+        "snapshot": lambda: Snapshot(epoch="e", number=1, complete=True),
+        "app_statuses": lambda: dict.fromkeys(apps, ("RUNNING", "")),
+        "deployed_apps": lambda: apps,
+    }
+    for name, value in stubs.items():
+        monkeypatch.setattr(up.cluster, name, value)
+    monkeypatch.setattr(up, "_readyz", lambda _: True)
+
+
+def test_who_starts_a_stack_does_not_end_it_since_another_catalog_was_applied_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    another_applied(monkeypatch)
+    said: list[str] = []
+    up._wait(config(), load_settings(state_dir=tmp_path, ready_timeout_s=1), said.append, threading.Event())
+    assert said == ["another `steelyard up` has applied its catalog meanwhile, which is served now"]
+
+
+def test_who_applied_a_catalog_is_told_that_another_one_came_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    another_applied(monkeypatch)
+    with pytest.raises(OperatorError, match="another `steelyard up` has applied its catalog meanwhile"):
+        up._wait(config(), load_settings(state_dir=tmp_path, ready_timeout_s=1), print, before={})
 
 
 @pytest.fixture

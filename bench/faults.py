@@ -34,9 +34,9 @@ def engine_killed(scene: Scene) -> Victims:
 
 
 def engine_stopped(scene: Scene) -> Victims:
+    known = scene.endpoints()
     replica, pid = scene.busiest()
-    limit_s = scene.endpoint(replica).stuck_after_s
-    return _hit(scene.core(pid), signal.SIGSTOP, Victims({replica}, stuck_after_s=limit_s))
+    return _hit(scene.core(pid), signal.SIGSTOP, Victims({replica}, stuck_after_s=known[replica].stuck_after_s))
 
 
 def core_killed(scene: Scene) -> Victims:
@@ -94,8 +94,9 @@ def engine_lies(scene: Scene) -> Victims:
 
 def engine_wedged(scene: Scene) -> Victims:
     """It accepts, and nothing gets another token."""
+    known = scene.endpoints()
     replica, _ = scene.busiest()
-    endpoint = scene.endpoint(replica)
+    endpoint = known[replica]
     scene.sin(endpoint.url, "hangs", after=0)
     return Victims({replica}, at=scene.last_step(endpoint.url), stuck_after_s=endpoint.stuck_after_s)
 
@@ -334,8 +335,9 @@ def _hit(pid: int, number: signal.Signals, victims: Victims) -> Victims:
 
 
 def _sins(scene: Scene, *names: str) -> Victims:
+    known = scene.endpoints()
     replica, _ = scene.busiest()
-    at = scene.sin(scene.endpoint(replica).url, *names, after=1)
+    at = scene.sin(known[replica].url, *names, after=1)
     return Victims({replica}, at=at)
 
 

@@ -145,10 +145,9 @@ class Scene:
             time.sleep(0.1)  # an engine tells its steps when asked, and not by itself
         return at
 
-    def endpoint(self, replica: str) -> Endpoint:
-        """As the directory knows it. Takes a second or two."""
-        told = next(r for r in self.status()["replicas"] if r["id"] == replica)
-        return msgspec.convert(told, Endpoint)
+    def endpoints(self) -> dict[str, Endpoint]:
+        """Replicas as the directory knows them. Takes a second or two, so it is asked before a victim is chosen."""
+        return {r["id"]: msgspec.convert(r, Endpoint) for r in self.status()["replicas"]}
 
     def _ask(self, url: str, body: bytes | None = None) -> str:
         """An engine, past its door."""

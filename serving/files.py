@@ -17,5 +17,10 @@ def replace(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)  # a key that was revoked stays so
+        finally:
+            os.close(folder)
     finally:
         draft.unlink(missing_ok=True)

@@ -362,7 +362,7 @@ class EngineReplica:
 
     async def _announce(self) -> None:
         try:
-            await self._directory.call("announce", directory.pack(self._endpoint))
+            await self._directory.call("announce", directory.pack(self._endpoint), timeout_s=directory.REPORT_CALL_S)
             self._untold = False
         except Exception as e:  # any Ray error: the next round tells the restarted directory everything
             if not self._untold:

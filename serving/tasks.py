@@ -19,9 +19,12 @@ def for_ever(what: str, work: Callable[[], Awaitable[None]]) -> asyncio.Task[Non
 
 
 async def _again_and_again(what: str, work: Callable[[], Awaitable[None]]) -> None:
+    told = ""
     while True:
         try:
             return await work()
-        except Exception:
-            log.exception("%s failed, and goes on", what)
+        except Exception as e:
+            if repr(e) != told:  # not a traceback a second for the same trouble
+                log.exception("%s failed, and goes on", what)
+            told = repr(e)
         await asyncio.sleep(AGAIN_S)

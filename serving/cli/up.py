@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +170,10 @@ def _serve(catalog: Catalog, config: dict[str, Any], settings: Settings, say: Sa
         say(f"starting {counted(len(config['applications']) - 1, 'engine')}")
         cluster.apply(config)
         turn.close()
-        _wait(config, settings, say, told_to_stop)
+        own = _wait(config, settings, say, told_to_stop)
         ready = not told_to_stop.is_set()
         if ready:
-            _print_ready(catalog, settings, say, time.monotonic() - began, stays=True)
+            _print_ready(catalog if own else None, settings, say, time.monotonic() - began, stays=True)
             write_private(settings.state_dir / "ready", f"{_url(settings)}\n")
             _until(told_to_stop, settings, found.temp_dir)
     finally:
@@ -330,13 +330,14 @@ def _wait(
     say: Say,
     stop: threading.Event | None = None,
     before: Mapping[str, str] | None = None,
-) -> None:
+) -> bool:
     """Until every application that must be up runs and a gateway says ready; the first engine of them that fails ends the
     wait with its reason. A version that may have no replica starts with its first request, and fails with that.
-    `before`: Serve's messages before the config was applied. A main process, which has a `stop`, waits for what another
-    command has applied since: it is what it serves."""
-    before = before or {}
-    known, wanted = _names(config["applications"])
+    `before`: Serve's messages before the config was applied. Returns whether that is still what is served: a main process,
+    which has a `stop`, goes on though another command has applied its catalog since, and waits for what is in both."""
+    before, own = before or {}, True
+    known = {a["name"] for a in config["applications"]}
+    wanted = {a["name"] for a in config["applications"] if _must_run(a)}
     began, told, deadline = time.time(), "", time.monotonic() + settings.ready_timeout_s
     next_line = 0.0
     unhealthy: dict[str, float] = {}  # since when
@@ -349,6 +350,14 @@ def _wait(
             if time.monotonic() > deadline:
                 raise
             continue
+        applied = _applied_names()
+        if applied not in (known, set()):
+            if stop is None:
+                raise OperatorError(
+                    "another `steelyard up` has applied its catalog meanwhile", "`steelyard status` says what is served"
+                )
+            say("another `steelyard up` has applied its catalog meanwhile, which is served now")
+            known, wanted, own = applied, wanted & applied, False
         for e in table.endpoints:
             if e.state is State.FAILED and e.version_id in wanted and e.started_at >= began - 1:
                 raise EngineError(e.reason)
@@ -363,17 +372,9 @@ def _wait(
             failed = status == "DEPLOY_FAILED" or (_START_FAILED in message and message != before.get(name))
             if name in wanted and (failed or now - since > _UNHEALTHY_S):
                 raise EngineError(f"{name}: {_sentence(message)}", f"see {settings.log_dir}")
-        served = {} if set(statuses) == known else _served()
-        if set(served) not in (known, set()):
-            if stop is None:
-                raise OperatorError(
-                    "another `steelyard up` has applied its catalog meanwhile", "`steelyard status` says what is served"
-                )
-            say("another `steelyard up` has applied its catalog meanwhile, which is served now")
-            known, wanted = _names(served.values())
         running = {n for n, (status, _) in statuses.items() if status == "RUNNING"}
-        if wanted <= running and set(statuses) == known and _readyz(settings):
-            return
+        if wanted <= running and set(statuses) == known and (_readyz(settings) or not own):
+            return own
         line = _progress(wanted, running, table)
         if line != told or time.monotonic() > next_line:
             say(f"{time.time() - began:5.1f} s  {line}")
@@ -381,18 +382,14 @@ def _wait(
         if time.monotonic() > deadline:
             raise EngineError(f"not ready within {settings.ready_timeout_s:g} s: {line}", f"see {settings.log_dir}")
         (stop or threading.Event()).wait(0.25)
+    return own
 
 
-def _served() -> dict[str, dict[str, Any]]:
-    """What was applied last, by application; empty where Serve is too busy to say."""
+def _applied_names() -> set[str]:
+    """Applications of what was applied last; none where Serve is too busy to say."""
     with contextlib.suppress(ClusterError):
-        return cluster.deployed_apps()
-    return {}
-
-
-def _names(apps: Collection[dict[str, Any]]) -> tuple[set[str], set[str]]:
-    """All applications, and those that must have a replica."""
-    return {a["name"] for a in apps}, {a["name"] for a in apps if _must_run(a)}
+        return set(cluster.deployed_apps())
+    return set()
 
 
 def _must_run(app: dict[str, Any]) -> bool:
@@ -442,17 +439,19 @@ def _until(stop: threading.Event, settings: Settings, temp_dir: str) -> None:
             raise OperatorError("a Ray process of this node died", f"see {kept}, then run `steelyard up` again")
 
 
-def _print_ready(catalog: Catalog, settings: Settings, say: Say, took_s: float, *, stays: bool) -> None:
+def _print_ready(catalog: Catalog | None, settings: Settings, say: Say, took_s: float, *, stays: bool) -> None:
+    """Without a `catalog` where it is another one's that is served."""
     url, key = _url(settings), _short(settings.api_key_file)
-    name = catalog.models[0].name
-    say(f"ready after {took_s:.1f} s: {url}  models: {', '.join(sorted(catalog.served_names))}")
+    models = f"  models: {', '.join(sorted(catalog.served_names))}" if catalog else ""
+    say(f"ready after {took_s:.1f} s: {url}{models}")
     say(f"key: {key}")
     say("")
-    say(
-        f"curl -s {url}/v1/chat/completions -H \"Authorization: Bearer $(cat {key})\" -H 'content-type: application/json' \\"
-    )
-    say(f'  -d \'{{"model": "{name}", "messages": [{{"role": "user", "content": "What is Steelyard?"}}]}}\'')
-    say("")
+    if catalog:
+        ask = f'curl -s {url}/v1/chat/completions -H "Authorization: Bearer $(cat {key})"'
+        say(f"{ask} -H 'content-type: application/json' \\")
+        body = f'{{"model": "{catalog.models[0].name}", "messages": [{{"role": "user", "content": "What is Steelyard?"}}]}}'
+        say(f"  -d '{body}'")
+        say("")
     if stays:
         say("Ctrl-C stops everything.")
 

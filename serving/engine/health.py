@@ -83,7 +83,7 @@ class Judgement(msgspec.Struct, frozen=True):
 
 def judge(look: Look, limits: Limits, memory: Memory, now: float) -> Judgement:
     """The verdict on one look, and what to remember for the next."""
-    m = _remember(look, _awake(memory, now), now)
+    m = _remember(look, limits, _awake(memory, now), now)
     limit_s = limit_of(limits, m)
     replace_s = max(limits.replace_s, 3 * limit_s)
     if not look.alive:
@@ -184,14 +184,14 @@ def _asked(m: Memory, now: float) -> Memory:
     return msgspec.structs.replace(m, probed_at=now)
 
 
-def _remember(look: Look, m: Memory, now: float) -> Memory:
+def _remember(look: Look, limits: Limits, m: Memory, now: float) -> Memory:
     moved = look.mark is not None and bool(m.mark) and look.mark != m.mark
     proved = moved or look.probe == "ok" or look.asleep
     steps, steps_at = m.steps, m.steps_at
     if moved and m.busy_since is not None:
         assert look.mark is not None
         gap_s = now - max(m.proved_at, m.busy_since)
-        steps, steps_at = _with_steps(m, gap_s, max(1.0, look.mark[0] - m.mark[0]), now), now
+        steps, steps_at = _with_steps(m, limits, gap_s, max(1.0, look.mark[0] - m.mark[0]), now), now
     bad = look.probe == "refused" or not look.healthy
     busy = look.in_flight > 0 or (not look.answers and m.busy_since is not None)
     return msgspec.structs.replace(
@@ -213,10 +213,16 @@ def _since(known: float | None, now: float) -> float:
     return now if known is None else known
 
 
-def _with_steps(m: Memory, gap_s: float, count: float, now: float) -> tuple[float, ...]:
-    length_s = max(gap_s / count, _FIRST_STEP_S)
-    at = min(_BUCKETS - 1, math.ceil(math.log2(length_s / _FIRST_STEP_S)))
+def _with_steps(m: Memory, limits: Limits, gap_s: float, count: float, now: float) -> tuple[float, ...]:
+    """With `count` steps in the `gap_s` since the one before. Where none had been made when the counters were read last, one of
+    them took nearly all of it. One beyond the limit says little of what is usual, and counts as twice as long as a slow one has
+    been: an engine that stood still once is found as soon the next time, and one that is slow is known for it after a few."""
+    limit_s, last_s = limit_of(limits, m), gap_s if m.read_at is None else min(gap_s, now - m.read_at)
     kept = 0.5 ** ((now - m.steps_at) / _HALF_LIFE_S) if m.steps else 0.0
     steps = [w * kept for w in m.steps] or [0.0] * _BUCKETS
-    steps[at] += count
+    long = 1.0 if gap_s > last_s else 0.0
+    for length_s, weight in ((gap_s, long), (last_s / count, count - long)):
+        usual_s = length_s if length_s < limit_s else 2 * limit_s / limits.slow_steps
+        at = math.ceil(math.log2(max(usual_s, _FIRST_STEP_S) / _FIRST_STEP_S))
+        steps[min(_BUCKETS - 1, at)] += weight
     return tuple(steps)

@@ -12,6 +12,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from serving import files
 from serving.engine.command import EngineSpec
 from serving.errors import CatalogError, EngineError
 
@@ -62,9 +63,7 @@ def vllm_arguments(cache: Path) -> frozenset[str]:
         raise EngineError(f"the installed vLLM {version} does not import: {last}", "run `make install` again")
     names = json.loads(done.stdout.strip().splitlines()[-1])
     cache.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(names))
-    partial.replace(path)
+    files.replace(path, json.dumps(names).encode())
     return frozenset(names)
 
 

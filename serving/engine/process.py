@@ -154,15 +154,19 @@ def _private(path: str, flags: int) -> int:
 
 
 def _main_children(pid: int) -> list[tuple[int, str]]:
-    """EngineCore and Worker processes below `pid`; others (compile helpers, trackers) may come and go."""
-    found = []
+    """EngineCore and Worker processes below `pid`; others (compile helpers, trackers) may come and go. So does what one of these
+    forks: it has its title until it is another program."""
+    found: list[tuple[int, str]] = []
+    titled: dict[int, str] = {}
     with contextlib.suppress(psutil.Error):
-        for child in psutil.Process(pid).children(recursive=True):
+        for child in psutil.Process(pid).children(recursive=True):  # parents first
             with contextlib.suppress(psutil.Error):
                 title = " ".join(child.cmdline()) or child.name()
                 for name in ("EngineCore", "Worker"):
                     if f"VLLM::{name}" in title:
-                        found.append((child.pid, name))
+                        titled[child.pid] = name
+                        if titled.get(child.ppid()) != name:
+                            found.append((child.pid, name))
                         break
     return found
 

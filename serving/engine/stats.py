@@ -24,13 +24,15 @@ def kv_tokens(text: str) -> int | None:
 
 class Vitals(NamedTuple):
     """What an engine says of its load, and whether it gets on. `mark` moves with every step of its core, and with nothing else:
-    a prefill in chunks counts as no iteration and yields no token, but takes more of the KV cache each time."""
+    a prefill in chunks counts as no iteration and yields no token, but takes more of the KV cache each time. `ranks`: the same of
+    each of its data-parallel cores that has work."""
 
     running: int
     waiting: int
     kv_usage: float  # 0..1
     asleep: bool
     mark: tuple[float, ...]  # iterations first
+    ranks: dict[str, tuple[float, ...]]
 
 
 _ITERATIONS, _AWAKE = "vllm:iteration_tokens_total_count", "vllm:engine_sleep_state"
@@ -47,17 +49,37 @@ _SAMPLE = re.compile(rf"^({'|'.join(map(re.escape, (*_MOVING, _AWAKE)))})(?:\{{(
 
 def vitals(text: str) -> Vitals | None:
     """None for an engine without vLLM's counters."""
-    values = dict.fromkeys(_MOVING, 0.0)
+    cores: dict[str, dict[str, float]] = {}
     awake: list[float] = []
-    found = False
     for name, labels, value in _SAMPLE.findall(text):
         if name == _AWAKE:
             if 'sleep_state="awake"' in labels:
                 awake.append(float(value))
         else:
-            values[name] += float(value)
-            found = True
-    if not found:
+            core = cores.setdefault(dict(_LABEL.findall(labels)).get("engine", ""), dict.fromkeys(_MOVING, 0.0))
+            core[name] += float(value)
+    if not cores:
         return None
-    asleep = bool(awake) and not any(awake)
-    return Vitals(int(values[_RUNNING]), int(values[_WAITING]), values[_KV], asleep, tuple(values.values()))
+    whole = {name: sum(core[name] for core in cores.values()) for name in _MOVING}
+    return Vitals(
+        int(whole[_RUNNING]),
+        int(whole[_WAITING]),
+        whole[_KV] / len(cores),
+        bool(awake) and not any(awake),
+        tuple(whole.values()),
+        {rank: tuple(core.values()) for rank, core in cores.items() if core[_RUNNING] or core[_WAITING]},
+    )
+
+
+class Pace:
+    """The mark of all cores together: it moves when each that has work has moved since it moved last. So one that stands still is
+    not hidden by the others."""
+
+    def __init__(self) -> None:
+        self._mark: tuple[float, ...] | None = None
+        self._ranks: dict[str, tuple[float, ...]] = {}
+
+    def mark(self, now: Vitals) -> tuple[float, ...]:
+        if self._mark is None or not any(self._ranks.get(rank) == mark for rank, mark in now.ranks.items()):
+            self._mark, self._ranks = now.mark, now.ranks
+        return self._mark

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import aiohttp
 
@@ -16,8 +17,12 @@ from serving.engine.health import Judgement, Limits, Look, Memory, Probe, judge,
 LOOK_S = 1.0  # longest wait for one answer
 DEEPER_EVERY_S = 1.0  # /health, and the counters of one that is busy
 IDLE_EVERY_S = 5.0  # the counters of one that is not
+PUT_OFF_TRIES = 5  # in a row may it be too busy for one token with nothing inside
 _NO_SUCH_ROUTE = (404, 405, 501)  # a pooling model
-_TROUBLE = (aiohttp.ClientError, TimeoutError, OSError, KeyError, ValueError)
+_TROUBLE = (aiohttp.ClientError, TimeoutError, OSError, KeyError, ValueError, TypeError)
+
+
+Answer = Literal[Probe, "busy"]
 
 
 class Watch:
@@ -32,9 +37,11 @@ class Watch:
         self._http, self._url, self._model, self._alive = http, url, model, alive
         now = time.monotonic()
         self._memory = Memory(proved_at=now, read_at=now)
-        self._probe: asyncio.Task[Probe] | None = None
+        self._probe: asyncio.Task[Answer] | None = None
+        self._put_off = 0  # probes in a row that were told 503 while nothing was inside
         self._healthy = True
         self._vitals: stats.Vitals | None = None
+        self._pace = stats.Pace()
         self._deeper_at = self._counted_at = 0.0
         self._entered = self._counted_entered = 0
 
@@ -99,7 +106,7 @@ class Watch:
             self._counted_at, self._counted_entered, self._vitals = now, self._entered, found
             if found is not None:
                 self.waiting, self.kv_usage = found.waiting, found.kv_usage
-                return found.mark
+                return self._pace.mark(found)
         return None
 
     def _probed(self) -> Probe:
@@ -108,10 +115,14 @@ class Watch:
         if not self._probe.done():
             return "pending"
         done, self._probe = self._probe, None
-        return done.result()
+        answer = done.result()
+        self._put_off = self._put_off + 1 if answer == "busy" and not self.in_flight else 0
+        if answer == "busy":
+            return "refused" if self._put_off >= PUT_OFF_TRIES else "none"
+        return answer
 
 
-async def generates(http: aiohttp.ClientSession, url: str, model: str) -> Probe:
+async def generates(http: aiohttp.ClientSession, url: str, model: str) -> Answer:
     """Asks the engine for one token, past its slots: nobody waits for it, and it counts as nobody's."""
     body = {"model": model, "prompt": "a", "max_tokens": 1, "temperature": 0}
     try:
@@ -121,7 +132,9 @@ async def generates(http: aiohttp.ClientSession, url: str, model: str) -> Probe:
             await r.read()
             if r.status in (200, *_NO_SUCH_ROUTE):
                 return "ok"
-            return "refused" if r.status >= 500 and r.status != 503 else "none"  # 503: it has too much to do
+            if r.status == 503:  # it has too much to do, or says so
+                return "busy"
+            return "refused" if r.status >= 500 else "none"
     except _TROUBLE:
         return "none"  # nobody answers, which is told otherwise
 

@@ -63,13 +63,19 @@ FAILED_KEPT_S = 60.0  # how long a FAILED entry stays to tell why
 # needs a moment to reconnect. Until then gateways forget nobody.
 SETTLE_S = 15.0
 CALL_S = 5.0
+REPORT_CALL_S = 2.0  # of one report: a lease outlasts one that hangs, and the next one is told in time
 JANITOR_EVERY_S = 0.5
 STOOD_STILL_S = 1.0  # this process did not run for longer than that: nobody's silence in it says anything
 FACTS_KEPT = 1024  # versions that are remembered
+NODES_KEPT = 64  # on which starts of a version failed; beyond that it is not the node
 LEFT_KEPT = 4096  # requests inside engines that died, as gateways told that have left
 KEPT_FILE = "directory.json"
 KEEP_EVERY_S = 2.0  # what changed of what outlives the directory is written
 LOAD_NEWS_EVERY_S = 0.25  # load alone wakes pollers at most this often; a state change wakes them at once
+
+
+def _with_node(nodes: tuple[str, ...], node: str) -> tuple[str, ...]:
+    return nodes if node in nodes or len(nodes) >= NODES_KEPT else (*nodes, node)
 
 
 class Table:
@@ -175,7 +181,9 @@ class Table:
         """How long a replica waits before it starts the engine of digest `spec`: earlier starts of it failed, or it failed on
         that node, again and again, while it served."""
         facts, now = self.facts(version_id), self._wall()
-        delay_s = facts.failed_at + retry_delay_s(facts) - now if facts.spec == spec else 0.0
+        # Who failed on other nodes alone says nothing of this one: there it is tried.
+        known = facts.spec == spec and (node in facts.failed_on or len(facts.failed_on) >= NODES_KEPT)
+        delay_s = facts.failed_at + retry_delay_s(facts) - now if known else 0.0
         alone = not any(e.version_id == version_id and e.state is State.READY for e, _ in self._endpoints.values())
         return max(0.0, delay_s, quarantined_until(facts, spec, node, now, alone=alone) - now)
 
@@ -209,6 +217,7 @@ class Table:
             facts = VersionFacts(
                 ready_after_s=facts.ready_after_s,
                 failures=facts.failures + 1 if facts.spec == endpoint.spec else 1,
+                failed_on=_with_node(facts.failed_on if facts.spec == endpoint.spec else (), endpoint.node),
                 failed_at=now,
                 reason=endpoint.reason,
                 spec=endpoint.spec,
@@ -293,7 +302,8 @@ class Table:
 
     def expire(self, now: float) -> bool:
         """Drops entries whose lease ran out; True when there were any. Each `JANITOR_EVERY_S`, and when a doubt is over."""
-        self._went_on_at = now if self._went_on_at is None else self._went_on_at
+        if self._went_on_at is None:  # nobody could call before: nobody's silence until now says anything
+            self._went_on_at = self._born = now
         self._go_on(now)
         self._forget_deaths()
         self._notice_the_clock()

@@ -154,6 +154,7 @@ class VersionFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     ready_after_s: float | None = None  # of the last start: spawn to first token
     failures: int = 0  # starts that failed since the last one that did not
+    failed_on: tuple[str, ...] = ()  # nodes of them, bounded
     failed_at: float = 0.0  # epoch seconds of the last of them
     reason: str = ""  # of the last of them, one line; for operators, not for clients
     spec: str = ""  # digest of the engine that failed

@@ -179,7 +179,7 @@ class GatewayReplica:
             suspects=deaths.suspects,
             died=fleet.fuse.ages(),
         )
-        await self._directory.call("announce_gateway", directory.pack(info))
+        await self._directory.call("announce_gateway", directory.pack(info), timeout_s=directory.REPORT_CALL_S)
 
     async def _announce_for_ever(self) -> None:
         """At once when a version must be woken, soon when what is held changed, twice a second in any case."""

@@ -97,7 +97,7 @@ class VersionLine:
         self.retries = budget(lambda: self.running)
         self.trials = Trials()
         self._patience = Patience()
-        self._gone: list[Upstream] = []  # out of the table, while attempts there have no answer
+        self._gone: list[Upstream] = []  # out of the table, while requests are there
         self._gateway_id = gateway_id
         self._order: Order[Ticket] = Order()
         self._returned: list[tuple[float, int, Ticket]] = []  # had their turn already: before all others, by arrival
@@ -175,13 +175,12 @@ class VersionLine:
             seen.add(e.id)
             known = self.upstreams.get(e.id)
             if known is None:
-                self.upstreams[e.id] = Upstream(e)
-            else:
-                known.heard(e)
+                self.upstreams[e.id] = known = self._came(e)
+            known.heard(e)
         if not only_add:
             for gone in self.upstreams.keys() - seen:
                 upstream = self.upstreams.pop(gone)
-                if upstream.awaiting:
+                if upstream.sent:
                     self._gone.append(upstream)
         most = KEPT_BLOCKS // max(1, len(self.upstreams))
         for u in self.upstreams.values():
@@ -192,6 +191,16 @@ class VersionLine:
         for adapter in [a for a in self._parked if self._somewhere(a)]:
             self._unpark(adapter)
         self.pump()
+
+    def _came(self, e: Endpoint) -> Upstream:
+        """New, or out of the table for a moment: what failed there meanwhile did so because of that."""
+        back = next((u for u in self._gone if u.endpoint.id == e.id), None)
+        if back is None:
+            return Upstream(e)
+        self._gone.remove(back)
+        back.broken_until = -math.inf
+        back.close_breaker()
+        return back
 
     def others(self, demand: Mapping[str, tuple[KeyDemand, ...]], turn: int) -> None:
         """What the other gateways hold and run, by gateway. `turn`: the number of the table that says so."""
@@ -345,27 +354,30 @@ class VersionLine:
         """Attempts without an answer at engines that are suspect or gone, or for longer than any of late, are tried elsewhere
         where there is a place: as many as may be tried at once, and how many that were. The others lose nothing where they
         are, and have their answer if the engine is well again."""
-        count, lost_count, bound_s = 0, 0, self._patience.bound_s()
+        count, tried, bound_s = 0, 0, self._patience.bound_s()
         turns, trials = self.retries.free(), self.trials.free(len(self.ready_ids()))
-        self._gone = [u for u in self._gone if u.awaiting]
+        self._gone = [u for u in self._gone if u.sent]
         for u in (*self.upstreams.values(), *self._gone):
             if not u.awaiting or count >= turns:
                 continue
             e = u.endpoint
-            lost = e.state in (State.SUSPECT, State.FAILED) or self.upstreams.get(e.id) is not u
+            suspect = e.state in (State.SUSPECT, State.FAILED)
+            lost = suspect or self.upstreams.get(e.id) is not u
             due = [a for a in u.awaiting if not a.patient and (lost or (a.stream and now - a.since > bound_s))]
             if not due:
                 continue
             others = (
                 o for o in self.upstreams.values() if o is not u and o.endpoint.state is State.READY and o.room(now)
             )
-            most = min(turns - count, trials - lost_count) if lost else turns - count
+            most = min(turns - count, trials - tried) if suspect else turns - count
             places = min(sum(o.endpoint.slots - o.sent for o in others), most)
             for attempt in sorted(due, key=lambda a: a.since)[: max(0, places)]:
-                why = f"it is {e.state}" if lost else f"nothing came for {now - attempt.since:.0f} s"
-                attempt.give_up(f"{e.id}: {why}", suspect=lost)
+                # Of one that only says nothing to the directory any more nobody knows that it died: that accuses no request.
+                why = f"it is {e.state}" if suspect else "it left the table"
+                why = why if lost else f"nothing came for {now - attempt.since:.0f} s"
+                attempt.give_up(f"{e.id}: {why}", suspect=suspect)
                 count += 1
-                lost_count += lost
+                tried += suspect
         return count
 
     async def recall_suspects(self, now: float) -> None:

@@ -289,6 +289,8 @@ class Fleet:
         self.asleep = frozenset(v for v, line in self.lines.items() if not line.ready_ids())
         for version in self.asleep & self._facts.keys():
             facts = self._facts[version]
+            if any(e.state is State.SUSPECT for e in by_version[version]):
+                continue  # it may be well again any moment
             if _broken(facts, by_version[version]) and len(self.lines[version]):
                 failed = counted(facts.failures, "start")
                 log.warning("%s: %s failed, nobody waits for it: %s", version, failed, facts.reason)
@@ -297,9 +299,9 @@ class Fleet:
 
 
 def _broken(facts: VersionFacts, endpoints: Iterable[Endpoint]) -> bool:
-    """Its starts failed too often, and none of another engine, which may be the mended one, is under way."""
+    """Its starts failed too often, and none of another engine, which may be the mended one, or on another node is under way."""
     return facts.failures >= START_TRIES and not any(
-        e.state is State.STARTING and e.spec != facts.spec for e in endpoints
+        e.state is State.STARTING and (e.spec != facts.spec or e.node not in facts.failed_on) for e in endpoints
     )
 
 

@@ -12,8 +12,9 @@ from collections.abc import AsyncIterator, Iterator
 
 import aiohttp
 import pytest
+from aiohttp import test_utils, web
 
-from serving.engine.door import SECRET_HEADER
+from serving.engine.door import SECRET_HEADER, STATUS_PATH
 from serving.engine.health import Judgement, Limits
 from serving.engine.watch import Watch
 from tests.gateway.harness import CHAT, SECRET, Engine, EngineRoom, chat
@@ -76,6 +77,25 @@ async def test_an_idle_engine_is_probed_past_its_slots_and_the_probe_is_nobodys_
         await asyncio.sleep(EVERY_S)
     assert (0, True) in seen and {n for n, _ in seen} == {0}
     watching.close()
+
+
+async def test_one_that_is_too_busy_for_ever_with_nothing_inside_refuses(http: aiohttp.ClientSession) -> None:
+    async def generate(_: web.Request) -> web.Response:
+        return web.Response(status=503)
+
+    async def door(_: web.Request) -> web.Response:
+        return web.json_response({"in_flight": 0, "tokens": 0, "entered": 0})
+
+    async def well(_: web.Request) -> web.Response:
+        return web.Response(text="vllm:iteration_tokens_total_count 5\nvllm:num_requests_running 0\n")
+
+    app = web.Application()
+    app.add_routes([web.get(STATUS_PATH, door), web.get("/health", well), web.get("/metrics/", well)])
+    app.router.add_post("/v1/completions", generate)
+    async with test_utils.TestServer(app) as server:
+        watching = Watch(http, str(server.make_url("")).rstrip("/"), "tiny", lambda: True)
+        assert (await until(watching, "suspect")).cause == "refuses"
+        assert (await until(watching, "failed")).cause == "refuses"
 
 
 async def test_one_that_hangs_is_found_out_while_it_calls_itself_healthy(

@@ -59,10 +59,11 @@ def whole(text: str, extra: str = "") -> bytes:
 
 async def read_on(reader: asyncio.StreamReader, size: int) -> None:
     """At least so many bytes."""
-    while size > 0:
-        data = await reader.read(2**20)
-        assert data, f"it ended {size} bytes too early"
-        size -= len(data)
+    async with asyncio.timeout(100):
+        while size > 0:
+            data = await reader.read(2**20)
+            assert data, f"it ended {size} bytes too early"
+            size -= len(data)
 
 
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"

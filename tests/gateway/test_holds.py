@@ -81,8 +81,9 @@ async def test_an_engine_that_does_not_start_ends_the_waits_without_telling_why(
     front.serve()
     asked = asyncio.create_task(front.ask(body=chat()))
     await wait(front)
-    facts = VersionFacts(failures=START_TRIES, failed_at=time.time(), reason="/srv/weights/secret-name is not there")
-    front.table(starting(), facts={TINY: facts})
+    why = "/srv/weights/secret-name is not there"
+    facts = VersionFacts(failures=START_TRIES, failed_at=time.time(), failed_on=("bad",), reason=why)
+    front.table(starting(node="bad"), facts={TINY: facts})
     for answer in (await asked, await front.ask(body=chat())):
         assert (answer.status, answer.error["code"]) == (503, "model_unavailable")
         assert "does not start" in answer.error["message"] and "secret-name" not in answer.error["message"]
@@ -96,6 +97,30 @@ async def test_failures_of_another_engine_refuse_nobody(front: Front, room: Engi
     asked = asyncio.create_task(front.ask(body=chat()))
     await wait(front)
     front.table(room.shared())
+    assert (await asked).status == 200
+
+
+async def test_failures_on_another_node_refuse_nobody(front: Front, room: EngineRoom) -> None:
+    front.serve()
+    facts = VersionFacts(failures=START_TRIES, failed_at=time.time(), failed_on=("bad",))
+    front.table(starting(node="good"), facts={TINY: facts})
+    asked = asyncio.create_task(front.ask(body=chat()))
+    await wait(front)
+    front.table(room.shared())
+    assert (await asked).status == 200
+
+
+async def test_who_waits_for_a_suspect_is_not_refused_since_another_replica_does_not_start(
+    front: Front, room: EngineRoom
+) -> None:
+    engine = room.shared().endpoint
+    suspect = msgspec.structs.replace(engine, state=State.SUSPECT)
+    front.serve(suspect)
+    asked = asyncio.create_task(front.ask(body=chat()))
+    await wait(front)
+    facts = VersionFacts(failures=START_TRIES, failed_at=time.time(), failed_on=("bad",))
+    front.table(suspect, facts={TINY: facts})
+    front.table(engine, facts={TINY: facts})
     assert (await asked).status == 200
 
 

@@ -22,7 +22,7 @@ import pytest
 
 from serving.engine import command
 from serving.engine.command import EngineSpec
-from serving.engine.process import EngineProcess, sweep, telling_lines
+from serving.engine.process import EngineProcess, _main_children, sweep, telling_lines
 from serving.gateway.relay import StreamScan
 from serving.gateway.routes import SERVED
 from tests.stack import free_port, until
@@ -277,3 +277,16 @@ def test_a_stop_ends_no_answer_as_if_it_were_whole(start: Start) -> None:
             scan.feed(said)
             whole = scan.complete and not scan.died  # as a gateway sees it
             assert broke or not whole or re.search(own_end[path], said), f"{path}: {said[-2000:]!r}"
+
+
+def test_what_a_core_forks_is_no_main_process_while_it_has_its_title() -> None:
+    """As between the fork and the exec of a compiler: its end is nothing to end an engine for."""
+    code = "import os, sys, signal\nfor _ in range(2): pid = os.fork()\nif pid: print(flush=True)\nsignal.pause()"
+    titled = ["VLLM::EngineCore", "-c", code]
+    with subprocess.Popen(titled, executable=sys.executable, stdout=subprocess.PIPE, start_new_session=True) as core:
+        try:
+            assert core.stdout is not None and core.stdout.readline()
+            until(lambda: len(psutil.Process(core.pid).children(recursive=True)) == 3, "it has forked", 10)
+            assert _main_children(os.getpid()) == [(core.pid, "EngineCore")]
+        finally:
+            os.killpg(core.pid, signal.SIGKILL)

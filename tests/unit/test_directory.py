@@ -109,6 +109,15 @@ def test_who_came_only_to_say_that_it_stopped_is_not_kept() -> None:
     assert ids(table, 0) == []
 
 
+def test_a_new_directory_that_nobody_could_reach_for_a_while_has_begun_with_the_first_call() -> None:
+    table = Table(100)
+    table.expire(100 + SETTLE_S + 1)
+    assert not table.snapshot(100 + SETTLE_S + 1).complete
+    for half_seconds in range(round(2 * SETTLE_S) + 1):
+        table.expire(101 + SETTLE_S + half_seconds / 2)
+    assert table.snapshot(101 + 2 * SETTLE_S).complete
+
+
 def test_a_new_directory_is_complete_when_everyone_had_time_to_speak() -> None:
     table = Table(100)
     assert not table.snapshot(100 + SETTLE_S - 0.1).complete
@@ -252,6 +261,18 @@ def test_failed_starts_make_the_next_one_wait_longer_and_longer() -> None:
     assert table.facts("m@v").reason == "no weights"
     wall[0] += 299
     assert table.start_delay_s("m@v", "s") == 1
+
+
+def test_starts_that_failed_on_one_node_keep_no_other_from_starting() -> None:
+    table = Table(0, lambda: 1000.0)
+    for i in range(8):
+        table.announce(endpoint(f"r{i}", State.STARTING, spec="s", node="bad"), 0)
+        table.announce(endpoint(f"r{i}", FAILED, spec="s", node="bad", reason="CUDA error"), 0)
+    assert table.start_delay_s("m@v", "s", "bad") == 300
+    assert table.start_delay_s("m@v", "s", "good") == 0
+    table.announce(endpoint("r8", State.STARTING, spec="s", node="good"), 0)
+    table.announce(endpoint("r8", FAILED, spec="s", node="good", reason="no weights"), 0)
+    assert table.start_delay_s("m@v", "s", "good") == 300, "it is not the node"
 
 
 def test_what_failed_before_the_clock_was_set_back_pauses_nothing_for_as_long() -> None:

@@ -130,6 +130,29 @@ def test_a_hitch_among_many_steps_is_not_the_measure() -> None:
     assert limit_of(LIMITS, engine.memory) == LIMITS.stuck_s
 
 
+@pytest.mark.parametrize("a_second", [2, 5, 20, 50])
+def test_one_hang_does_not_make_the_next_one_usual(a_second: int) -> None:
+    engine = Engine()
+
+    def works(for_s: float) -> None:  # counters are read once a second
+        for _ in range(round(for_s)):
+            engine.looks(EVERY_S, mark=None, **busy())
+            assert engine.looks(EVERY_S, steps_a_look=a_second, **busy()) == "ok"
+
+    works(600)
+    before = limit_of(LIMITS, engine.memory)
+    assert engine.looks(19, **busy()) == "suspect stuck"
+    works(60)
+    assert limit_of(LIMITS, engine.memory) <= 2 * before
+
+
+def test_the_first_step_may_compile_for_long_and_is_not_the_measure() -> None:
+    engine = Engine()
+    engine.looks(19, **busy())
+    engine.looks(10, steps_a_look=20, **busy())
+    assert limit_of(LIMITS, engine.memory) <= 3 * LIMITS.stuck_s
+
+
 def test_an_idle_engine_is_asked_for_a_token_now_and_then() -> None:
     engine = Engine()
     engine.looks(LIMITS.probe_every_s - EVERY_S)

@@ -458,11 +458,27 @@ def test_attempts_at_one_that_left_the_table_go_elsewhere() -> None:
     line = VersionLine("m@v")
     line.update([endpoint("a"), endpoint("b")], only_add=False)
     attempt = Attempt(99.0, stream=False)
+    line.upstreams["a"].bind(99)
     line.upstreams["a"].awaiting.add(attempt)
     line.update([endpoint("b")], only_add=True)
     assert line.give_up_on_the_silent(100) == 0
     line.update([endpoint("b")], only_add=False)
-    assert line.give_up_on_the_silent(100) == 1 and attempt.gave_up
+    assert line.give_up_on_the_silent(100) == 1
+    assert attempt.gave_up is False, "nobody knows that its engine died"
+
+
+async def test_one_that_comes_back_to_the_table_is_the_same_one() -> None:
+    line = VersionLine("m@v")
+    line.update([endpoint("a")], only_add=False)
+    ticket, attempt = Ticket(since=0.0), Attempt(99.0)
+    upstream = await line.take(ticket, others=0, max_queue=8, max_wait_s=0.1)
+    upstream.awaiting.add(attempt)
+    line.update([], only_add=False)
+    line.update([endpoint("a"), endpoint("b")], only_add=False)
+    assert line.give_up_on_the_silent(100) == 0 and attempt.gave_up is None
+    assert line.upstreams["a"] is upstream and upstream.sent == 1
+    line.release(ticket)
+    assert upstream.sent == 0
 
 
 def test_streams_that_say_nothing_for_long_go_elsewhere_and_whole_answers_wait() -> None:

@@ -19,15 +19,15 @@ async def test_work_that_fails_is_done_again_and_the_log_says_why(
     async def work() -> None:
         nonlocal rounds
         rounds += 1
-        if rounds < 4:
-            raise ValueError(f"round {rounds}")
+        if rounds < 6:
+            raise ValueError(f"trouble {rounds // 3}")
 
     with caplog.at_level(logging.ERROR):
         async with asyncio.timeout(10):
             await tasks.for_ever("counting rounds", work)
-    assert rounds == 4
-    assert [record.message for record in caplog.records] == ["counting rounds failed, and goes on"] * 3
-    assert "round 3" in caplog.text
+    assert rounds == 6
+    assert [record.message for record in caplog.records] == ["counting rounds failed, and goes on"] * 2
+    assert "trouble 0" in caplog.text and "trouble 1" in caplog.text, "each trouble once"
 
 
 async def test_it_ends_where_its_owner_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

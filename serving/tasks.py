@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Awaitable, Callable
 
 log = logging.getLogger(__name__)
 
 AGAIN_S = 1.0  # after a round that failed
+TELL_EVERY_S = 600.0  # of the same trouble
 
 
 def for_ever(what: str, work: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
@@ -19,12 +22,13 @@ def for_ever(what: str, work: Callable[[], Awaitable[None]]) -> asyncio.Task[Non
 
 
 async def _again_and_again(what: str, work: Callable[[], Awaitable[None]]) -> None:
-    told = ""
+    told, told_at = "", -math.inf
     while True:
         try:
             return await work()
         except Exception as e:
-            if repr(e) != told:  # not a traceback a second for the same trouble
+            now = time.monotonic()
+            if repr(e) != told or now - told_at > TELL_EVERY_S:  # not a traceback a second for the same trouble
                 log.exception("%s failed, and goes on", what)
-            told = repr(e)
+                told, told_at = repr(e), now
         await asyncio.sleep(AGAIN_S)

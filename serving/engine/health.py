@@ -215,14 +215,14 @@ def _since(known: float | None, now: float) -> float:
 
 def _with_steps(m: Memory, limits: Limits, gap_s: float, count: float, now: float) -> tuple[float, ...]:
     """With `count` steps in the `gap_s` since the one before. Where none had been made when the counters were read last, one of
-    them took nearly all of it. One beyond the limit says little of what is usual, and counts as twice as long as a slow one has
-    been: an engine that stood still once is found as soon the next time, and one that is slow is known for it after a few."""
+    them took nearly all of it. A single long one says little of what is usual, and counts as twice as long as a slow one has been
+    at most: an engine that stood still once is found soon the next time, and one that is slow is known for it after a few."""
     limit_s, last_s = limit_of(limits, m), gap_s if m.read_at is None else min(gap_s, now - m.read_at)
     kept = 0.5 ** ((now - m.steps_at) / _HALF_LIFE_S) if m.steps else 0.0
     steps = [w * kept for w in m.steps] or [0.0] * _BUCKETS
     long = 1.0 if gap_s > last_s else 0.0
     for length_s, weight in ((gap_s, long), (last_s / count, count - long)):
-        usual_s = length_s if length_s < limit_s else 2 * limit_s / limits.slow_steps
+        usual_s = min(length_s, 2 * limit_s / limits.slow_steps)
         at = math.ceil(math.log2(max(usual_s, _FIRST_STEP_S) / _FIRST_STEP_S))
         steps[min(_BUCKETS - 1, at)] += weight
     return tuple(steps)

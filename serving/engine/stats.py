@@ -25,7 +25,7 @@ def kv_tokens(text: str) -> int | None:
 class Vitals(NamedTuple):
     """What an engine says of its load, and whether it gets on. `mark` moves with every step of its core, and with nothing else:
     a prefill in chunks counts as no iteration and yields no token, but takes more of the KV cache each time. `ranks`: the same of
-    each of its data-parallel cores that has work."""
+    each of its data-parallel cores that runs something."""
 
     running: int
     waiting: int
@@ -67,19 +67,27 @@ def vitals(text: str) -> Vitals | None:
         whole[_KV] / len(cores),
         bool(awake) and not any(awake),
         tuple(whole.values()),
-        {rank: tuple(core.values()) for rank, core in cores.items() if core[_RUNNING] or core[_WAITING]},
+        {rank: tuple(core.values()) for rank, core in cores.items() if core[_RUNNING]},
     )
 
 
 class Pace:
-    """The mark of all cores together: it moves when each that has work has moved since it moved last. So one that stands still is
-    not hidden by the others."""
+    """The mark of all cores together: it moves when each that runs something has moved since it moved last, and its first
+    value counts the steps of the slowest. One that stands still is not hidden by the others, and one that is slow is known
+    for it."""
 
     def __init__(self) -> None:
-        self._mark: tuple[float, ...] | None = None
-        self._ranks: dict[str, tuple[float, ...]] = {}
+        self._seen: Vitals | None = None
+        self._steps = 0.0
 
     def mark(self, now: Vitals) -> tuple[float, ...]:
-        if self._mark is None or not any(self._ranks.get(rank) == mark for rank, mark in now.ranks.items()):
-            self._mark, self._ranks = now.mark, now.ranks
-        return self._mark
+        before = self._seen
+        if before is None:
+            self._seen = now
+        elif not any(before.ranks.get(rank) == mark for rank, mark in now.ranks.items()):
+            both = now.ranks.keys() & before.ranks.keys()
+            made = [now.ranks[rank][0] - before.ranks[rank][0] for rank in both]
+            self._steps += max(0.0, min(made, default=now.mark[0] - before.mark[0]))
+            self._seen = now
+        assert self._seen is not None
+        return self._steps, *self._seen.mark[1:]

@@ -68,8 +68,9 @@ class Watch:
         self.stuck_after_s = limit_of(limits, judged.memory)
         if judged.probe:
             self._probe = asyncio.create_task(generates(self._http, self._url, self._model))
-        elif self._probe is not None and judged.memory.proved_at == now:  # proved otherwise
+        elif judged.memory.proved_at == now:  # also where it was proved otherwise
             self.close()
+            self._put_off = 0
         return judged
 
     def close(self) -> None:

@@ -38,9 +38,11 @@ from serving.fleet.endpoint import (
     State,
     Target,
     VersionFacts,
+    failed_there,
     quarantined_until,
     quarantines,
     retry_delay_s,
+    with_node,
 )
 from serving.fleet.history import Change, History, Kept
 from serving.fleet.lifeline import Lifelines
@@ -67,15 +69,10 @@ REPORT_CALL_S = 2.0  # of one report: a lease outlasts one that hangs, and the n
 JANITOR_EVERY_S = 0.5
 STOOD_STILL_S = 1.0  # this process did not run for longer than that: nobody's silence in it says anything
 FACTS_KEPT = 1024  # versions that are remembered
-NODES_KEPT = 64  # on which starts of a version failed; beyond that it is not the node
 LEFT_KEPT = 4096  # requests inside engines that died, as gateways told that have left
 KEPT_FILE = "directory.json"
 KEEP_EVERY_S = 2.0  # what changed of what outlives the directory is written
 LOAD_NEWS_EVERY_S = 0.25  # load alone wakes pollers at most this often; a state change wakes them at once
-
-
-def _with_node(nodes: tuple[str, ...], node: str) -> tuple[str, ...]:
-    return nodes if node in nodes or len(nodes) >= NODES_KEPT else (*nodes, node)
 
 
 class Table:
@@ -111,6 +108,10 @@ class Table:
         engines = {e for told in self._deaths.values() for inside in told.deaths.values() for e in inside}
         self._died = dict.fromkeys(engines, wall()) | dict(died or {})  # engine -> epoch seconds of its death
         self._forget_deaths()
+
+    def begin(self, now: float) -> None:
+        """The first call has come: nobody's silence until now says anything."""
+        self._born = self._went_on_at = now
 
     def ready_after_s(self) -> dict[str, float]:
         """How long the last start of each version took."""
@@ -182,8 +183,7 @@ class Table:
         that node, again and again, while it served."""
         facts, now = self.facts(version_id), self._wall()
         # Who failed on other nodes alone says nothing of this one: there it is tried.
-        known = facts.spec == spec and (node in facts.failed_on or len(facts.failed_on) >= NODES_KEPT)
-        delay_s = facts.failed_at + retry_delay_s(facts) - now if known else 0.0
+        delay_s = facts.failed_at + retry_delay_s(facts) - now if failed_there(facts, spec, node) else 0.0
         alone = not any(e.version_id == version_id and e.state is State.READY for e, _ in self._endpoints.values())
         return max(0.0, delay_s, quarantined_until(facts, spec, node, now, alone=alone) - now)
 
@@ -217,7 +217,7 @@ class Table:
             facts = VersionFacts(
                 ready_after_s=facts.ready_after_s,
                 failures=facts.failures + 1 if facts.spec == endpoint.spec else 1,
-                failed_on=_with_node(facts.failed_on if facts.spec == endpoint.spec else (), endpoint.node),
+                failed_on=with_node(facts.failed_on if facts.spec == endpoint.spec else (), endpoint.node),
                 failed_at=now,
                 reason=endpoint.reason,
                 spec=endpoint.spec,
@@ -302,8 +302,7 @@ class Table:
 
     def expire(self, now: float) -> bool:
         """Drops entries whose lease ran out; True when there were any. Each `JANITOR_EVERY_S`, and when a doubt is over."""
-        if self._went_on_at is None:  # nobody could call before: nobody's silence until now says anything
-            self._went_on_at = self._born = now
+        self._went_on_at = now if self._went_on_at is None else self._went_on_at
         self._go_on(now)
         self._forget_deaths()
         self._notice_the_clock()
@@ -544,6 +543,7 @@ class Directory:
 
     def _ensure_janitor(self) -> None:
         if self._janitor is None:
+            self._table.begin(time.monotonic())
             self._janitor = tasks.for_ever("tidying the table", self._tidy_for_ever)
             self._keepers = [
                 tasks.for_ever("keeping GPU exporters", keeper.keep_gpu_exporters),

@@ -161,6 +161,7 @@ class VersionFacts(msgspec.Struct, frozen=True, kw_only=True):
     crashes: tuple[Failure, ...] = ()  # of the last `CRASH_WINDOW_S`, the oldest first, bounded
 
 
+NODES_KEPT = 64  # on which starts of a version failed
 START_TRIES = 3  # starts that may fail before the next one waits
 RETRY_FIRST_S, RETRY_LONGEST_S = 10.0, 300.0
 CRASH_WINDOW_S = 600.0
@@ -172,6 +173,16 @@ ALONE_LONGEST_S = 5.0
 def retry_delay_s(facts: VersionFacts) -> float:
     """Pause between the last failed start and the next, seconds: doubles with each from the third on."""
     return _doubling_s(facts.failures)
+
+
+def with_node(nodes: tuple[str, ...], node: str) -> tuple[str, ...]:
+    """Nodes on which starts failed, and one more."""
+    return nodes if node in nodes or len(nodes) >= NODES_KEPT else (*nodes, node)
+
+
+def failed_there(facts: VersionFacts, spec: str, node: str) -> bool:
+    """Whether starts of that engine failed on that node, or on so many that it is not the node."""
+    return facts.spec == spec and (node in facts.failed_on or len(facts.failed_on) >= NODES_KEPT)
 
 
 def quarantined_until(facts: VersionFacts, spec: str, node: str, now: float, *, alone: bool = False) -> float:

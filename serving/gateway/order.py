@@ -99,6 +99,7 @@ class Order(Generic[W]):
         self._classes: tuple[_Class[W], ...] = tuple(_Class() for _ in CLASSES)
         self._numbers = itertools.count()
         self._count = 0
+        self.cost = 0.0  # of all who wait
 
     def __len__(self) -> int:
         return self._count
@@ -138,6 +139,7 @@ class Order(Generic[W]):
         flow.members[one] = False
         c.count += 1
         self._count += 1
+        self.cost += one.cost
         if not parked:
             self._offer(c, flow, one, again)
 
@@ -266,6 +268,7 @@ class Order(Generic[W]):
                 flow.heap.clear()
         c.count -= 1
         self._count -= 1
+        self.cost = self.cost - one.cost if self._count else 0.0
         if not flow.members:
             c.weight -= flow.weight
             if not c.count:

@@ -591,7 +591,7 @@ class VersionLine:
         """How many would be served before a new one like it, and how many are a second; None while that is unknown."""
         ahead = self._order.ahead_of(ticket) + self._returned_count
         higher = sum(self._order.count(rank) for rank in range(ticket.rank))
-        measured, by_holds = self._paces[ticket.rank].per_s(now), self._holds.pace(self.running, self._begun, now)
+        measured, by_holds = self._paces[ticket.rank].per_s(now), self._by_holds(now)
         if measured is not None and (higher or by_holds is None):
             return ahead, measured
         if measured is None:
@@ -600,6 +600,17 @@ class VersionLine:
         # change of what requests take.
         known = [p for p in (measured, by_holds) if p is not None]
         return ahead, sum(known) / len(known) if known else None
+
+    def _by_holds(self, now: float) -> float | None:
+        """How many leave a second, by how long they hold their slots. Where KV cache is scarce those inside may be few and large,
+        as in the first second of a burst: each makes room for as many of those who wait as are of its size."""
+        pace = self._holds.pace(self.running, self._begun, now)
+        ready = [u for u in self.upstreams.values() if u.endpoint.kv_tokens and u.endpoint.state is State.READY]
+        taken = sum(max(u.tokens, u.endpoint.tokens) for u in ready)
+        if pace is None or not self._order.cost or taken * 2 <= sum(u.endpoint.kv_tokens or 0 for u in ready):
+            return pace
+        inside, waits = sum(u.tokens for u in ready) / self.running, self._order.cost / len(self._order)
+        return pace * max(1.0, inside / waits)
 
     def _retry_after_s(self, ticket: Ticket, now: float) -> float:
         """When what is before a new one like it will have been served."""

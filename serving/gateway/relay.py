@@ -55,6 +55,9 @@ _FINISHED = b'"finish_reason":"'
 _COUNTS = re.compile(rb'"(prompt_tokens|input_tokens|completion_tokens|output_tokens|cached_tokens)":\s*(\d+)')
 
 
+SILENT = "silent"  # as an outcome: it had said nothing when it was given up
+
+
 class Broken(Exception):
     """An attempt failed before the first byte went to the client, so that another replica may try."""
 
@@ -70,7 +73,7 @@ class Broken(Exception):
     @property
     def answered(self) -> bool:
         """The engine is well enough to say no, and would say it again."""
-        return not (self.killed or self.gone)
+        return not (self.killed or self.gone or self.outcome == SILENT)
 
 
 class Busy(Exception):
@@ -312,7 +315,7 @@ class Reply:
     def give_up(self, why: str, *, suspect: bool) -> None:
         """Whoever awaits `begun` gets Broken. `suspect`: the engine is not well, and this request may be the reason."""
         if self._fault is None and not self._ended:
-            self._fault = Broken("silent", why, killed=suspect)
+            self._fault = Broken(SILENT, why, killed=suspect)
             self._wake()
 
     def recall(self) -> None:

@@ -23,6 +23,7 @@ from serving.fleet.endpoint import (
     State,
     Target,
     VersionFacts,
+    failed_there,
     retry_delay_s,
 )
 from serving.gateway.fuse import Fuse
@@ -301,7 +302,7 @@ class Fleet:
 def _broken(facts: VersionFacts, endpoints: Iterable[Endpoint]) -> bool:
     """Its starts failed too often, and none of another engine, which may be the mended one, or on another node is under way."""
     return facts.failures >= START_TRIES and not any(
-        e.state is State.STARTING and (e.spec != facts.spec or e.node not in facts.failed_on) for e in endpoints
+        e.state is State.STARTING and not failed_there(facts, e.spec, e.node) for e in endpoints
     )
 
 

@@ -484,3 +484,16 @@ async def test_where_a_node_is_silent_its_other_replicas_are_not_tried_first(
         assert front.metric(ATTEMPTS, outcome="connect_error") == 1
         for s in taken:
             s.close()
+
+
+async def test_leases_that_lapse_one_after_the_other_refuse_nobody(front: Front, room: EngineRoom) -> None:
+    one, two = (room.start(sim_ttft_ms=4000) for _ in range(2))
+    front.serve(one)
+    asked = asyncio.create_task(front.ask(body=chat()))
+    await one.inside(1)
+    front.table(two)
+    await two.inside(1)
+    front.table(one, two)
+    front.table(one)
+    assert (await asked).status == 200
+    assert not front.gateway.fleet.fuse.armed, "no engine died"

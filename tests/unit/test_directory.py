@@ -111,7 +111,7 @@ def test_who_came_only_to_say_that_it_stopped_is_not_kept() -> None:
 
 def test_a_new_directory_that_nobody_could_reach_for_a_while_has_begun_with_the_first_call() -> None:
     table = Table(100)
-    table.expire(100 + SETTLE_S + 1)
+    table.begin(100 + SETTLE_S + 1)
     assert not table.snapshot(100 + SETTLE_S + 1).complete
     for half_seconds in range(round(2 * SETTLE_S) + 1):
         table.expire(101 + SETTLE_S + half_seconds / 2)

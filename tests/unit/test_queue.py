@@ -174,6 +174,28 @@ async def test_nobody_gives_way_to_one_that_is_refused_all_the_same(monkeypatch:
         task.cancel()
 
 
+async def test_a_few_large_ones_inside_do_not_make_a_queue_of_small_ones_hopeless(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(queue, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    to = line(endpoint(slots=64, kv_tokens=100_000))
+    for _ in range(100):
+        taken = await take(to, tokens=300)
+        now[0] += 12
+        to.release(taken)
+    for _ in range(3):
+        await take(to, tokens=32_000)
+    held = [asyncio.create_task(take(to, tokens=300, max_queue=1000, max_wait_s=1e6)) for _ in range(300)]
+    await settled()
+    assert to.running == 16
+    last = await waiting(to, tokens=300, max_queue=1000, max_wait_s=180)
+    with pytest.raises(WaitTooLong):
+        await take(to, tokens=300, max_queue=1000, max_wait_s=5)
+    for task in [*held, last]:
+        task.cancel()
+
+
 async def test_one_that_had_its_turn_is_not_refused_by_a_full_line() -> None:
     to = line(endpoint(slots=1))
     taken = await take(to)

@@ -15,6 +15,7 @@
         ├── UnknownRoute       404  not_found
         ├── WrongMethod        405  method_not_allowed      with Allow
         ├── BodyTooLarge       413  request_too_large
+        ├── HeadTooLarge       431  request_head_too_large
         ├── RequestCrashedEngine 422 request_crashed_engine  engines died with this request inside
         ├── QueueFull          429  queue_full              with Retry-After
         ├── WaitTooLong        429  queue_timeout           with Retry-After
@@ -165,6 +166,12 @@ class BodyTooLarge(RequestError):
     """The body is over the limit; said before it is read when content-length tells."""
 
     status, type, code, anthropic_type = 413, "invalid_request_error", "request_too_large", "request_too_large"
+
+
+class HeadTooLarge(RequestError):
+    """Request line and headers are over the limit; said before the key is known."""
+
+    status, type, code, anthropic_type = 431, "invalid_request_error", "request_head_too_large", "invalid_request_error"
 
 
 class RequestCrashedEngine(RequestError):

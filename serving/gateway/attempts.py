@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from serving.errors import EngineBroken, NoReplica, QueueFull, RequestCrashedEngine, WaitTooLong
+from serving.fleet.endpoint import State
 from serving.gateway.delivery import deliver
 from serving.gateway.exchange import Exchange
 from serving.gateway.fuse import Charge
@@ -69,7 +70,7 @@ class Attempts:
                     reply = await self._open(upstream)
                     self._begun(reply)
                     await deliver(x, self.route, reply, self.metrics, self.store)
-                    self._ended(reply)
+                    self._ended(reply, upstream)
                     return
                 except Busy as e:
                     settle = self._busy(e)
@@ -232,10 +233,11 @@ class Attempts:
         if reply.scan is not None:
             self.line.answered_first(self.ticket)
 
-    def _ended(self, reply: Reply) -> None:
+    def _ended(self, reply: Reply, upstream: Upstream) -> None:
         self.fleet.finished[self.line.version_id] += 1
         if reply.crashed:
-            self._engine_died(begun=True)
+            if upstream.endpoint.state is not State.DRAINING:  # else it was stopped
+                self._engine_died(begun=True)
         elif reply.scan is None or reply.finished:
             self.charge.survived()
         self._attempted(reply.outcome)
@@ -261,7 +263,11 @@ class Attempts:
         log.warning("attempt %d failed: %s", x.line.attempts, e, extra={"request_id": x.request_id})
         self._again, self._failed = True, e.outcome
         again = self._retried()
-        trial_s, killed = again.trial_s, e.killed and not again.outside
+        # Not one that was stopped, when its time to drain was over.
+        trial_s, killed = (
+            again.trial_s,
+            e.killed and not again.outside and upstream.endpoint.state is not State.DRAINING,
+        )
         again.close()
         ticket.avoid |= line.on_node_of(upstream) if e.unreachable else {upstream.endpoint.id}
         if killed:

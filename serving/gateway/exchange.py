@@ -47,7 +47,7 @@ class Exchange:
         self.path: str = scope["path"]
         self.dialect: Dialect = dialect_of(self.path)
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
-        self.request_id = _request_id(self.headers.get(b"x-request-id", b""))
+        self.request_id = request_id_of(self.headers.get(b"x-request-id", b""))
         self.t0 = time.monotonic()
         self.started = False  # the response's status line left
         self.ended = False  # the response's last byte left
@@ -188,6 +188,6 @@ def rest(begun: Coroutine[Any, Any, T], waits_for: Any) -> Generator[Any, Any, T
             return result
 
 
-def _request_id(given: bytes) -> str:
+def request_id_of(given: bytes) -> str:
     """The client's id when it is a plain token of at most 128 characters, else a new one of 128 random bits."""
     return given.decode() if _REQUEST_ID.fullmatch(given) else f"req_{getrandbits(128):032x}"

@@ -19,12 +19,14 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from serving import tasks
 from serving.gateway.exchange import Receive, Scope, Send
+from serving.gateway.protocol import ClientProtocol
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 BACKLOG = 4096
 KEEP_ALIVE_S = 75  # of idle client connections
 HEAD_TIMEOUT_S = 30.0  # for the whole head of a request; looked at so often, so it may take twice as long
+UNREAD_S = 300.0  # that a client may read nothing of an answer's end, when its request is over
 LAST_CALL_S = 1.0  # at a planned stop, for whoever is connected and has not said yet what it wants
 LOOK_EVERY_S = 0.05  # whether they have
 
@@ -62,7 +64,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 loop="none",
-                http="httptools",
+                http=ClientProtocol,
                 ws="none",
                 lifespan="off",
                 interface="asgi3",
@@ -133,14 +135,25 @@ class Server(uvicorn.Server):
         return made
 
     async def _close_the_speechless(self) -> None:
-        """uvicorn waits for ever for the head of a request that has begun, and for the first one of a connection."""
+        """uvicorn waits for ever for the head of a request that has begun, for the first one of a connection, and for whoever
+        does not read the end of an answer."""
         before: set[Any] = set()
+        unread: dict[Any, tuple[int, float]] = {}  # bytes, and since when it is as many
         while True:
             await asyncio.sleep(HEAD_TIMEOUT_S)
             silent = {c for c in self.server_state.connections if _without_head(c)}
             for found in before & silent:
                 found.transport.close()
             before = silent
+            now = asyncio.get_running_loop().time()
+            before_it, unread = unread, {}
+            for c in [c for c in self.server_state.connections if _answered(c)]:
+                size: int = c.transport.get_write_buffer_size()
+                at, since = before_it.get(c, (0, now))
+                if size:
+                    unread[c] = size, since if size == at else now
+                if size and now - unread[c][1] >= UNREAD_S:
+                    c.transport.abort()
 
 
 def _answered(connection: Any) -> bool:

@@ -409,8 +409,13 @@ class VersionLine:
         if self:
             ready = (u for u in self.upstreams.values() if u.endpoint.state is State.READY and u.room(now))
             free = {u.endpoint.id: u.free_tokens() for u in ready}
-        while free and self and len(aside) < MOST_ASIDE and self._may_bind(now):
-            ticket, again = self._next()
+        most, returned = MOST_ASIDE, True
+        while free and self and self._may_bind(now):
+            if len(aside) >= most:
+                if not returned or not any(again for _, again in aside):
+                    break
+                returned, most = False, most + MOST_ASIDE  # they stand before all others, who may take what they cannot
+            ticket, again = self._next(returned=returned)
             if ticket is None:
                 break
             assert ticket._future is not None
@@ -651,9 +656,9 @@ class VersionLine:
             if not parked:
                 del self._parked[ticket.adapter]
 
-    def _next(self) -> tuple[Ticket | None, bool]:
-        """Whoever is next, taken out, and whether it had its turn before."""
-        while self._returned:
+    def _next(self, *, returned: bool = True) -> tuple[Ticket | None, bool]:
+        """Whoever is next, taken out, and whether it had its turn before; of others only, unless `returned`."""
+        while returned and self._returned:
             _, place, ticket = heapq.heappop(self._returned)
             if ticket._again_as == place:
                 ticket._again_as = -1

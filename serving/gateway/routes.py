@@ -287,6 +287,10 @@ def parse(body: bytes) -> dict[str, Any]:
 def check(route: Route, fields: Mapping[str, Any], allow: Iterable[str]) -> None:
     """Raises BadRequest for the first field that may not pass. `allow` is the model file's list."""
     allowed = frozenset(allow)
+    if not isinstance(
+        fields.get("stream"), bool | None
+    ):  # the engine would guess what it stands for, and we another thing
+        raise BadRequest("`stream` is true or false", param="stream")
     for name, value in fields.items():
         if name in route.fields:
             if name in _STATEFUL and value:

@@ -33,6 +33,7 @@ from serving.fleet.endpoint import Endpoint, GatewayInfo, Snapshot, State, Versi
 from serving.fleet.manifest import gateway_config
 from serving.gateway.app import Gateway
 from serving.gateway.keys import KeyRing, create_key, revoke_key
+from serving.gateway.protocol import ClientProtocol
 from serving.settings import Settings
 from serving.telemetry.logs import RequestLog
 from serving.telemetry.metrics import GatewayMetrics, unrested_gauges
@@ -417,7 +418,7 @@ async def listening(app: Any) -> AsyncIterator[int]:
     """Serves an ASGI app on a free port with uvicorn, as `serving/gateway/deployment.py` does, but without its main
     loop, which only looks whether to stop ten times a second."""
     config = uvicorn.Config(
-        app, loop="none", http="httptools", ws="none", lifespan="off", interface="asgi3", log_config=None,
+        app, loop="none", http=ClientProtocol, ws="none", lifespan="off", interface="asgi3", log_config=None,
         access_log=False, server_header=False, proxy_headers=False,
     )  # fmt: skip
     config.load()

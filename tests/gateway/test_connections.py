@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 
 from serving.fleet.endpoint import Endpoint, State
+from serving.gateway.protocol import MAX_HEAD_BYTES
 from tests.gateway.harness import CHAT, EngineRoom, Front, chat, eventually
 
 pytestmark = pytest.mark.usefixtures("short_pauses")
@@ -294,6 +295,48 @@ async def test_a_stream_whose_client_has_not_read_the_answer_before_it_holds_its
         await read_on(reader, len(large) + total * len(event))
         await eventually("the engine wrote it all", lambda: written == total)
         writer.transport.abort()
+
+
+def raw(front: Front, body: object, *more: str) -> bytes:
+    data = json.dumps(body).encode()
+    lines = [f"POST {CHAT} HTTP/1.1", "host: x", f"authorization: Bearer {front.keys.all}", *more]
+    return "\r\n".join([*lines, f"content-length: {len(data)}", "", ""]).encode() + data
+
+
+async def test_a_client_that_pipelines_and_leaves_is_missed(front: Front, room: EngineRoom) -> None:
+    engine = room.start(sim_itl_ms=50, slots=1)
+    front.serve(engine)
+    for body in (chat(max_tokens=1000), chat(max_tokens=1000, stream=True)):
+        _, writer = await asyncio.open_connection("127.0.0.1", front.port)
+        writer.write(raw(front, body))
+        await engine.inside(1)
+        writer.write(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+        await writer.drain()
+        await asyncio.sleep(0.05)  # so that the gateway has read it; else this is a client like any other
+        writer.transport.abort()
+        await engine.inside(0)
+    await eventually("nothing is inside", lambda: front.gateway.requests == 0)
+
+
+async def test_the_head_of_a_request_has_a_limit_that_needs_no_key(front: Front) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+    writer.write(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\n".encode() + b"x: " + b"y" * MAX_HEAD_BYTES)
+    async with asyncio.timeout(10):
+        told = await reader.read()
+    assert told.startswith(b"HTTP/1.1 431 ") and b"request_head_too_large" in told and b"connection: close" in told
+    writer.close()
+
+
+async def test_an_upgrade_is_refused_and_what_follows_it_is_no_request(front: Front, room: EngineRoom) -> None:
+    front.serve(room.shared())
+    reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
+    head = raw(front, chat(), "connection: Upgrade", "upgrade: h2c").partition(b"\r\n\r\n")[0]
+    writer.write(head + b"\r\n\r\n")
+    writer.write(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+    async with asyncio.timeout(10):
+        told = await reader.read()
+    assert told.startswith(b"HTTP/1.1 400 ") and b"not upgraded" in told and told.count(b"HTTP/1.1") == 1
+    writer.close()
 
 
 async def test_a_connection_that_waits_for_a_slow_client_carries_nobody_else(front: Front) -> None:

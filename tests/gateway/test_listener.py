@@ -155,6 +155,21 @@ async def test_what_a_slow_reader_has_not_taken_yet_is_under_way(monkeypatch: py
         writer.close()
 
 
+async def test_who_does_not_read_the_end_of_an_answer_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "HEAD_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(listener, "UNREAD_S", 0.1)
+    hall = Hall(b"." * 16_000_000)
+    async with opened(hall):
+        _, writer = await hall.connect()
+        writer.write(ASK + BODY)
+        async with asyncio.timeout(10):
+            while not hall.server.server_state.total_requests:
+                await asyncio.sleep(0.001)
+            while hall.server.server_state.connections:
+                await asyncio.sleep(0.001)
+        writer.close()
+
+
 async def test_a_request_that_does_not_come_to_its_point_is_not_waited_for(
     hall: Hall, monkeypatch: pytest.MonkeyPatch
 ) -> None:

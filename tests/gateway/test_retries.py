@@ -208,6 +208,8 @@ async def test_who_is_on_trial_when_an_engine_dies_answers_for_those_who_are_not
     await eventually("the first engine died", lambda: dead(a))
     two.table(front, b)
     await b.inside(4)
+    trials = front.gateway.fleet.lines["tiny@v1"].trials
+    await eventually("their trials are over", lambda: not trials.homes)
     monkeypatch.setattr(retry, "TRIAL_S", 60.0)
     two.table(other, b)
     await eventually("the second engine died", lambda: dead(b))
@@ -497,3 +499,20 @@ async def test_leases_that_lapse_one_after_the_other_refuse_nobody(front: Front,
     front.table(one)
     assert (await asked).status == 200
     assert not front.gateway.fleet.fuse.armed, "no engine died"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_engines_that_are_ended_when_their_time_to_drain_is_over_accuse_nobody(
+    front: Front, room: EngineRoom, stream: bool
+) -> None:
+    drained = [room.start(sim_ttft_ms=60_000) for _ in range(2)]
+    last = room.shared()
+    front.serve(drained[0])
+    asked = asyncio.create_task(front.ask(body=chat(stream=stream)))
+    for engine, following in zip(drained, (drained[1], last), strict=True):
+        await engine.inside(1)
+        front.table(msgspec.structs.replace(engine.endpoint, state=State.DRAINING), following)
+        assert engine.process is not None
+        os.kill(engine.process.pid, signal.SIGKILL)
+    assert (await asked).status == 200
+    assert not front.gateway.fleet.fuse.armed

@@ -221,8 +221,8 @@ def _with_steps(m: Memory, limits: Limits, gap_s: float, count: float, now: floa
     kept = 0.5 ** ((now - m.steps_at) / _HALF_LIFE_S) if m.steps else 0.0
     steps = [w * kept for w in m.steps] or [0.0] * _BUCKETS
     long = 1.0 if gap_s > last_s else 0.0
+    most_s = 2 * limit_s / limits.slow_steps if limits.slow_steps else math.inf
     for length_s, weight in ((gap_s, long), (last_s / count, count - long)):
-        usual_s = min(length_s, 2 * limit_s / limits.slow_steps)
-        at = math.ceil(math.log2(max(usual_s, _FIRST_STEP_S) / _FIRST_STEP_S))
+        at = math.ceil(math.log2(max(min(length_s, most_s), _FIRST_STEP_S) / _FIRST_STEP_S))
         steps[min(_BUCKETS - 1, at)] += weight
     return tuple(steps)

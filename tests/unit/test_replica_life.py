@@ -53,7 +53,7 @@ class Directory:
         self.away = False
         self.states: list[State] = []
 
-    async def call(self, method: str, *args: Any) -> Any:
+    async def call(self, method: str, *args: Any, timeout_s: float = 0.0) -> Any:
         if self.away:
             raise TimeoutError
         assert method == "announce"

@@ -263,11 +263,8 @@ class Attempts:
         log.warning("attempt %d failed: %s", x.line.attempts, e, extra={"request_id": x.request_id})
         self._again, self._failed = True, e.outcome
         again = self._retried()
-        # Not one that was stopped, when its time to drain was over.
-        trial_s, killed = (
-            again.trial_s,
-            e.killed and not again.outside and upstream.endpoint.state is not State.DRAINING,
-        )
+        stopped = upstream.endpoint.state is State.DRAINING  # when its time to drain was over: nobody's fault
+        trial_s, killed = again.trial_s, e.killed and not again.outside and not stopped
         again.close()
         ticket.avoid |= line.on_node_of(upstream) if e.unreachable else {upstream.endpoint.id}
         if killed:

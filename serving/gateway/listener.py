@@ -152,8 +152,8 @@ class Server(uvicorn.Server):
                 at, since = before_it.get(c, (0, now))
                 if size:
                     unread[c] = size, since if size == at else now
-                if size and now - unread[c][1] >= UNREAD_S:
-                    c.transport.abort()
+                    if now - unread[c][1] >= UNREAD_S:
+                        c.transport.abort()
 
 
 def _answered(connection: Any) -> bool:

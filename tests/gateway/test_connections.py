@@ -58,6 +58,12 @@ def whole(text: str, extra: str = "") -> bytes:
     return f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n{extra}content-length: {len(body)}\r\n\r\n{body}".encode()
 
 
+def raw(front: Front, body: object, *more: str) -> bytes:
+    data = json.dumps(body).encode()
+    lines = [f"POST {CHAT} HTTP/1.1", "host: x", f"authorization: Bearer {front.keys.all}", *more]
+    return "\r\n".join([*lines, f"content-length: {len(data)}", "", ""]).encode() + data
+
+
 async def read_on(reader: asyncio.StreamReader, size: int) -> None:
     """At least so many bytes."""
     async with asyncio.timeout(100):
@@ -257,9 +263,7 @@ async def test_a_slow_client_holds_its_engine_back_and_gets_everything(front: Fr
 
     async with wire(front, play):
         reader, writer = await asyncio.open_connection("127.0.0.1", front.port, limit=1024)
-        body = json.dumps(chat(stream=True)).encode()
-        head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {front.keys.all}\r\ncontent-length: {len(body)}\r\n\r\n"
-        writer.write(head.encode() + body)
+        writer.write(raw(front, chat(stream=True)))
         await eventually("the engine is held back", _still(lambda: written))
         assert 0 < written < total / 2
         await read_on(reader, total * len(event))
@@ -287,20 +291,12 @@ async def test_a_stream_whose_client_has_not_read_the_answer_before_it_holds_its
 
     async with wire(front, play):
         reader, writer = await asyncio.open_connection("127.0.0.1", front.port, limit=1024)
-        for body in (json.dumps(chat()).encode(), json.dumps(chat(stream=True)).encode()):
-            head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {front.keys.all}\r\n"
-            writer.write(head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body)
+        writer.write(raw(front, chat()) + raw(front, chat(stream=True)))
         await eventually("the engine is held back", _still(lambda: written))
         assert 0 < written < total / 2
         await read_on(reader, len(large) + total * len(event))
         await eventually("the engine wrote it all", lambda: written == total)
         writer.transport.abort()
-
-
-def raw(front: Front, body: object, *more: str) -> bytes:
-    data = json.dumps(body).encode()
-    lines = [f"POST {CHAT} HTTP/1.1", "host: x", f"authorization: Bearer {front.keys.all}", *more]
-    return "\r\n".join([*lines, f"content-length: {len(data)}", "", ""]).encode() + data
 
 
 async def test_a_client_that_pipelines_and_leaves_is_missed(front: Front, room: EngineRoom) -> None:

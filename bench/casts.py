@@ -40,6 +40,9 @@ class Cast:
     leavers: Callable[[str], Iterator[mix.Ask]]
     long_s: float
     start_s: float = 5.0  # of an engine, at most
+    # The bar, from an engine's last step until it gets no new work. Where engines compute on every core, whoever looks at them
+    # is late.
+    hang_s: float = 5.0
 
 
 def simulators(streams: int | None, long_s: float | None, *, quick: bool) -> Cast:
@@ -110,7 +113,7 @@ def real(streams: int | None, long_s: float | None, *, quick: bool) -> Cast:
     def leavers(whose: str) -> Iterator[mix.Ask]:
         return mix.remembered("tiny", corpus, whose, tokens)
 
-    return Cast(model, "cpu", 2, 2, streams, clients, leavers, long_s, start_s=300.0)
+    return Cast(model, "cpu", 2, 2, streams, clients, leavers, long_s, start_s=300.0, hang_s=7.0)
 
 
 CASTS = {"simulator": simulators, "vllm": real}

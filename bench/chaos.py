@@ -40,8 +40,7 @@ from bench.scene import Watch
 from serving.engine.health import Limits
 
 OUT = ROOT / ".steelyard" / "bench" / "chaos.json"
-# A hang: 4 s without a step, looked for twice a second, on a busy machine; or as much more as ten of its own slow steps are.
-DETECT_S = {"death": 2.0, "hang": 7.0}
+DETECT_DEATH_S = 2.0
 _COUNTS = {
     "off_victim_failed": "off_victim_failed",
     "silent_ends": "silent",
@@ -78,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def result() -> Report:
         found = Report(machine=report.machine(), asked=asked, samples=[asdict(row) for row in rows])
-        judge(found, rows, len(names))
+        judge(found, rows, len(names), cast.hang_s)
         return found
 
     def played(row: Found) -> None:
@@ -159,13 +158,14 @@ def _before(file: Path, names: Sequence[str], asked: dict[str, Any]) -> list[Fou
     return rows
 
 
-def judge(result: Report, rows: Sequence[Found], asked: int) -> None:
-    """The bars. A row that was not played, or could not show what it should, is in trouble."""
+def judge(result: Report, rows: Sequence[Found], asked: int, hang_s: float) -> None:
+    """The bars. A row that was not played, or could not show what it should, is in trouble. `hang_s`: until one that hangs
+    gets no new work; as much longer as ten of its own slow steps are longer than the usual limit."""
     troubles = asked - len(rows) + sum(bool(row.trouble) for row in rows)
     result.judge("rows_in_trouble", float(troubles), "", "==", 0.0)
     for bar, count in _COUNTS.items():
         result.judge(bar, float(sum(getattr(row, count) for row in rows)), "", "==", 0.0)
-    for kind, limit in DETECT_S.items():
+    for kind, limit in {"death": DETECT_DEATH_S, "hang": hang_s}.items():
         times = [_detected_s(row) for row in rows if ROWS[row.fault].detects == kind]
         if times:
             worst = None if None in times else max(s for s in times if s is not None)

@@ -49,7 +49,8 @@ START_ATTEMPTS = 2  # a port lost to a race or a moment without memory is transi
 NEVER_GIVE_UP = 1_000_000_000  # starts; Serve takes the smaller of it and so many per replica (`cli/cluster`)
 RETRY_ASKED_EVERY_S = 2.0  # while it waits: has somebody changed something?
 START_CHECK_EVERY_S = 0.05  # of an engine that starts: somebody may be held until it is ready
-LOOK_EVERY_S = 0.5  # at the engine
+LOOK_EVERY_S = 0.5  # at the engine; sooner where the verdict turns before
+LOOK_AGAIN_S = 0.05  # the soonest
 LAST_DRAIN_S = 2.0  # for what a failed engine may still finish
 LAST_GRACE_S = 1.0  # between SIGTERM and SIGKILL of a failed engine
 _UP = (State.READY, State.SUSPECT, State.DRAINING)
@@ -329,7 +330,7 @@ class EngineReplica:
             self._changed.clear()
 
     async def _watch_while_up(self, watch: Watch) -> None:
-        """Looks at the engine twice a second, and acts on the verdict."""
+        """Looks at the engine twice a second, and when its time is up, and acts on the verdict."""
         while self._endpoint.state in _UP:
             judged = await watch.look(Limits(replace_s=self._knobs.stuck_timeout_s))
             self._endpoint = msgspec.structs.replace(
@@ -341,7 +342,7 @@ class EngineReplica:
                 stuck_after_s=watch.stuck_after_s,
             )
             await self._follow(judged)
-            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.sleep(min(LOOK_EVERY_S, max(LOOK_AGAIN_S, judged.turns_s)))
         watch.close()
 
     async def _follow(self, judged: Judgement) -> None:

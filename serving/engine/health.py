@@ -31,7 +31,8 @@ UNREAD_S = 2.0  # since its counters were read: until then nothing new of them i
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """Seconds. Together with the time between two looks, `stuck_s` makes five seconds from the last step to a suspect."""
+    """Seconds. From the last step to a suspect are `stuck_s` and the half second between two looks, as that may come right after
+    one: less than five."""
 
     stuck_s: float = 4.0
     slow_steps: float = 10.0  # or so many of its own slow (p99.9) steps, where that is longer
@@ -79,6 +80,7 @@ class Judgement(msgspec.Struct, frozen=True):
     cause: Cause = ""
     why: str = ""  # one line
     probe: bool = False  # generate a token, now, and say how that goes in the next looks
+    turns_s: float = math.inf  # from now until the same sight is judged worse
 
 
 def judge(look: Look, limits: Limits, memory: Memory, now: float) -> Judgement:
@@ -113,9 +115,11 @@ def judge(look: Look, limits: Limits, memory: Memory, now: float) -> Judgement:
             what, waited_s = "word of its steps", min(waited_s, _unread_s(m, now))
         why = f"no {what} for {waited_s:.1f} s with {max(look.in_flight, 1)} inside"
         return _aged(m, "stuck", waited_s, limit_s, replace_s, why)
+    # What was not read lately says no more the next moment.
+    turns_s = limit_s - waited_s if waited_s > 0 and seen_until == now else math.inf
     if _due(look, limits, m, now):
-        return Judgement("ok", _asked(m, now), probe=True)
-    return Judgement("ok", m)
+        return Judgement("ok", _asked(m, now), probe=True, turns_s=turns_s)
+    return Judgement("ok", m, turns_s=turns_s)
 
 
 def _awake(m: Memory, now: float) -> Memory:
@@ -169,7 +173,9 @@ def slow_step_s(memory: Memory) -> float:
 def _aged(m: Memory, cause: Cause, age_s: float, suspect_s: float, failed_s: float, why: str) -> Judgement:
     if age_s >= failed_s:
         return Judgement("failed", m, cause, why)
-    return Judgement("suspect" if age_s >= suspect_s else "ok", m, cause if age_s >= suspect_s else "", why)
+    if age_s >= suspect_s:
+        return Judgement("suspect", m, cause, why, turns_s=failed_s - age_s)
+    return Judgement("ok", m, "", why, turns_s=min(suspect_s, failed_s) - age_s)
 
 
 def _due(look: Look, limits: Limits, m: Memory, now: float) -> bool:

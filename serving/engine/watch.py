@@ -15,8 +15,8 @@ from serving.engine.door import PROBE_HEADER, STATUS_PATH
 from serving.engine.health import Judgement, Limits, Look, Memory, Probe, judge, limit_of
 
 LOOK_S = 1.0  # longest wait for one answer
-DEEPER_EVERY_S = 1.0  # /health, and the counters of one that is busy
-IDLE_EVERY_S = 5.0  # the counters of one that is not
+HEALTH_EVERY_S = 1.0
+IDLE_EVERY_S = 5.0  # the counters of one that has nothing to do; of one that is busy in every look
 PUT_OFF_TRIES = 5  # in a row may it be too busy for one token with nothing inside
 _NO_SUCH_ROUTE = (404, 405, 501)  # a pooling model
 _TROUBLE = (aiohttp.ClientError, TimeoutError, OSError, KeyError, ValueError, TypeError)
@@ -42,7 +42,7 @@ class Watch:
         self._healthy = True
         self._vitals: stats.Vitals | None = None
         self._pace = stats.Pace()
-        self._deeper_at = self._counted_at = 0.0
+        self._asked_health_at = self._counted_at = 0.0
         self._entered = self._counted_entered = 0
 
     async def look(self, limits: Limits) -> Judgement:
@@ -92,12 +92,11 @@ class Watch:
 
     async def _look_deeper(self, now: float) -> tuple[float, ...] | None:
         """/health and the counters, in their time; the counters, when they were read."""
-        if now - self._deeper_at < DEEPER_EVERY_S:
-            return None
-        self._deeper_at = now
-        with contextlib.suppress(*_TROUBLE):
-            async with asyncio.timeout(LOOK_S), self._http.get(self._url + "/health") as r:
-                self._healthy = r.status < 500
+        if now - self._asked_health_at >= HEALTH_EVERY_S:
+            self._asked_health_at = now
+            with contextlib.suppress(*_TROUBLE):
+                async with asyncio.timeout(LOOK_S), self._http.get(self._url + "/health") as r:
+                    self._healthy = r.status < 500
         idle = not self.in_flight and self._entered == self._counted_entered and self._probe is None
         if idle and now - self._counted_at < IDLE_EVERY_S:
             return None

@@ -32,7 +32,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineRoom]:
 
 @pytest.fixture
 async def http(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[aiohttp.ClientSession]:
-    for name in ("DEEPER_EVERY_S", "IDLE_EVERY_S"):
+    for name in ("HEALTH_EVERY_S", "IDLE_EVERY_S"):
         monkeypatch.setattr(f"serving.engine.watch.{name}", 0.05)
     monkeypatch.setattr("serving.engine.watch.LOOK_S", 0.5)
     async with aiohttp.ClientSession(headers={SECRET_HEADER.decode(): SECRET}) as session:
@@ -112,6 +112,25 @@ async def test_one_that_hangs_is_found_out_while_it_calls_itself_healthy(
     idle = watch(http, engine)
     assert (await until(idle, "suspect")).cause == "stuck"  # by the probe alone
     idle.close()
+    watching.close()
+
+
+async def test_the_counters_of_a_busy_engine_are_read_in_every_look(
+    http: aiohttp.ClientSession, room: EngineRoom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.engine.watch.HEALTH_EVERY_S", 60.0)
+    engine = room.start(sim_ttft_ms=2500)
+    watching = watch(http, engine)
+    await watching.look(FAST)
+    asking = asked(http, engine, text="word " * 300)
+    seen = 0
+    while not asking.done():
+        memory = (await watching.look(Limits())).memory
+        if watching.in_flight:
+            assert memory.read_at == memory.looked_at
+            seen += 1
+        await asyncio.sleep(EVERY_S)
+    assert seen > 10
     watching.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -51,6 +52,26 @@ def test_work_without_a_step_is_suspect_in_five_seconds_and_failed_when_it_lasts
     assert engine.looks(LIMITS.stuck_s - EVERY_S, **busy()) == "ok"
     assert engine.looks(EVERY_S, **busy()) == "suspect stuck"
     assert engine.looks(LIMITS.replace_s - LIMITS.stuck_s, **busy()) == "failed stuck"
+
+
+def test_the_watch_is_told_when_time_is_up_and_need_not_wait_for_its_next_look() -> None:
+    engine = Engine()
+    engine.looks(10, steps_a_look=20, **busy())
+    assert engine.judged.turns_s == math.inf
+    engine.looks(1, **busy())
+    still, before, turns_s = Look(mark=(engine.steps,), **busy()), engine.judged, engine.judged.turns_s
+    assert judge(still, LIMITS, before.memory, engine.now + turns_s - 1e-6).verdict == "ok"
+    assert judge(still, LIMITS, before.memory, engine.now + turns_s + 1e-6).verdict == "suspect"
+    engine.looks(LIMITS.stuck_s, **busy())
+    assert engine.judged.turns_s == pytest.approx(LIMITS.replace_s - LIMITS.stuck_s - 1)
+
+
+def test_counters_that_cannot_be_read_are_no_reason_to_look_more_often() -> None:
+    engine = Engine()
+    engine.looks(10, steps_a_look=20, **busy())
+    for _ in range(12):
+        engine.looks(EVERY_S, mark=None, **busy())
+        assert engine.judged.verdict == "ok" and engine.judged.turns_s > EVERY_S
 
 
 def test_a_suspect_that_goes_on_is_well_again() -> None:

@@ -43,6 +43,10 @@ _ERROR_FRAMES = (b'data: {"error"', b"event: error\n")
 # What vLLM says of requests it drops when it is stopped, under a status 200. Sought on routes with choices only, which hold no
 # JSON but vLLM's own: a response repeats its client's `metadata` and `tools`, a message holds the model's tool input.
 _ABORTED = b'"finish_reason":"abort"'
+# On the others it gives no reason: what reaches its core when that was told to end is answered as whole, without a token, and any
+# answer that was made has one at least.
+_NO_TOKENS = re.compile(rb'"output_tokens":\s*0\b')
+_NOTHING_MADE = b"an answer without a token, as of an engine that was told to end"
 # vLLM makes messages of a chat stream and cannot read that one's error frames: what it says then ends in what it could not read.
 # A core's death, a 500 among these, has lost its words, so only who is at fault is told by them.
 _MISTAKE_OF_A_MESSAGE = re.compile(rb"'code': (4\d\d)}}, input_type=dict")
@@ -185,6 +189,8 @@ class StreamScan:
             else:
                 self._finish = data
                 self.usage.read(data)
+                if self.usage.completion == 0:
+                    data = self._until_nothing(data)
         if not self.complete:
             # At the start of a line only: elsewhere the same words may be generated text.
             self.complete = any(data.startswith(end) or b"\n" + end in data for end in self._ends)
@@ -212,6 +218,16 @@ class StreamScan:
                 begin = before + 2 if before >= 0 else 0
                 data, self.error = data[:begin], data[begin : data.index(b"\n\n", at)]
                 break
+        return data
+
+    def _until_nothing(self, data: bytes) -> bytes:
+        for found in _NO_TOKENS.finditer(data):
+            begin = data.rfind(b"\n\n", 0, found.start()) + 2
+            begin = 0 if begin == 1 else begin
+            if _made_nothing(data[begin : data.index(b"\n\n", found.end())].partition(b"data: ")[2]):
+                self.died, self.aborted, self.error = True, True, _NOTHING_MADE
+                self._finish = b""
+                return data[:begin]
         return data
 
     def _usage_event(self, data: bytes) -> bytes:
@@ -558,7 +574,7 @@ def _judged(who: str, reply: Reply) -> Reply:
         raise Broken(outcome, f"{who}: {reply.status} {text}", killed=False)
     if reply.error is not None:
         raise Broken("died", f"{who}: {reply.error}", killed=True)
-    if reply.route.usage_by_option and _ABORTED in body:
+    if _ABORTED in body if reply.route.usage_by_option else _NO_TOKENS.search(body) and _made_nothing(body):
         raise Broken("died", f"{who}: the engine was stopped under the request", killed=False, gone=True)
     return reply
 
@@ -574,6 +590,30 @@ def _told(reply: Reply, upstream: Upstream, route: Route, request_id: str) -> Re
     elif reply.status >= 400 and reply.body is not None:
         reply.body = named(reply.body, reply.status, route.dialect, request_id)
     return reply
+
+
+class _Counted(msgspec.Struct):
+    output_tokens: int | None = None
+
+
+class _Made(msgspec.Struct):
+    """An answer, or the event with which a stream of one ends, as far as it says how much was made."""
+
+    usage: _Counted | None = None
+    response: _Made | None = None
+
+
+_decode_made = msgspec.json.Decoder(_Made).decode
+
+
+def _made_nothing(answer: bytes) -> bool:
+    """Whether this JSON is an answer of no token."""
+    try:
+        made = _decode_made(answer)
+    except msgspec.MsgspecError:
+        return False
+    usage = (made.response or made).usage
+    return usage is not None and usage.output_tokens == 0
 
 
 class _Error(msgspec.Struct):

@@ -159,6 +159,69 @@ async def test_a_response_that_takes_too_long_is_told_in_its_own_words(front: Fr
         await engine.inside(0)
 
 
+# -- an engine that was told to end
+
+# vLLM's answers to what reaches its core from then on: nothing but that they have no token tells them from whole ones.
+NO_MESSAGE = {**MESSAGE, "content": [], "stop_reason": None, "usage": {"input_tokens": 7, "output_tokens": 0}}
+NO_RESPONSE = {**RESPONSE, "usage": {"input_tokens": 3, "output_tokens": 0}}
+STARTED = event("message_start", message=NO_MESSAGE)
+NO_DELTA = event("message_delta", delta={"stop_reason": None, "stop_sequence": None}, usage=NO_MESSAGE["usage"])
+STOPPED = {
+    MESSAGES: (STARTED, NO_DELTA + event("message_stop")),
+    "/v1/responses": (CREATED, event("response.completed", response=NO_RESPONSE, sequence_number=1)),
+}
+WHOLE = {MESSAGES: (MESSAGE, NO_MESSAGE), "/v1/responses": (RESPONSE, NO_RESPONSE)}
+
+
+def prompt(path: str, **fields: Any) -> dict[str, Any]:
+    return chat(**fields) if path == MESSAGES else {"model": "tiny", "input": "hi", **fields}
+
+
+@pytest.mark.parametrize("path", STOPPED)
+async def test_an_end_without_an_answer_is_an_error_where_the_stream_had_begun(front: Front, path: str) -> None:
+    opening, end = STOPPED[path]
+    async with recorded(opening, 0.01, end) as engine:
+        front.serve(engine)
+        body = (await front.ask(path, prompt(path, stream=True))).body
+        assert body.startswith(opening + b"event: error\ndata: ") and body.count(b"event: ") == 2
+        assert not front.gateway.fleet.fuse.armed
+
+
+@pytest.mark.parametrize("path", STOPPED)
+async def test_an_answer_without_a_token_is_made_elsewhere(front: Front, path: str) -> None:
+    whole, nothing = (json.dumps(answer).encode() for answer in WHOLE[path])
+    async with (
+        recorded(nothing, content_type="application/json") as bad,
+        recorded(whole, content_type="application/json") as good,
+    ):
+        front.serve(bad, good)
+        for _ in range(2):
+            assert (await front.ask(path, prompt(path))).body == whole
+        assert len(bad.seen) >= 1 and not front.gateway.fleet.fuse.armed
+
+
+async def test_a_stream_that_ends_at_once_without_a_token_is_made_elsewhere(front: Front) -> None:
+    good_answer = CREATED + DELTA + COMPLETED
+    async with recorded(b"".join(STOPPED["/v1/responses"])) as bad, recorded(good_answer) as good:
+        front.serve(bad, good)
+        assert (await front.ask("/v1/responses", prompt("/v1/responses", stream=True))).body == good_answer
+        assert (len(bad.seen), len(good.seen)) == (1, 1)
+
+
+async def test_words_about_no_tokens_end_no_answer(front: Front) -> None:
+    told = {"output_tokens": 0}
+    called = {**MESSAGE, "content": [{"type": "tool_use", "id": "t", "name": "end", "input": {"usage": told}}]}
+    created = CREATED.replace(b'{"id"', b'{"metadata":{"output_tokens": 0},"id"')
+    async with recorded(json.dumps(called).encode(), content_type="application/json") as engine:
+        front.serve(engine)
+        assert (await front.ask(MESSAGES, chat())).body == json.dumps(called).encode()
+        front.engines.clear()
+    async with recorded(created, DELTA, COMPLETED) as engine:
+        front.serve(engine)
+        body = (await front.ask("/v1/responses", prompt("/v1/responses", stream=True))).body
+        assert body == created + DELTA + COMPLETED
+
+
 # -- JSON that is not the engine's
 
 ABORT = {"finish_reason": "abort"}  # what vLLM says of requests that it drops when it is stopped

@@ -22,7 +22,8 @@ Cause = Literal["", "process", "silent", "health", "stuck", "refuses"]
 Probe = Literal["none", "pending", "ok", "refused"]
 
 # Steps by their length, each bucket twice as long as the one before. A step is as long as steps were on average between two
-# looks, so that a hitch is one step among the hundreds of its second, and says little of what is usual.
+# looks, so that a hitch shorter than that is one step among dozens. A longer one counts for what it may have been: all the time
+# since the last step that was seen.
 _FIRST_STEP_S, _BUCKETS = 0.001, 18
 _HALF_LIFE_S = 600.0
 _TELLING = 0.999

@@ -610,7 +610,7 @@ def _made_nothing(answer: bytes) -> bool:
     """Whether this JSON is an answer of no token."""
     try:
         made = _decode_made(answer)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):  # the client's own JSON may be in it
         return False
     usage = (made.response or made).usage
     return usage is not None and usage.output_tokens == 0

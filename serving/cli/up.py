@@ -36,6 +36,7 @@ Say = Callable[[str], None]
 STOP_DRAIN_S = 8.0  # Ctrl-C and SIGTERM: how long streams in progress may take to finish
 _UNHEALTHY_S = 60.0  # longest wait for an application that Serve calls unhealthy to recover
 _START_FAILED = "A replica failed to start with exception"  # of Serve's messages
+_NODE_DIED = "its node has died"  # of Ray's, in them
 _START_AGAIN = "see why in its output or its unit's log, then run `steelyard up` again"
 _FREE_DISK_BYTES = 512 * 1024 * 1024  # logs and sockets
 
@@ -369,7 +370,7 @@ def _wait(
                 unhealthy.pop(name, None)
             # A replica of a node that has just died is unhealthy until Serve has started another. Serve never gives up on
             # a replica that fails; one that fails before it can tell the directory is told of here alone.
-            failed = status == "DEPLOY_FAILED" or (_START_FAILED in message and message != before.get(name))
+            failed = status == "DEPLOY_FAILED" or (message != before.get(name) and start_failed(message))
             if name in wanted and (failed or now - since > _UNHEALTHY_S):
                 raise EngineError(f"{name}: {_sentence(message)}", f"see {settings.log_dir}")
         running = {n for n, (status, _) in statuses.items() if status == "RUNNING"}
@@ -383,6 +384,12 @@ def _wait(
             raise EngineError(f"not ready within {settings.ready_timeout_s:g} s: {line}", f"see {settings.log_dir}")
         (stop or threading.Event()).wait(0.25)
     return own
+
+
+def start_failed(message: str) -> bool:
+    """Whether Serve says that a replica could not start. One that was placed on a node that Ray did not know for dead yet is
+    nobody's fault: it starts elsewhere."""
+    return _START_FAILED in message and _NODE_DIED not in message
 
 
 def _applied_names() -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -186,18 +187,46 @@ def test_a_stack_that_ends_meanwhile_is_not_waited_for(tmp_path: Path, monkeypat
         up._wait(config(), settings, print, before={})
 
 
-def another_applied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Serve runs what somebody else has applied, and not what `config()` says."""
-    there = {app["name"].replace("m@", "other@"): app for app in config()["applications"]}
-    apps = {name: {**app, "name": name} for name, app in there.items()}
+def serve_says(monkeypatch: pytest.MonkeyPatch, apps: dict[str, Any], *statuses: tuple[str, str]) -> None:
+    """Serve runs `apps`, and says of all of them first this, then that, and the last for ever."""
+    told = itertools.chain(statuses, itertools.repeat(statuses[-1]))
     stubs = {
         "snapshot": lambda: Snapshot(epoch="e", number=1, complete=True),
-        "app_statuses": lambda: dict.fromkeys(apps, ("RUNNING", "")),
+        "app_statuses": lambda: dict.fromkeys(apps, next(told)),
         "deployed_apps": lambda: apps,
     }
     for name, value in stubs.items():
         monkeypatch.setattr(up.cluster, name, value)
     monkeypatch.setattr(up, "_readyz", lambda _: True)
+
+
+def another_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve runs what somebody else has applied, and not what `config()` says."""
+    there = {app["name"].replace("m@", "other@"): app for app in config()["applications"]}
+    serve_says(monkeypatch, {name: {**app, "name": name} for name, app in there.items()}, ("RUNNING", ""))
+
+
+DIED = """A replica failed to start with exception. Retrying. Error:
+Traceback (most recent call last):
+ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.
+	class_name: ServeReplica:gateway:gateway
+	ip: 198.18.209.12
+The actor died because its node has died. Node Id: 28572ccce2ca827b27e6ce7dcf6fb639128fc980f595955133b55c9b
+	the actor's node was terminated unexpectedly: health check failed due to missing too many heartbeats
+The actor never ran - it was cancelled before it started running."""
+RAISED = "A replica failed to start with exception. Retrying. Error:\nValueError: no such thing"
+
+
+def test_a_replica_placed_on_a_node_that_had_just_died_fails_no_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apps = served(config())
+    settings = load_settings(state_dir=tmp_path, ready_timeout_s=20)
+    serve_says(monkeypatch, apps, ("UPDATING", DIED), ("RUNNING", DIED))
+    assert up._wait(config(), settings, lambda _: None, before={})
+    serve_says(monkeypatch, apps, ("UPDATING", RAISED))
+    with pytest.raises(EngineError, match="no such thing"):
+        up._wait(config(), settings, lambda _: None, before={})
 
 
 def test_who_starts_a_stack_does_not_end_it_since_another_catalog_was_applied_meanwhile(

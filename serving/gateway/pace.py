@@ -60,18 +60,16 @@ class Holds:
         self._n += 1
         self._mean += (held_s - self._mean) / min(self._n, self._COUNT)
 
-    def pace(self, inside: int, begun: float, now: float) -> float | None:
-        """Requests per second that leave of `inside`, whose begins add up to `begun`, if they are like those before. None
+    def hold_s(self, inside: int, begun: float, now: float) -> float | None:
+        """How long one holds its slot that is like those before it and those `inside`, whose begins add up to `begun`. None
         while nothing is inside."""
         if not inside:
             return None
         age = now - begun / inside
         if not self._n:
-            hold = 2 * age  # somebody who looks at a random moment sees half of what a request takes
-        elif self._n < inside:
+            return 2 * age  # somebody who looks at a random moment sees half of what a request takes
+        if self._n < inside:
             # The first to end are the short ones: those inside count for the time that they have taken already (the
             # estimate of a mean from censored observations); bounded, for requests that all take the same.
-            hold = min(self._mean + age * inside / self._n, 4 * max(self._mean, age))
-        else:
-            hold = self._mean
-        return inside / hold if hold > 0 else None
+            return min(self._mean + age * inside / self._n, 4 * max(self._mean, age))
+        return self._mean

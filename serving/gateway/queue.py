@@ -116,6 +116,7 @@ class VersionLine:
         self._turn = 0
         self._share: shares.Share | None = None  # None: take what there is
         self._share_at = -math.inf
+        self._part, self._part_at = 1.0, -math.inf  # of what is served, this gateway's
         self._overdraft_at = 0.0
         self._overdraft_s = OVERDRAFT_S
         self._timer: asyncio.TimerHandle | None = None
@@ -205,7 +206,7 @@ class VersionLine:
     def others(self, demand: Mapping[str, tuple[KeyDemand, ...]], turn: int) -> None:
         """What the other gateways hold and run, by gateway. `turn`: the number of the table that says so."""
         now = time.monotonic()
-        self._others, self._turn = dict(demand), turn
+        self._others, self._turn, self._part_at = dict(demand), turn, -math.inf
         contended = any(d.held for told in self._others.values() for d in told)
         self._others_until = now + OTHERS_FORGOTTEN_S if contended else -math.inf
         if contended:
@@ -596,7 +597,7 @@ class VersionLine:
         """How many would be served before a new one like it, and how many are a second; None while that is unknown."""
         ahead = self._order.ahead_of(ticket) + self._returned_count
         higher = sum(self._order.count(rank) for rank in range(ticket.rank))
-        measured, by_holds = self._paces[ticket.rank].per_s(now), self._by_holds(now)
+        measured, by_holds = self._paces[ticket.rank].per_s(now), self._by_holds(ticket, now)
         if measured is not None and (higher or by_holds is None):
             return ahead, measured
         if measured is None:
@@ -606,16 +607,30 @@ class VersionLine:
         known = [p for p in (measured, by_holds) if p is not None]
         return ahead, sum(known) / len(known) if known else None
 
-    def _by_holds(self, now: float) -> float | None:
-        """How many leave a second, by how long they hold their slots. Where KV cache is scarce those inside may be few and large,
-        as in the first second of a burst: each makes room for as many of those who wait as are of its size."""
-        pace = self._holds.pace(self.running, self._begun, now)
-        ready = [u for u in self.upstreams.values() if u.endpoint.kv_tokens and u.endpoint.state is State.READY]
-        taken = sum(max(u.tokens, u.endpoint.tokens) for u in ready)
-        if pace is None or not self._order.cost or taken * 2 <= sum(u.endpoint.kv_tokens or 0 for u in ready):
-            return pace
-        inside, waits = sum(u.tokens for u in ready) / self.running, self._order.cost / len(self._order)
-        return pace * max(1.0, inside / waits)
+    def _by_holds(self, ticket: Ticket, now: float) -> float | None:
+        """How many are served a second once those who wait are inside: as many as fit, over how long they hold their slots,
+        and of that this gateway's part. Those of it that are inside now may be few, or large: in the first second of a burst
+        another gateway may have all slots, and a few prompts all KV cache."""
+        hold_s = self._holds.hold_s(self.running, self._begun, now)
+        fit = self._fit()
+        if not hold_s or not fit:
+            return None
+        return fit * self._part_of(ticket, now) / hold_s or None
+
+    def _fit(self) -> float:
+        """How many fit at once into the endpoints that take any, of the size of those that wait."""
+        size = self._order.cost / len(self._order) if self._order.cost else 0.0
+        ready = (u.endpoint for u in self.upstreams.values() if u.endpoint.state is State.READY and not u.tripped)
+        return sum(min(e.slots, max(1.0, e.kv_tokens / size)) if e.kv_tokens and size else e.slots for e in ready)
+
+    def _part_of(self, newcomer: Ticket, now: float) -> float:
+        """This gateway's part of what is served, 0..1: as long as nobody told of others, all of it."""
+        if not self._others:
+            return 1.0
+        if now - self._part_at >= OVERDRAFT_S:
+            self._part_at = now
+            self._part = shares.part(self._slots(), self._gateway_id, self.demand(newcomer), self._others)
+        return self._part
 
     def _retry_after_s(self, ticket: Ticket, now: float) -> float:
         """When what is before a new one like it will have been served."""
@@ -707,16 +722,16 @@ class VersionLine:
         return self.running < self._share.slots or now >= self._overdraft_at
 
     def _reshare(self, now: float, newcomer: Ticket | None) -> None:
-        ready = (u.endpoint for u in self.upstreams.values() if u.endpoint.state is State.READY)
-        share = shares.share(
-            sum(e.slots for e in ready), self._gateway_id, self.demand(newcomer), self._others, self._turn
-        )
+        share = shares.share(self._slots(), self._gateway_id, self.demand(newcomer), self._others, self._turn)
         self._share, self._share_at = share, now
         held = self._order.by_key()
         granted = sum(share.weights.get(at, 0.0) for at in held)
         if granted > 0:
             scale = sum(weight for _, weight in held.values()) / granted
             self._order.weigh({at: w * scale for at, w in share.weights.items()})
+
+    def _slots(self) -> int:
+        return sum(u.endpoint.slots for u in self.upstreams.values() if u.endpoint.state is State.READY)
 
     def _unshare(self) -> None:
         self._share = None

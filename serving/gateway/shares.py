@@ -42,7 +42,7 @@ def share(
 ) -> Share:
     """This gateway's share of `slots`. `turn` is the number of the directory's table, the same for all gateways: by it
     they take turns with the fractions of slots."""
-    wants = {me: list(mine), **{g: list(d) for g, d in others.items() if g != me}}
+    wants = {**_lists(others), me: list(mine)}
     granted = _granted(slots, wants)
     gateways = sorted(wants)
     # Systematic rounding: whole slots that add up to the total, each gateway's right on average over the turns.
@@ -55,6 +55,17 @@ def share(
             got = math.floor(above + 1e-9) - math.floor(below + 1e-9)
         below = above
     return Share(got, {k: v for k, v in granted[me].items() if v > 0})
+
+
+def part(slots: int, me: str, mine: Iterable[KeyDemand], others: Mapping[str, Iterable[KeyDemand]]) -> float:
+    """This gateway's part of what is served, 0..1, once each fills its share of `slots`."""
+    granted = {g: sum(of.values()) for g, of in _granted(slots, {**_lists(others), me: list(mine)}).items()}
+    total = sum(granted.values())
+    return granted[me] / total if total > 0 else 1.0
+
+
+def _lists(demand: Mapping[str, Iterable[KeyDemand]]) -> dict[str, list[KeyDemand]]:
+    return {g: list(d) for g, d in demand.items()}
 
 
 def _granted(slots: int, wants: Mapping[str, list[KeyDemand]]) -> dict[str, dict[tuple[str, int], float]]:

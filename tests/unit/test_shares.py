@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.fleet.endpoint import KeyDemand
-from serving.gateway.shares import REST, TOP_KEYS, fill, share, told
+from serving.gateway.shares import REST, TOP_KEYS, fill, part, share, told
 from tests.unit import virtual
 from tests.unit.virtual import World
 
@@ -68,6 +68,15 @@ def test_all_gateways_together_fill_all_slots_and_not_one_more(
             demands[g] = (*demands.get(g, ()), wants(key, held, running, rank))
     needed = sum(d.held + d.running for told_ in demands.values() for d in told_)
     assert abs(sum(slots_of(total, demands, turn).values()) - min(total, needed)) <= (1 if needed != total else 0) + 0
+
+
+def test_the_parts_of_what_is_served_are_as_the_slots() -> None:
+    demands = {"x": (wants("a", 300, 3),), "y": (wants("a", 9, 336),), "z": (wants("b", 0, 12),)}
+    parts = {g: part(336, g, d, demands) for g, d in demands.items()}
+    assert sum(parts.values()) == pytest.approx(1)
+    for g, slots in slots_of(336, demands).items():
+        assert parts[g] == pytest.approx(slots / 336, abs=1 / 336)
+    assert part(336, "x", (wants("a", 5, 3),), {}) == 1.0
 
 
 def test_fractions_of_a_slot_go_round() -> None:

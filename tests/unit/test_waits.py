@@ -97,15 +97,38 @@ def test_a_pace_follows_a_change_and_forgets_what_is_long_ago() -> None:
 
 def test_before_the_first_has_ended_their_age_tells() -> None:
     holds = Holds()
-    assert holds.pace(0, 0, 10) is None
-    assert holds.pace(4, 4 * 8.0, 10) == 4 / 4  # half of what they take is over, on average
+    assert holds.hold_s(0, 0, 10) is None
+    assert holds.hold_s(4, 4 * 8.0, 10) == 4  # half of what they take is over, on average
     for _ in range(4):
         holds.ended(2.0)
-    assert holds.pace(4, 4 * 8.0, 10) == 4 / 2
+    assert holds.hold_s(4, 4 * 8.0, 10) == 2
 
 
 def test_that_the_first_to_end_are_short_misleads_nobody() -> None:
     holds = Holds()
     for _ in range(3):
         holds.ended(0.1)
-    assert holds.pace(6, 6 * 9.9, 10) == pytest.approx(6 / (0.1 + 0.1 * 6 / 3))
+    assert holds.hold_s(6, 6 * 9.9, 10) == pytest.approx(0.1 + 0.1 * 6 / 3)
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 4, 16])
+def test_the_gateway_that_has_few_slots_in_a_burst_refuses_nobody_for_that(first: int) -> None:
+    """The other one was there first, and has filled all but a few: what is inside of ours says nothing of how many will be."""
+    world = World(gateways=2, engines=4, slots=84, max_queue=1024, max_wait_s=60)
+    world.service = lambda r: 12.0 if r.random() < 0.3 else r.uniform(1.6, 4.8)
+
+    async def come(gateway: int, number: int, at: float) -> None:
+        await asyncio.sleep(at)
+        for _ in range(number):
+            world.spawn(world.client(gateway, "a"))
+            await asyncio.sleep(0.0005)
+
+    async def run() -> None:
+        with world.running():
+            for burst in (come(0, first, 0.0), come(1, 342, 0.1), come(0, 342 - first, 0.7)):
+                world.spawn(burst)
+            await asyncio.sleep(30)
+
+    virtual.run(run)
+    assert not world.refusals
+    assert max(wait for _, wait in world.waits) < 20

@@ -145,7 +145,7 @@ def _tell(lines: list[VersionLine], cores: list[Core]) -> None:
         for i, core in enumerate(cores)
     ]
     for line in lines:
-        line.siblings = len(lines) > 1
+        line.gateways = len(lines)
         line.update(endpoints, only_add=False)
 
 

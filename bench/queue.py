@@ -48,7 +48,7 @@ async def least(what: Callable[[], Awaitable[None]], count: int) -> float:
 async def take_and_release(endpoints: int, blocks: int = 0, *, siblings: bool = False, count: int = 500) -> float:
     """A request that finds a free slot, from its arrival to its end."""
     to, prompt = line(endpoints), tuple(range(blocks))
-    to.siblings = siblings
+    to.gateways = 1 + siblings
 
     async def batch() -> None:
         for _ in range(count):

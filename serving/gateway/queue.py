@@ -29,6 +29,8 @@ from serving.gateway.sizes import Sizes
 # that nobody fills must not stay empty.
 OVERDRAFT_S = 0.05
 OVERDRAFT_LEAST_S = 0.004  # when such tries are let in, one after the other: then nobody else fills the slots
+EXPLAINED = 0.8  # of what is inside is known whose it is: else it came since the others were heard
+GROWN = 1.25  # times what it told itself: so much has come since that it may be the beginning of a burst
 OTHERS_FORGOTTEN_S = 3.0  # without news of the other gateways, everybody takes what there is
 # That are looked past for one who can take what is free: the work for an event must grow neither with the line nor, by its
 # square, with the fleet.
@@ -93,7 +95,7 @@ class VersionLine:
         self.upstreams: dict[str, Upstream] = {}
         self.sizes = Sizes()
         self.running = 0  # bound now
-        self.siblings = False  # other gateways send prompts to the same endpoints
+        self.gateways = 1  # that send to the same endpoints, with this one
         self.retries = budget(lambda: self.running)
         self.trials = Trials()
         self._patience = Patience()
@@ -101,7 +103,7 @@ class VersionLine:
         self._gateway_id = gateway_id
         self._order: Order[Ticket] = Order()
         self._returned: list[tuple[float, int, Ticket]] = []  # had their turn already: before all others, by arrival
-        self._returned_count = 0
+        self._returned_count, self._returned_cost = 0, 0.0
         # By adapter, those whose adapter no ready replica has yet, and whether each had its turn: nobody waits behind them.
         self._parked: dict[str, dict[Ticket, bool]] = {}
         self._parked_count = 0
@@ -116,7 +118,9 @@ class VersionLine:
         self._turn = 0
         self._share: shares.Share | None = None  # None: take what there is
         self._share_at = -math.inf
-        self._part, self._part_at = 1.0, -math.inf  # of what is served, this gateway's
+        self._told_at = -math.inf
+        self._told: tuple[KeyDemand, ...] = ()  # by this gateway, as of then
+        self._part: float | None = None  # of what was told, this gateway's; None: not reckoned yet
         self._overdraft_at = 0.0
         self._overdraft_s = OVERDRAFT_S
         self._timer: asyncio.TimerHandle | None = None
@@ -124,6 +128,11 @@ class VersionLine:
 
     def __len__(self) -> int:
         return len(self._order) + self._returned_count
+
+    @property
+    def siblings(self) -> bool:
+        """Whether other gateways send prompts to the same endpoints."""
+        return self.gateways > 1
 
     @property
     def waiting(self) -> int:
@@ -203,10 +212,11 @@ class VersionLine:
         back.close_breaker()
         return back
 
-    def others(self, demand: Mapping[str, tuple[KeyDemand, ...]], turn: int) -> None:
-        """What the other gateways hold and run, by gateway. `turn`: the number of the table that says so."""
+    def told(self, demand: Mapping[str, tuple[KeyDemand, ...]], turn: int) -> None:
+        """What gateways hold and run, by gateway, this one as well. `turn`: the number of the table that says so."""
         now = time.monotonic()
-        self._others, self._turn, self._part_at = dict(demand), turn, -math.inf
+        self._others, self._turn, self._told_at, self._part = dict(demand), turn, now, None
+        self._told = self._others.pop(self._gateway_id, ())
         contended = any(d.held for told in self._others.values() for d in told)
         self._others_until = now + OTHERS_FORGOTTEN_S if contended else -math.inf
         if contended:
@@ -471,7 +481,7 @@ class VersionLine:
         return found
 
     def _best(self, ticket: Ticket, now: float, avoid: frozenset[str]) -> Upstream | None:
-        upstreams, siblings = self.upstreams.values(), self.siblings
+        upstreams, siblings = self.upstreams.values(), self.gateways > 1
         if self.trials.homes:
             # Apart, as far as there is room: a newcomer that ends an engine must not look like whoever is on trial there.
             apart = avoid.union(self.trials.homes)
@@ -608,29 +618,53 @@ class VersionLine:
         return ahead, sum(known) / len(known) if known else None
 
     def _by_holds(self, ticket: Ticket, now: float) -> float | None:
-        """How many are served a second once those who wait are inside: as many as fit, over how long they hold their slots,
-        and of that this gateway's part. Those of it that are inside now may be few, or large: in the first second of a burst
-        another gateway may have all slots, and a few prompts all KV cache."""
+        """How many leave a second, by how long they hold their slots: of those inside, or, where this gateway has less inside
+        than its part of the fleet since another one was faster, of as many as that part is. Where KV cache is scarce those inside
+        may be few and large, as in the first second of a burst: each makes room for as many of those who wait as are of its
+        size."""
         hold_s = self._holds.hold_s(self.running, self._begun, now)
-        fit = self._fit()
-        if not hold_s or not fit:
+        if not hold_s:
             return None
-        return fit * self._part_of(ticket, now) / hold_s or None
+        with_kv = [u for u in self.upstreams.values() if u.endpoint.kv_tokens and u.endpoint.state is State.READY]
+        count, tokens = float(self.running), float(sum(u.tokens for u in with_kv))
+        size = (self._order.cost + self._returned_cost) / len(self) if self else 0.0
+        if self.gateways > 1 and now - self._told_at < OTHERS_FORGOTTEN_S:
+            everybody, theirs = self._inside(ticket, now, size)
+            part = self._part_of(everybody)
+            count, tokens = max(count, part * everybody), max(tokens, part * theirs)
+        taken = sum(max(u.tokens, u.endpoint.tokens) for u in with_kv)
+        if size and taken * 2 > sum(u.endpoint.kv_tokens or 0 for u in with_kv):
+            count = max(count, tokens / size)
+        return count / hold_s
 
-    def _fit(self) -> float:
-        """How many fit at once into the endpoints that take any, of the size of those that wait."""
-        size = self._order.cost / len(self._order) if self._order.cost else 0.0
-        ready = (u.endpoint for u in self.upstreams.values() if u.endpoint.state is State.READY and not u.tripped)
-        return sum(min(e.slots, max(1.0, e.kv_tokens / size)) if e.kv_tokens and size else e.slots for e in ready)
+    def _inside(self, ticket: Ticket, now: float, size: float) -> tuple[float, float]:
+        """How many of all gateways are inside where `ticket` may go, and their tokens: by the directory's word, and by its
+        door's where that was full a moment ago, which is as many as fit of the `size` of those who wait."""
+        count = tokens = 0.0
+        lacking = self._lacking(ticket.adapter)
+        for i, u in self.upstreams.items():
+            e = u.endpoint
+            if e.state is not State.READY or i in lacking:
+                continue
+            fit = 0.0
+            if u.lately_full(now):
+                fit = min(e.slots, e.kv_tokens / size) if e.kv_tokens and size else e.slots
+            count += max(u.sent, e.in_flight, fit)
+            tokens += max(u.tokens, e.tokens)
+        return count, tokens
 
-    def _part_of(self, newcomer: Ticket, now: float) -> float:
-        """This gateway's part of what is served, 0..1: as long as nobody told of others, all of it."""
-        if not self._others:
-            return 1.0
-        if now - self._part_at >= OVERDRAFT_S:
-            self._part_at = now
-            self._part = shares.part(self._slots(), self._gateway_id, self.demand(newcomer), self._others)
-        return self._part
+    def _part_of(self, everybody: float) -> float:
+        """This gateway's part, 0..1, of `everybody` inside, once each fills its share: by what it told itself when the others
+        told theirs. Where requests came since, they may have come to all in the same moment: then no less than where all
+        have as much; and that alone where what was told does not explain how much is inside."""
+        alike = 1 / self.gateways
+        running = sum(d.running for of in self._others.values() for d in of)
+        if running + self.running < EXPLAINED * everybody:
+            return alike
+        if self._part is None:
+            self._part = shares.part(self._slots(), self._gateway_id, self._told, self._others)
+        old = self.running + len(self) <= GROWN * sum(d.held + d.running for d in self._told)
+        return self._part if old else max(alike, self._part)
 
     def _retry_after_s(self, ticket: Ticket, now: float) -> float:
         """When what is before a new one like it will have been served."""
@@ -646,6 +680,7 @@ class VersionLine:
         if again:
             ticket._again_as = next(self._numbers)
             self._returned_count += 1
+            self._returned_cost += ticket.cost
             if not parked:
                 heapq.heappush(self._returned, (ticket.since, ticket._again_as, ticket))
         else:
@@ -676,10 +711,14 @@ class VersionLine:
         while returned and self._returned:
             _, place, ticket = heapq.heappop(self._returned)
             if ticket._again_as == place:
-                ticket._again_as = -1
-                self._returned_count -= 1
+                self._no_more_returned(ticket)
                 return ticket, True
         return self._order.pop(), False
+
+    def _no_more_returned(self, ticket: Ticket) -> None:
+        ticket._again_as = -1
+        self._returned_count -= 1
+        self._returned_cost = self._returned_cost - ticket.cost if self._returned_count else 0.0
 
     def _leave(self, ticket: Ticket) -> None:
         """It waits no more; a slot that was bound in the same instant is given back."""
@@ -691,8 +730,7 @@ class VersionLine:
             return
         self._forget_parked(ticket)
         if ticket._again_as >= 0:
-            ticket._again_as = -1
-            self._returned_count -= 1
+            self._no_more_returned(ticket)
         elif self._order.remove(ticket):
             self._paces[ticket.rank].mark(now, self._order.count(ticket.rank) > 0)
         elif ticket._future is not None and ticket._future.done() and not ticket._future.cancelled():

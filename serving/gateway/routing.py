@@ -164,6 +164,10 @@ class Upstream:
         self.broken_until = now + BROKEN_PAUSE_S
         self.careful_until = max(self.careful_until, self.broken_until)
 
+    def lately_full(self, now: float) -> bool:
+        """Whether its door said busy a moment ago."""
+        return now < self.full_until + BUSY_FORGOTTEN_S
+
     def gone(self, now: float) -> bool:
         """Whether nothing has answered there of late."""
         return now < self.broken_until - BROKEN_PAUSE_S + GONE_S

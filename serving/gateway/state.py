@@ -140,9 +140,8 @@ class Fleet:
         self._hear(snapshot)
         self._count_elsewhere()
         for version, line in self.lines.items():
-            others = {g.id: g.demand[version] for g in self.gateways if version in g.demand and g.id != self.gateway_id}
-            line.others(others, snapshot.number)
-            line.siblings = len(self.gateways) > 1
+            line.told({g.id: g.demand[version] for g in self.gateways if version in g.demand}, snapshot.number)
+            line.gateways = max(1, len(self.gateways))
 
     def resolve(self, name: str) -> tuple[Name, ModelConfig]:
         """What `name` means; raises UnknownModel naming nothing (the caller knows what the key may see)."""

@@ -468,7 +468,7 @@ async def test_ten_times_as_many_from_one_key_do_not_keep_out_another() -> None:
 
 async def test_a_line_that_never_waits_binds_what_is_its_part_while_others_hold() -> None:
     to = line(endpoint(slots=4))
-    to.others({"other": (KeyDemand("b", 1, 1.0, 9, 2),)}, 1)
+    to.told({"other": (KeyDemand("b", 1, 1.0, 9, 2),)}, 1)
     assert at(await take(to, key="a", max_queue=0)) == "a"
 
 
@@ -478,7 +478,7 @@ async def test_nothing_is_polled_while_every_slot_or_all_kv_cache_is_taken(kv_to
     to = line(endpoint(slots=4 if kv_tokens is None else 6, kv_tokens=kv_tokens))
     taken = [await take(to, key="k", tokens=25) for _ in range(4)]
     held = [await waiting(to, key="k", tokens=25) for _ in range(9)]
-    to.others({"other": (KeyDemand("z", 1, 1.0, 20, 0),)}, 1)
+    to.told({"other": (KeyDemand("z", 1, 1.0, 20, 0),)}, 1)
     with mock.patch.object(to, "pump", wraps=to.pump) as pump:
         await asyncio.sleep(0.1)
         assert pump.call_count <= 4
@@ -655,7 +655,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(held=st.integers(0, 5), running=st.integers(0, 5), turn=st.integers(0, 9))
     def other_gateways_speak(self, held: int, running: int, turn: int) -> None:
-        self.step(self.line.others, {"you": (KeyDemand("B", 1, 1.0, held, running),)}, turn)
+        self.step(self.line.told, {"you": (KeyDemand("B", 1, 1.0, held, running),)}, turn)
 
     @rule(seconds=st.sampled_from([0.003, 0.007, 0.11, 1.1]))
     def time_passes(self, seconds: float) -> None:
@@ -695,6 +695,7 @@ class AnyOrder(RuleBasedStateMachine):
             mine = [o for o in self.held if o.upstream is upstream]
             assert (upstream.sent, upstream.tokens) == (len(mine), sum(o.tokens for o in mine))
         assert len(self.line) == len(self.tasks) == sum(d.held for d in self.line.demand())
+        assert self.line._order.cost + self.line._returned_cost == sum(o.cost for o in self.tasks)
         assert self.line.running == len(self.held) == sum(d.running for d in self.line.demand())
 
     @invariant()

@@ -173,7 +173,7 @@ def test_a_gateway_takes_what_another_one_leaves() -> None:
             for _ in range(40):
                 world.spawn(world.client(0, "a"))
             for _ in range(40):
-                world.lines[0].others(silent, 1)
+                world.lines[0].told(silent, 1)
                 await asyncio.sleep(0.25)
             assert world.doors["e0"].inside >= 14
 
@@ -187,7 +187,7 @@ def test_without_news_of_the_others_nothing_is_left_idle() -> None:
             world.share = False
             for _ in range(40):
                 world.spawn(world.client(0, "a"))
-            world.lines[0].others({"g1": (wants("x", held=500),)}, 1)
+            world.lines[0].told({"g1": (wants("x", held=500),)}, 1)
             await asyncio.sleep(5)
             assert world.doors["e0"].inside == 16
 

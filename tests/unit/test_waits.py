@@ -111,20 +111,27 @@ def test_that_the_first_to_end_are_short_misleads_nobody() -> None:
     assert holds.hold_s(6, 6 * 9.9, 10) == pytest.approx(0.1 + 0.1 * 6 / 3)
 
 
-@pytest.mark.parametrize("first", [0, 1, 2, 4, 16])
-def test_the_gateway_that_has_few_slots_in_a_burst_refuses_nobody_for_that(first: int) -> None:
-    """The other one was there first, and has filled all but a few: what is inside of ours says nothing of how many will be."""
-    world = World(gateways=2, engines=4, slots=84, max_queue=1024, max_wait_s=60)
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize(("first", "gap_s"), [(0, 0.0005), (1, 0.0), (1, 0.0005), (4, 0.0005), (16, 0.0)])
+def test_the_gateway_that_has_few_slots_in_a_burst_refuses_nobody_for_that(
+    first: int, gap_s: float, known: bool
+) -> None:
+    """The other one was there first, and has filled all but a few: what is inside of ours says nothing of how many will be.
+    `known`: both have seen before how long requests take."""
+    world = World(gateways=2, engines=4, slots=84, max_queue=1024, max_wait_s=30)
     world.service = lambda r: 12.0 if r.random() < 0.3 else r.uniform(1.6, 4.8)
 
     async def come(gateway: int, number: int, at: float) -> None:
         await asyncio.sleep(at)
         for _ in range(number):
             world.spawn(world.client(gateway, "a"))
-            await asyncio.sleep(0.0005)
+            await asyncio.sleep(gap_s)
 
     async def run() -> None:
         with world.running():
+            for gateway in (0, 1) * 20 * known:
+                world.spawn(world.request(gateway, "a"))
+            await asyncio.sleep(20.0 * known)
             for burst in (come(0, first, 0.0), come(1, 342, 0.1), come(0, 342 - first, 0.7)):
                 world.spawn(burst)
             await asyncio.sleep(30)
@@ -132,3 +139,26 @@ def test_the_gateway_that_has_few_slots_in_a_burst_refuses_nobody_for_that(first
     virtual.run(run)
     assert not world.refusals
     assert max(wait for _, wait in world.waits) < 20
+
+
+@pytest.mark.parametrize("gateways", [1, 2, 8])
+def test_who_enters_in_a_burst_at_all_gateways_is_served_in_time(gateways: int) -> None:
+    """What the others told is from before it: each knows only how many gateways there are."""
+    world = World(gateways=gateways, engines=4, slots=8, max_queue=4096, max_wait_s=20)
+    world.service = lambda r: r.uniform(1, 3)
+
+    async def run() -> None:
+        with world.running():
+            usual = world.spawn(world.open_loop(lambda: world.rng.randrange(gateways), "a", per_s=8))
+            await asyncio.sleep(60)
+            assert not world.refusals
+            usual.cancel()
+            for number in range(2400):
+                await asyncio.sleep(world.rng.expovariate(8000))
+                world.spawn(world.request(number % gateways, "a"))
+            await asyncio.sleep(40)
+
+    virtual.run(run)
+    in_vain = [e for _, e in world.refusals if "no slot came free" in str(e)]
+    assert len(world.refusals) > 2000  # some 300 can be served in 20 s
+    assert len(in_vain) < 0.1 * len(world.refusals)

@@ -134,8 +134,9 @@ class World:
             if number % round(REPORT_EVERY_S / TABLE_EVERY_S) == 0:
                 self._tell()
             if self.share:
-                for g, line in enumerate(self.lines):
-                    line.others({f"g{i}": d for i, d in enumerate(told) if i != g and d}, number)
+                for line in self.lines:
+                    line.gateways = self.gateways
+                    line.told({f"g{i}": d for i, d in enumerate(told) if d}, number)
             await asyncio.sleep(TABLE_EVERY_S)
 
     def _tell(self) -> None:

@@ -11,8 +11,8 @@ import heapq
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, NamedTuple
 
 from serving.errors import NoReplica, QueueFull, RequestError, WaitTooLong, counted
 from serving.fleet.endpoint import Endpoint, KeyDemand, State
@@ -85,6 +85,15 @@ class Ticket:
     @property
     def class_(self) -> str:
         return CLASSES[self.rank]
+
+
+class _Inside(NamedTuple):
+    """Requests at engines; in tokens, the KV cache that this gateway's may take, and all, and how much there is."""
+
+    requests: float
+    own_tokens: float
+    tokens: float
+    kv_tokens: float
 
 
 class VersionLine:
@@ -592,7 +601,7 @@ class VersionLine:
             before = counted(ahead, "request is", "requests are")
             raise WaitTooLong(
                 f"{self.version_id}: {before} before this one: it would not be served within {max_wait_s:g} s",
-                retry_after_s=self._retry_after_s(ticket, now),
+                retry_after_s=_retry_after_s(ahead, pace),
             )
         if loser is not None and error is not None:  # last: nobody gives way to one who does not enter
             self._fail(loser, error)
@@ -625,33 +634,33 @@ class VersionLine:
         hold_s = self._holds.hold_s(self.running, self._begun, now)
         if not hold_s:
             return None
-        with_kv = [u for u in self.upstreams.values() if u.endpoint.kv_tokens and u.endpoint.state is State.READY]
-        count, tokens = float(self.running), float(sum(u.tokens for u in with_kv))
-        size = (self._order.cost + self._returned_cost) / len(self) if self else 0.0
+        size = (self._order.cost + self._returned_cost) / len(self) if self else 0.0  # of those who wait, in the mean
+        inside = self._inside(self._lacking(ticket.adapter), size, now)
+        count, tokens = float(self.running), inside.own_tokens
         if self.gateways > 1 and now - self._told_at < OTHERS_FORGOTTEN_S:
-            everybody, theirs = self._inside(ticket, now, size)
-            part = self._part_of(everybody)
-            count, tokens = max(count, part * everybody), max(tokens, part * theirs)
-        taken = sum(max(u.tokens, u.endpoint.tokens) for u in with_kv)
-        if size and taken * 2 > sum(u.endpoint.kv_tokens or 0 for u in with_kv):
+            part = self._part_of(inside.requests)
+            count, tokens = max(count, part * inside.requests), max(tokens, part * inside.tokens)
+        if size and inside.tokens * 2 > inside.kv_tokens:
             count = max(count, tokens / size)
         return count / hold_s
 
-    def _inside(self, ticket: Ticket, now: float, size: float) -> tuple[float, float]:
-        """How many of all gateways are inside where `ticket` may go, and their tokens: by the directory's word, and by its
-        door's where that was full a moment ago, which is as many as fit of the `size` of those who wait."""
-        count = tokens = 0.0
-        lacking = self._lacking(ticket.adapter)
+    def _inside(self, lacking: Collection[str], size: float, now: float) -> _Inside:
+        """Of all gateways, in the ready endpoints that are not `lacking`: by the directory's word, and by that of a door which
+        was full a moment ago, as many as fit of `size` tokens each."""
+        count = own = tokens = kv = 0.0
         for i, u in self.upstreams.items():
             e = u.endpoint
             if e.state is not State.READY or i in lacking:
                 continue
-            fit = 0.0
+            here: float = u.sent if u.sent > e.in_flight else e.in_flight
+            if e.kv_tokens:
+                own += u.tokens
+                tokens += u.tokens if u.tokens > e.tokens else e.tokens
+                kv += e.kv_tokens
             if u.lately_full(now):
-                fit = min(e.slots, e.kv_tokens / size) if e.kv_tokens and size else e.slots
-            count += max(u.sent, e.in_flight, fit)
-            tokens += max(u.tokens, e.tokens)
-        return count, tokens
+                here = max(here, min(e.slots, e.kv_tokens / size) if e.kv_tokens and size else e.slots)
+            count += here
+        return _Inside(count, own, tokens, kv)
 
     def _part_of(self, everybody: float) -> float:
         """This gateway's part, 0..1, of `everybody` inside, once each fills its share: by what it told itself when the others
@@ -668,8 +677,7 @@ class VersionLine:
 
     def _retry_after_s(self, ticket: Ticket, now: float) -> float:
         """When what is before a new one like it will have been served."""
-        ahead, pace = self._outlook(ticket, now)
-        return RETRY_UNKNOWN_S if pace is None else min((ahead + 1) / pace, LONGEST_RETRY_S)
+        return _retry_after_s(*self._outlook(ticket, now))
 
     def _join(self, ticket: Ticket, again: bool, now: float, *, back: bool = False) -> None:
         parked = ticket.adapter is not None and not self._somewhere(ticket.adapter)
@@ -805,6 +813,10 @@ class VersionLine:
         self._timer = None
         if self:
             self.pump()
+
+
+def _retry_after_s(ahead: int, pace: float | None) -> float:
+    return RETRY_UNKNOWN_S if pace is None else min((ahead + 1) / pace, LONGEST_RETRY_S)
 
 
 def bound_wait(limit_s: float, deadline: float, clock: Callable[[], float] = time.monotonic) -> float:

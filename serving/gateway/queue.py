@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from serving.errors import NoReplica, QueueFull, RequestError, WaitTooLong, counted
-from serving.fleet.endpoint import Endpoint, KeyDemand, State
+from serving.fleet.endpoint import TABLE_EVERY_S, Endpoint, KeyDemand, State
 from serving.gateway import shares
 from serving.gateway.order import CLASSES, Order
 from serving.gateway.pace import Holds, Pace
@@ -30,8 +30,9 @@ from serving.gateway.sizes import Sizes
 OVERDRAFT_S = 0.05
 OVERDRAFT_LEAST_S = 0.004  # when such tries are let in, one after the other: then nobody else fills the slots
 EXPLAINED = 0.8  # of what is inside is known whose it is: else it came since the others were heard
-GROWN = 1.25  # times what it told itself: so much has come since that it may be the beginning of a burst
+GROWN = 1.25  # times what it told itself: so much has come since that the others may have more than they told, too
 OTHERS_FORGOTTEN_S = 3.0  # without news of the other gateways, everybody takes what there is
+AWAY_S = TABLE_EVERY_S + OTHERS_FORGOTTEN_S  # without any table: who is inside is not known any more
 # That are looked past for one who can take what is free: the work for an event must grow neither with the line nor, by its
 # square, with the fleet.
 MOST_ASIDE = 16
@@ -88,9 +89,11 @@ class Ticket:
 
 
 class _Inside(NamedTuple):
-    """Requests at engines; in tokens, the KV cache that this gateway's may take, and all, and how much there is."""
+    """Requests at engines, and how many like those who wait could be there at all; in tokens, the KV cache that this gateway's
+    may take, and all, and how much there is."""
 
     requests: float
+    most: float
     own_tokens: float
     tokens: float
     kv_tokens: float
@@ -123,13 +126,15 @@ class VersionLine:
         self._begun = 0.0  # sum of the times at which those that are bound were
         self._blocked = False  # somebody waits for more room than is free, and keeps it from others
         self._others: dict[str, tuple[KeyDemand, ...]] = {}
+        self._others_running = 0
         self._others_until = -math.inf
         self._turn = 0
         self._share: shares.Share | None = None  # None: take what there is
         self._share_at = -math.inf
         self._told_at = -math.inf
         self._told: tuple[KeyDemand, ...] = ()  # by this gateway, as of then
-        self._part: float | None = None  # of what was told, this gateway's; None: not reckoned yet
+        self._part: float | None = None  # of all inside, this gateway's; None: not reckoned since the others were heard
+        self._part_asked = 0  # here, as of when it was
         self._overdraft_at = 0.0
         self._overdraft_s = OVERDRAFT_S
         self._timer: asyncio.TimerHandle | None = None
@@ -226,7 +231,9 @@ class VersionLine:
         now = time.monotonic()
         self._others, self._turn, self._told_at, self._part = dict(demand), turn, now, None
         self._told = self._others.pop(self._gateway_id, ())
-        contended = any(d.held for told in self._others.values() for d in told)
+        others = [d for told in self._others.values() for d in told]
+        self._others_running = sum(d.running for d in others)
+        contended = any(d.held for d in others)
         self._others_until = now + OTHERS_FORGOTTEN_S if contended else -math.inf
         if contended:
             self._share_at = -math.inf
@@ -635,45 +642,57 @@ class VersionLine:
         if not hold_s:
             return None
         size = (self._order.cost + self._returned_cost) / len(self) if self else 0.0  # of those who wait, in the mean
-        inside = self._inside(self._lacking(ticket.adapter), size, now)
-        count, tokens = float(self.running), inside.own_tokens
-        if self.gateways > 1 and now - self._told_at < OTHERS_FORGOTTEN_S:
-            part = self._part_of(inside.requests)
-            count, tokens = max(count, part * inside.requests), max(tokens, part * inside.tokens)
+        lacking = self._lacking(ticket.adapter)
+        inside = self._inside(lacking, size, now)
+        count = 0.0
+        if self.gateways > 1 and now - self._told_at < AWAY_S:
+            count = self._ours(inside.requests, everywhere=not lacking)
         if size and inside.tokens * 2 > inside.kv_tokens:
-            count = max(count, tokens / size)
-        return count / hold_s
+            count = max(count, inside.own_tokens / size)
+        return max(float(self.running), min(count, inside.most)) / hold_s
 
     def _inside(self, lacking: Collection[str], size: float, now: float) -> _Inside:
-        """Of all gateways, in the ready endpoints that are not `lacking`: by the directory's word, and by that of a door which
-        was full a moment ago, as many as fit of `size` tokens each."""
-        count = own = tokens = kv = 0.0
+        """Of all gateways, in the ready endpoints that are not `lacking`: by the directory's word; and where a door was full a
+        moment ago, what nobody has told yet is taken for requests of `size` tokens each."""
+        count = most = own = tokens = kv = 0.0
         for i, u in self.upstreams.items():
             e = u.endpoint
-            if e.state is not State.READY or i in lacking:
+            if e.state is not State.READY or i in lacking or u.gone(now):
                 continue
             here: float = u.sent if u.sent > e.in_flight else e.in_flight
+            fit = more = float(e.slots)
             if e.kv_tokens:
+                known = u.tokens if u.tokens > e.tokens else e.tokens
                 own += u.tokens
-                tokens += u.tokens if u.tokens > e.tokens else e.tokens
+                tokens += known
                 kv += e.kv_tokens
+                if size:
+                    fit, more = min(fit, e.kv_tokens / size), max(0, e.kv_tokens - known) / size
             if u.lately_full(now):
-                here = max(here, min(e.slots, e.kv_tokens / size) if e.kv_tokens and size else e.slots)
+                here = max(here, min(e.slots, here + more))
             count += here
-        return _Inside(count, own, tokens, kv)
+            most += fit
+        return _Inside(count, most, own, tokens, kv)
 
-    def _part_of(self, everybody: float) -> float:
-        """This gateway's part, 0..1, of `everybody` inside, once each fills its share: by what it told itself when the others
-        told theirs. Where requests came since, they may have come to all in the same moment: then no less than where all
-        have as much; and that alone where what was told does not explain how much is inside."""
+    def _ours(self, inside: float, *, everywhere: bool) -> float:
+        """How many of all `inside` will be this gateway's once each fills its share: by what it told itself when the others told
+        theirs. Where more has come here since, it may have come to all in the same moment: then by what it asks for now, and no
+        more than where all have as much. That alone where what was told does not explain how much is inside. `everywhere`: that
+        is at all ready endpoints, as the others count."""
         alike = 1 / self.gateways
-        running = sum(d.running for of in self._others.values() for d in of)
-        if running + self.running < EXPLAINED * everybody:
-            return alike
+        if everywhere:
+            known = self.running + self._others_running
+            if known < EXPLAINED * inside:
+                return alike * inside
+            inside = max(inside, known)
+        slots, me, asked = self._slots(), self._gateway_id, self.running + len(self)
         if self._part is None:
-            self._part = shares.part(self._slots(), self._gateway_id, self._told, self._others)
-        old = self.running + len(self) <= GROWN * sum(d.held + d.running for d in self._told)
-        return self._part if old else max(alike, self._part)
+            self._part = shares.part(slots, me, self._told, self._others)
+            self._part_asked = sum(d.held + d.running for d in self._told)
+        if asked > GROWN * self._part_asked:
+            self._part = max(self._part, min(alike, shares.part(slots, me, self.demand(), self._others)))
+            self._part_asked = asked
+        return self._part * inside
 
     def _retry_after_s(self, ticket: Ticket, now: float) -> float:
         """When what is before a new one like it will have been served."""

@@ -139,9 +139,10 @@ class Fleet:
         self._distribute(only_add=not snapshot.complete)
         self._hear(snapshot)
         self._count_elsewhere()
+        ids = {self.gateway_id, *(g.id for g in self.gateways)}
         for version, line in self.lines.items():
+            line.gateways = len(ids)
             line.told({g.id: g.demand[version] for g in self.gateways if version in g.demand}, snapshot.number)
-            line.gateways = max(1, len(self.gateways))
 
     def resolve(self, name: str) -> tuple[Name, ModelConfig]:
         """What `name` means; raises UnknownModel naming nothing (the caller knows what the key may see)."""

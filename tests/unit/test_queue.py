@@ -196,6 +196,29 @@ async def test_a_few_large_ones_inside_do_not_make_a_queue_of_small_ones_hopeles
         task.cancel()
 
 
+async def test_a_door_that_is_full_of_large_ones_of_others_makes_no_room_for_many_small_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(queue, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    to = line(endpoint(slots=64, kv_tokens=100_000))
+    for _ in range(100):
+        taken = await take(to, tokens=300)
+        now[0] += 12
+        to.release(taken)
+    await take(to, tokens=300)
+    to.update([endpoint(slots=64, kv_tokens=100_000, tokens=99_900, in_flight=4)], only_add=False)
+    to.gateways = 2
+    to.told({"you": (KeyDemand("B", 1, 1.0, 0, 3),)}, 1)
+    to.busy(await take(to, tokens=300))
+    held = [await waiting(to, tokens=300, max_queue=1000, max_wait_s=1e6) for _ in range(30)]
+    late = asyncio.create_task(take(to, tokens=300, max_queue=1000, max_wait_s=60))
+    await settled()
+    assert isinstance(late.exception(), WaitTooLong)  # four leave in 12 s, for all gateways
+    for task in held:
+        task.cancel()
+
+
 async def test_one_that_had_its_turn_is_not_refused_by_a_full_line() -> None:
     to = line(endpoint(slots=1))
     taken = await take(to)
@@ -653,9 +676,11 @@ class AnyOrder(RuleBasedStateMachine):
         endpoints = [endpoint(i, n, state, kv_tokens=kv, adapters=has) for i, (n, state, kv, has) in table.items()]
         self.step(self.line.update, endpoints, only_add=only_add)
 
-    @rule(held=st.integers(0, 5), running=st.integers(0, 5), turn=st.integers(0, 9))
-    def other_gateways_speak(self, held: int, running: int, turn: int) -> None:
-        self.step(self.line.told, {"you": (KeyDemand("B", 1, 1.0, held, running),)}, turn)
+    @rule(held=st.integers(0, 5), running=st.integers(0, 5), turn=st.integers(0, 9), gateways=st.integers(1, 3))
+    def other_gateways_speak(self, held: int, running: int, turn: int, gateways: int) -> None:
+        self.line.gateways = gateways
+        told = {"you": (KeyDemand("B", 1, 1.0, held, running),), "me": tuple(self.line.demand())}
+        self.step(self.line.told, told, turn)
 
     @rule(seconds=st.sampled_from([0.003, 0.007, 0.11, 1.1]))
     def time_passes(self, seconds: float) -> None:

@@ -112,12 +112,13 @@ def test_that_the_first_to_end_are_short_misleads_nobody() -> None:
 
 
 @pytest.mark.parametrize("known", [False, True])
-@pytest.mark.parametrize(("first", "gap_s"), [(0, 0.0005), (1, 0.0), (1, 0.0005), (4, 0.0005), (16, 0.0)])
+@pytest.mark.parametrize("late_s", [0.2, 0.7])
+@pytest.mark.parametrize(("first", "gap_s"), [(0, 0.0005), (1, 0.0), (4, 0.0005), (16, 0.0)])
 def test_the_gateway_that_has_few_slots_in_a_burst_refuses_nobody_for_that(
-    first: int, gap_s: float, known: bool
+    first: int, gap_s: float, late_s: float, known: bool
 ) -> None:
     """The other one was there first, and has filled all but a few: what is inside of ours says nothing of how many will be.
-    `known`: both have seen before how long requests take."""
+    `known`: both have seen before how long requests take, and had nothing to do or to tell since."""
     world = World(gateways=2, engines=4, slots=84, max_queue=1024, max_wait_s=30)
     world.service = lambda r: 12.0 if r.random() < 0.3 else r.uniform(1.6, 4.8)
 
@@ -131,8 +132,8 @@ def test_the_gateway_that_has_few_slots_in_a_burst_refuses_nobody_for_that(
         with world.running():
             for gateway in (0, 1) * 20 * known:
                 world.spawn(world.request(gateway, "a"))
-            await asyncio.sleep(20.0 * known)
-            for burst in (come(0, first, 0.0), come(1, 342, 0.1), come(0, 342 - first, 0.7)):
+            await asyncio.sleep(20.26 * known)
+            for burst in (come(0, first, 0.0), come(1, 342, 0.05), come(0, 342 - first, late_s)):
                 world.spawn(burst)
             await asyncio.sleep(30)
 
@@ -161,4 +162,27 @@ def test_who_enters_in_a_burst_at_all_gateways_is_served_in_time(gateways: int) 
     virtual.run(run)
     in_vain = [e for _, e in world.refusals if "no slot came free" in str(e)]
     assert len(world.refusals) > 2000  # some 300 can be served in 20 s
+    assert len(in_vain) < 0.1 * len(world.refusals)
+
+
+def test_a_burst_of_a_low_class_counts_on_no_slots_that_a_higher_one_keeps() -> None:
+    """However many more are asked for at once, and although another gateway has all of the higher class."""
+    world = World(gateways=2, engines=4, slots=16, max_queue=2048, max_wait_s=30)
+    world.service = lambda r: r.uniform(2, 6)
+
+    async def run() -> None:
+        with world.running():
+            for _ in range(80):
+                world.spawn(world.client(1, "i", rank=0))
+            for _ in range(4):
+                world.spawn(world.client(0, "usual", rank=2))
+            await asyncio.sleep(20)
+            for _ in range(3):
+                for _ in range(200):
+                    world.spawn(world.request(0, "burst", rank=2))
+                await asyncio.sleep(35)
+
+    virtual.run(run)
+    in_vain = [e for _, e in world.refusals if "no slot came free" in str(e)]
+    assert world.done["burst"] > 50  # a tenth of 16 slots/s is theirs
     assert len(in_vain) < 0.1 * len(world.refusals)

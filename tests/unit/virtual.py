@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ import msgspec
 
 from bench.virtual import run
 from serving.errors import RequestError
+from serving.fleet.endpoint import TABLE_EVERY_S as IDLE_TABLE_EVERY_S
 from serving.fleet.endpoint import Endpoint, KeyDemand, State
 from serving.gateway import shares
 from serving.gateway.queue import Ticket, VersionLine
@@ -62,8 +64,8 @@ class World:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """The directory tells all of all, at its pace."""
-        self._tell()
+        """The directory tells all of all, at its pace: where nothing changed, seldom."""
+        self._tell([0] * self.engines)
         background = [self.spawn(self._directory())]
         try:
             yield
@@ -126,25 +128,28 @@ class World:
 
     async def _directory(self) -> None:
         told: list[tuple[KeyDemand, ...]] = [()] * self.gateways
+        loads = [0] * self.engines
+        table, at = (told.copy(), loads), -math.inf
         for number in range(10**9):
             every = round(ANNOUNCE_EVERY_S / TABLE_EVERY_S)
+            heard = (told.copy(), loads)  # what is only load waits for the next table
             for g, line in enumerate(self.lines):
                 if (number + g) % every == 0:
                     told[g] = shares.told(line.demand())
             if number % round(REPORT_EVERY_S / TABLE_EVERY_S) == 0:
-                self._tell()
-            if self.share:
+                loads = [d.inside for d in self.doors.values()]
+            if self.share and (heard != table or self.now - at >= IDLE_TABLE_EVERY_S):
+                table, at = heard, self.now
+                self._tell(table[1])
                 for line in self.lines:
                     line.gateways = self.gateways
-                    line.told({f"g{i}": d for i, d in enumerate(told) if d}, number)
+                    line.told({f"g{i}": d for i, d in enumerate(table[0]) if d}, number)
             await asyncio.sleep(TABLE_EVERY_S)
 
-    def _tell(self) -> None:
+    def _tell(self, loads: Iterable[int]) -> None:
         endpoints = [
-            Endpoint(
-                id=i, model="m", version="v", url=f"http://{i}", state=State.READY, slots=d.slots, in_flight=d.inside
-            )
-            for i, d in self.doors.items()
+            Endpoint(id=i, model="m", version="v", url=f"http://{i}", state=State.READY, slots=d.slots, in_flight=n)
+            for (i, d), n in zip(self.doors.items(), loads, strict=True)
         ]
         for line in self.lines:
             line.update([msgspec.structs.replace(e) for e in endpoints], only_add=False)

@@ -29,7 +29,6 @@ from serving.fleet.endpoint import (
     CRASH_WINDOW_S,
     CRASHES_KEPT,
     DEATHS_REMEMBERED_S,
-    TABLE_EVERY_S,
     Deaths,
     Endpoint,
     Failure,
@@ -643,9 +642,7 @@ async def follow(on_snapshot: Callable[[Snapshot], Awaitable[None] | None], clie
     epoch, number, away = "", -1, False
     while True:
         try:
-            snapshot = unpack(
-                await client.call("wait", epoch, number, TABLE_EVERY_S, timeout_s=2 * TABLE_EVERY_S), Snapshot
-            )
+            snapshot = unpack(await client.call("wait", epoch, number, 10.0, timeout_s=20.0), Snapshot)
             epoch, number = snapshot.epoch, snapshot.number
             result = on_snapshot(snapshot)
             if result is not None:

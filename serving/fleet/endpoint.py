@@ -86,7 +86,6 @@ class KeyDemand(msgspec.Struct, frozen=True, array_like=True):
     running: int
 
 
-TABLE_EVERY_S = 10.0  # the directory's table comes at least this often, even where nothing changed
 DEATHS_REMEMBERED_S = 600.0  # of engines, with the requests that were inside
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from serving.errors import NoReplica, QueueFull, RequestError, WaitTooLong, counted
-from serving.fleet.endpoint import TABLE_EVERY_S, Endpoint, KeyDemand, State
+from serving.fleet.endpoint import Endpoint, KeyDemand, State
 from serving.gateway import shares
 from serving.gateway.order import CLASSES, Order
 from serving.gateway.pace import Holds, Pace
@@ -32,7 +32,6 @@ OVERDRAFT_LEAST_S = 0.004  # when such tries are let in, one after the other: th
 EXPLAINED = 0.8  # of what is inside is known whose it is: else it came since the others were heard
 GROWN = 1.25  # times what it told itself: so much has come since that the others may have more than they told, too
 OTHERS_FORGOTTEN_S = 3.0  # without news of the other gateways, everybody takes what there is
-AWAY_S = TABLE_EVERY_S + OTHERS_FORGOTTEN_S  # without any table: who is inside is not known any more
 # That are looked past for one who can take what is free: the work for an event must grow neither with the line nor, by its
 # square, with the fleet.
 MOST_ASIDE = 16
@@ -89,14 +88,15 @@ class Ticket:
 
 
 class _Inside(NamedTuple):
-    """Requests at engines, and how many like those who wait could be there at all; in tokens, the KV cache that this gateway's
-    may take, and all, and how much there is."""
+    """Requests at engines, their slots, and in how many of these those who wait would fit; in tokens, the KV cache that this
+    gateway's may take, and all, and how much there is."""
 
     requests: float
+    slots: int
     most: float
-    own_tokens: float
-    tokens: float
-    kv_tokens: float
+    own_tokens: int
+    tokens: int
+    kv_tokens: int
 
 
 class VersionLine:
@@ -131,7 +131,6 @@ class VersionLine:
         self._turn = 0
         self._share: shares.Share | None = None  # None: take what there is
         self._share_at = -math.inf
-        self._told_at = -math.inf
         self._told: tuple[KeyDemand, ...] = ()  # by this gateway, as of then
         self._part: float | None = None  # of all inside, this gateway's; None: not reckoned since the others were heard
         self._part_asked = 0  # here, as of when it was
@@ -229,7 +228,7 @@ class VersionLine:
     def told(self, demand: Mapping[str, tuple[KeyDemand, ...]], turn: int) -> None:
         """What gateways hold and run, by gateway, this one as well. `turn`: the number of the table that says so."""
         now = time.monotonic()
-        self._others, self._turn, self._told_at, self._part = dict(demand), turn, now, None
+        self._others, self._turn, self._part = dict(demand), turn, None
         self._told = self._others.pop(self._gateway_id, ())
         others = [d for told in self._others.values() for d in told]
         self._others_running = sum(d.running for d in others)
@@ -644,53 +643,60 @@ class VersionLine:
         size = (self._order.cost + self._returned_cost) / len(self) if self else 0.0  # of those who wait, in the mean
         lacking = self._lacking(ticket.adapter)
         inside = self._inside(lacking, size, now)
-        count = 0.0
-        if self.gateways > 1 and now - self._told_at < AWAY_S:
-            count = self._ours(inside.requests, everywhere=not lacking)
+        count = self._ours(inside.requests, everywhere=not lacking) if self.gateways > 1 else 0.0
         if size and inside.tokens * 2 > inside.kv_tokens:
             count = max(count, inside.own_tokens / size)
-        return max(float(self.running), min(count, inside.most)) / hold_s
+        # What is inside elsewhere, as where replicas drain, makes no room here.
+        count = max(min(self.running, inside.slots), min(count, inside.most))
+        return count / hold_s if count else None
 
     def _inside(self, lacking: Collection[str], size: float, now: float) -> _Inside:
         """Of all gateways, in the ready endpoints that are not `lacking`: by the directory's word; and where a door was full a
-        moment ago, what nobody has told yet is taken for requests of `size` tokens each."""
-        count = most = own = tokens = kv = 0.0
+        moment ago, what nobody has told yet is taken for requests of `size` tokens each. Large requests of others count as if
+        more of them came: whether they do, nobody tells."""
+        slots = own_tokens = tokens = kv = 0
+        count = most = 0.0
         for i, u in self.upstreams.items():
             e = u.endpoint
             if e.state is not State.READY or i in lacking or u.gone(now):
                 continue
-            here: float = u.sent if u.sent > e.in_flight else e.in_flight
-            fit = more = float(e.slots)
+            slots += e.slots
+            here = u.sent if u.sent > e.in_flight else e.in_flight
+            fit = left = float(e.slots)
             if e.kv_tokens:
                 known = u.tokens if u.tokens > e.tokens else e.tokens
-                own += u.tokens
+                own_tokens += u.tokens
                 tokens += known
                 kv += e.kv_tokens
                 if size:
-                    fit, more = min(fit, e.kv_tokens / size), max(0, e.kv_tokens - known) / size
-            if u.lately_full(now):
-                here = max(here, min(e.slots, here + more))
-            count += here
+                    left = (e.kv_tokens - known) / size
+                    if e.kv_tokens < fit * size:
+                        fit = e.kv_tokens / size
+            if u.lately_full(now) and left > 0:
+                count += max(here, min(e.slots, here + left))
+            else:
+                count += here
             most += fit
-        return _Inside(count, most, own, tokens, kv)
+        return _Inside(count, slots, most, own_tokens, tokens, kv)
 
     def _ours(self, inside: float, *, everywhere: bool) -> float:
         """How many of all `inside` will be this gateway's once each fills its share: by what it told itself when the others told
         theirs. Where more has come here since, it may have come to all in the same moment: then by what it asks for now, and no
         more than where all have as much. That alone where what was told does not explain how much is inside. `everywhere`: that
         is at all ready endpoints, as the others count."""
-        alike = 1 / self.gateways
+        alike, slots, me = 1 / self.gateways, self._slots(), self._gateway_id
         if everywhere:
             known = self.running + self._others_running
             if known < EXPLAINED * inside:
                 return alike * inside
-            inside = max(inside, known)
-        slots, me, asked = self._slots(), self._gateway_id, self.running + len(self)
+            inside = max(inside, min(known, slots))
+        asked = self.running + len(self)
         if self._part is None:
             self._part = shares.part(slots, me, self._told, self._others)
             self._part_asked = sum(d.held + d.running for d in self._told)
         if asked > GROWN * self._part_asked:
-            self._part = max(self._part, min(alike, shares.part(slots, me, self.demand(), self._others)))
+            now_mine = shares.told(self.demand())  # cut to size as the others' is
+            self._part = max(self._part, min(alike, shares.part(slots, me, now_mine, self._others)))
             self._part_asked = asked
         return self._part * inside
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from serving.errors import NoReplica, QueueFull, WaitTooLong
 from serving.fleet.endpoint import Endpoint, KeyDemand, State
-from serving.gateway import queue, routing
+from serving.gateway import queue, routing, shares
 from serving.gateway.queue import Ticket, VersionLine, bound_wait
 from serving.gateway.routing import Upstream, pick
 
@@ -214,9 +215,69 @@ async def test_a_door_that_is_full_of_large_ones_of_others_makes_no_room_for_man
     held = [await waiting(to, tokens=300, max_queue=1000, max_wait_s=1e6) for _ in range(30)]
     late = asyncio.create_task(take(to, tokens=300, max_queue=1000, max_wait_s=60))
     await settled()
-    assert isinstance(late.exception(), WaitTooLong)  # four leave in 12 s, for all gateways
+    assert isinstance(late.exception(), WaitTooLong)  # four leave in 12 s, and three of them are followed by their like
     for task in held:
         task.cancel()
+
+
+@pytest.mark.parametrize(
+    ("b", "gateways", "adapter", "leave"),
+    [
+        ({}, 1, None, 10),
+        ({"state": State.DRAINING}, 1, None, 2),
+        ({"state": State.SUSPECT, "in_flight": 8}, 2, None, 2),
+        ({"adapters": ()}, 1, "x", 2),
+        ({"adapters": ()}, 2, "x", 2),
+        ({"slots": 40, "in_flight": 40}, 2, None, 21),  # nobody told whose they are
+        ({"slots": 40, "in_flight": 40, "kv_tokens": 800}, 2, None, 10),  # no more like those who wait fit
+    ],
+)
+async def test_what_leaves_is_what_makes_room_for_a_newcomer(
+    b: dict[str, Any], gateways: int, adapter: str | None, leave: float
+) -> None:
+    to = line(endpoint("a"), endpoint("b", slots=8))
+    for _ in range(20):
+        to._holds.ended(1.0)
+    for _ in range(10):
+        await take(to, tokens=100)
+    to.gateways = gateways
+    to.update([endpoint("a", in_flight=2), endpoint(**{"name": "b", "slots": 8, **b})], only_add=False)
+    waits = [await waiting(to, tokens=100) for _ in range(0 if b.get("slots") and not b.get("kv_tokens") else 2)]
+    one = ticket(tokens=100, adapter=adapter)
+    assert to._outlook(one, asyncio.get_running_loop().time())[1] == pytest.approx(leave)
+    for task in waits:
+        task.cancel()
+
+
+async def test_who_cannot_be_reached_makes_no_room() -> None:
+    to = line(endpoint("a"), endpoint("b", slots=8))
+    for _ in range(20):
+        to._holds.ended(1.0)
+    asked = [await take(to) for _ in range(10)]
+    to.gateways = 2
+    to.update([endpoint("a", in_flight=2), endpoint("b", slots=8, in_flight=8)], only_add=False)
+    to.told({"you": (KeyDemand("", 1, 1.0, 0, 0),)}, 1)
+    for one in asked:
+        if at(one) == "b":
+            to.broken(one)
+    assert to._outlook(ticket(), time.monotonic())[1] == pytest.approx(2)
+
+
+async def test_a_burst_is_taken_for_one_at_all_gateways_and_for_no_less_than_was_told() -> None:
+    """And reckoned anew only once it has grown."""
+    to = VersionLine("m@v", "me")
+    to.update([endpoint(slots=100, in_flight=100)], only_add=False)
+    to.gateways = 4
+    for _ in range(60):
+        await take(to)
+    with mock.patch.object(shares, "part", wraps=shares.part) as part:
+        for mine, yours, expected in ((60, 100, 37.5), (10, 100, 25), (30, 60, 100 / 3)):
+            told = {"me": (KeyDemand("", 1, 1.0, mine, 0),), "you": (KeyDemand("", 1, 1.0, 0, yours),)}
+            to.told(told, 1)
+            part.reset_mock()
+            for _ in range(9):
+                assert to._ours(100, everywhere=yours == 100) == pytest.approx(expected)
+            assert part.call_count <= 2
 
 
 async def test_one_that_had_its_turn_is_not_refused_by_a_full_line() -> None:

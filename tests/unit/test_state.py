@@ -48,6 +48,12 @@ async def test_what_is_held_and_runs_is_told_and_counted_elsewhere() -> None:
     assert here.demand() == {}
 
 
+def test_a_gateway_counts_itself_where_the_directory_does_not_yet() -> None:
+    here = fleet("here")
+    here.set_snapshot(table(1, GatewayInfo(id="there", url=""), number=1))
+    assert here.lines["m@v"].gateways == 2
+
+
 async def test_one_that_is_told_of_others_waits_for_its_part_and_no_longer_than_they_ask() -> None:
     here = fleet("here", slots=4)
     line = here.lines["m@v"]

@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 
 from serving.errors import QueueFull, WaitTooLong
+from serving.fleet.endpoint import State
 from serving.gateway.pace import Holds, Pace
 from tests.unit import virtual
 from tests.unit.virtual import World
@@ -166,7 +167,7 @@ def test_who_enters_in_a_burst_at_all_gateways_is_served_in_time(gateways: int) 
 
 
 def test_a_burst_of_a_low_class_counts_on_no_slots_that_a_higher_one_keeps() -> None:
-    """However many more are asked for at once, and although another gateway has all of the higher class."""
+    """However many more are asked for at once. All of the higher class is at another gateway."""
     world = World(gateways=2, engines=4, slots=16, max_queue=2048, max_wait_s=30)
     world.service = lambda r: r.uniform(2, 6)
 
@@ -186,3 +187,28 @@ def test_a_burst_of_a_low_class_counts_on_no_slots_that_a_higher_one_keeps() -> 
     in_vain = [e for _, e in world.refusals if "no slot came free" in str(e)]
     assert world.done["burst"] > 50  # a tenth of 16 slots/s is theirs
     assert len(in_vain) < 0.1 * len(world.refusals)
+
+
+@pytest.mark.parametrize(("gateways", "draining"), [(1, 3), (2, 2)])
+def test_what_is_inside_where_replicas_drain_makes_no_room(gateways: int, draining: int) -> None:
+    world = World(gateways=gateways, engines=4, slots=64, max_queue=2048, max_wait_s=40)
+    world.service = lambda r: r.uniform(10, 30)
+
+    async def run() -> None:
+        with world.running():
+            for _ in range(240):
+                world.spawn(world.client(gateways - 1, "usual"))
+            for _ in range(10):
+                world.spawn(world.client(0, "few"))
+            await asyncio.sleep(60)
+            for door in list(world.doors.values())[:draining]:
+                door.state = State.DRAINING
+            await asyncio.sleep(2)
+            for _ in range(300):
+                world.spawn(world.request(0, "burst"))
+            await asyncio.sleep(45)
+
+    virtual.run(run)
+    in_vain = [e for _, e in world.refusals if "no slot came free" in str(e)]
+    assert world.done["burst"] > 20
+    assert len(in_vain) < 0.3 * len(world.refusals)

@@ -16,7 +16,6 @@ import msgspec
 
 from bench.virtual import run
 from serving.errors import RequestError
-from serving.fleet.endpoint import TABLE_EVERY_S as IDLE_TABLE_EVERY_S
 from serving.fleet.endpoint import Endpoint, KeyDemand, State
 from serving.gateway import shares
 from serving.gateway.queue import Ticket, VersionLine
@@ -27,6 +26,7 @@ NETWORK_S = 0.001  # one way, with what a door needs to say `busy`
 ANNOUNCE_EVERY_S = 0.5
 TABLE_EVERY_S = 0.25
 REPORT_EVERY_S = 0.5
+IDLE_TABLE_EVERY_S = 10.0  # where nothing changed
 
 
 @dataclass
@@ -35,6 +35,7 @@ class Door:
     inside: int = 0
     most: int = 0
     refused: int = 0
+    state: State = State.READY
 
 
 @dataclass
@@ -148,7 +149,7 @@ class World:
 
     def _tell(self, loads: Iterable[int]) -> None:
         endpoints = [
-            Endpoint(id=i, model="m", version="v", url=f"http://{i}", state=State.READY, slots=d.slots, in_flight=n)
+            Endpoint(id=i, model="m", version="v", url=f"http://{i}", state=d.state, slots=d.slots, in_flight=n)
             for (i, d), n in zip(self.doors.items(), loads, strict=True)
         ]
         for line in self.lines:

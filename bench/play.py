@@ -148,7 +148,8 @@ class Stage:
 
     def _see(self, row: Row, victims: Victims, found: Found) -> None:
         """Until the fault was noticed, and everything is as it was."""
-        recover_s = row.recover_s + self.start_s
+        # An engine is not judged by what it refuses while other requests make steps there: those end first.
+        recover_s = row.recover_s + self.start_s + self.long_s
         victims.wait()
         time.sleep(max(0.0, victims.at + victims.settle_s - time.monotonic()))
         if victims.leaves:

@@ -280,9 +280,9 @@ def disk_full(scene: Scene) -> Victims:
 
 @dataclass(frozen=True)
 class Row:
-    """One fault and how the run around it is shaped. `recover_s` bounds the wait for full service, once what ran has ended; `over`: how many times
-    as many clients as else, for which four replicas have room for 1.67; `large`: clients whose prompts have 32k tokens;
-    `detects`: the bar that the detection is held to; `engines`: those on which it is played."""
+    """One fault and how the run around it is shaped. `recover_s` bounds the wait for full service, once what ran has ended;
+    `over`: how many times as many clients as else, for which four replicas have room for 1.67; `large`: clients whose prompts
+    have 32k tokens; `detects`: the bar that the detection is held to; `engines`: those on which it is played."""
 
     strike: Strike
     recover_s: float = 150.0

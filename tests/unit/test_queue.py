@@ -78,6 +78,18 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
+async def taught(monkeypatch: pytest.MonkeyPatch) -> VersionLine:
+    """A line that has seen a hundred small requests, of 12 s each; its time stands still."""
+    now = [0.0]
+    monkeypatch.setattr(queue, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    to = line(endpoint(slots=64, kv_tokens=100_000))
+    for _ in range(100):
+        taken = await take(to, tokens=300)
+        now[0] += 12
+        to.release(taken)
+    return to
+
+
 async def test_a_free_slot_is_bound_at_once_and_the_least_loaded_first() -> None:
     to = line(endpoint("a", 2), endpoint("b", 4))
     assert [at(await take(to)) for _ in range(6)] == ["a", "b", "b", "a", "b", "b"]
@@ -178,13 +190,7 @@ async def test_nobody_gives_way_to_one_that_is_refused_all_the_same(monkeypatch:
 async def test_a_few_large_ones_inside_do_not_make_a_queue_of_small_ones_hopeless(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    now = [0.0]
-    monkeypatch.setattr(queue, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    to = line(endpoint(slots=64, kv_tokens=100_000))
-    for _ in range(100):
-        taken = await take(to, tokens=300)
-        now[0] += 12
-        to.release(taken)
+    to = await taught(monkeypatch)
     for _ in range(3):
         await take(to, tokens=32_000)
     held = [asyncio.create_task(take(to, tokens=300, max_queue=1000, max_wait_s=1e6)) for _ in range(300)]
@@ -200,13 +206,7 @@ async def test_a_few_large_ones_inside_do_not_make_a_queue_of_small_ones_hopeles
 async def test_a_door_that_is_full_of_large_ones_of_others_makes_no_room_for_many_small_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    now = [0.0]
-    monkeypatch.setattr(queue, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    to = line(endpoint(slots=64, kv_tokens=100_000))
-    for _ in range(100):
-        taken = await take(to, tokens=300)
-        now[0] += 12
-        to.release(taken)
+    to = await taught(monkeypatch)
     await take(to, tokens=300)
     to.update([endpoint(slots=64, kv_tokens=100_000, tokens=99_900, in_flight=4)], only_add=False)
     to.gateways = 2

@@ -114,7 +114,7 @@ def test_that_the_first_to_end_are_short_misleads_nobody() -> None:
 
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("late_s", [0.2, 0.7])
-@pytest.mark.parametrize(("first", "gap_s"), [(0, 0.0005), (1, 0.0), (4, 0.0005), (16, 0.0)])
+@pytest.mark.parametrize(("first", "gap_s"), [(0, 0.0005), (1, 0.0), (1, 0.0005), (4, 0.0005), (16, 0.0)])
 def test_the_gateway_that_has_few_slots_in_a_burst_refuses_nobody_for_that(
     first: int, gap_s: float, late_s: float, known: bool
 ) -> None:
